@@ -1,0 +1,290 @@
+"""What the rooms hand to each other: requests, steps, results, work, errors.
+
+Plain frozen records without behaviour beyond their own consistency. Nothing here reads a file, parses
+an argument or computes with arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32Array = NDArray[np.float32]
+Int32Array = NDArray[np.int32]
+ByteArray = NDArray[np.uint8]
+
+
+class RidgelineError(Exception):
+    """Base of every error that a user can cause or meet; its message is one line for that user."""
+
+
+class CheckpointError(RidgelineError):
+    """A model file, tokenizer or template is missing, damaged or of a kind that we do not read."""
+
+
+class ConfigError(RidgelineError):
+    """A setting is unknown or out of its range."""
+
+
+class RequestError(RidgelineError):
+    """A request cannot be served as it was asked."""
+
+
+class CapacityError(RidgelineError):
+    """The machine has too little memory or disk for what was asked."""
+
+
+class EngineDeadError(RidgelineError):
+    """The engine has stopped and takes no more requests."""
+
+
+# --------------------------------------------------------------------------------------------- work
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Arithmetic and memory traffic of some part of a step; records add up.
+
+    A multiply-add counts as two operations. The arithmetic is split by the number format in which the
+    hardware's peak differs.
+    """
+
+    int8_ops: int = 0
+    bf16_flops: int = 0
+    fp32_flops: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
+
+    @property
+    def ops(self) -> int:
+        """All arithmetic, whatever its format."""
+        return self.int8_ops + self.bf16_flops + self.fp32_flops
+
+    @property
+    def bytes(self) -> int:
+        """All memory traffic."""
+        return self.read_bytes + self.written_bytes
+
+
+# --------------------------------------------------------------------------------------------- step
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of KV slots that a sequence's rows attend to.
+
+    `tables[g]` lists the page ids of memory group g, in slot order; all groups' tables have the same
+    length, and a page that a window group has already given back keeps its entry, which is never read.
+    Slot s holds the token at rotary position `first_position + s`. `bias` is added to the attention
+    scores of the whole segment. In a causal segment a row sees the slots up to its own position.
+    """
+
+    tables: tuple[Sequence[int], ...]
+    length: int  # slots that hold tokens once this step's rows are written
+    first_position: int = 0
+    bias: float = 0.0
+    causal: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRows:
+    """The rows of one sequence in a step: tokens to run from slot `start` of its last segment.
+
+    Row i is written to slot `start + i` and stands at rotary position `first_position + start + i` of the
+    last segment. `outputs` names the rows (ascending, counted from 0) whose logits are wanted.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    segments: tuple[Segment, ...]
+    outputs: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass of a program: rows grouped by sequence. There is no prefill phase and no decode phase."""
+
+    sequences: tuple[SequenceRows, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(len(s.tokens) for s in self.sequences)
+
+    @property
+    def outputs(self) -> int:
+        return sum(len(s.outputs) for s in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave. `logits` is float32 (outputs, vocabulary) in the order of the step's outputs and
+    belongs to the executor: it is valid until the executor's next `run`."""
+
+    logits: Float32Array
+    elapsed_s: float
+    work: Work
+
+
+class StepFuture(Protocol):
+    """A step that was launched and may still be running."""
+
+    def result(self) -> StepResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy all layers of one page of a memory group. Ids are the page pool's."""
+
+    group: int
+    source: int
+    target: int
+
+
+# ----------------------------------------------------------------------------------------- sampling
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+def _check(ok: bool, name: str, seen: object, accepted: str) -> None:
+    if not ok:
+        raise RequestError(f"{name} is {seen!r}; accepted: {accepted}")
+
+
+def _is_int(value: object, low: int, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_real(value: object, low: float, high: float) -> bool:
+    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return real and low <= value <= high  # type: ignore[operator]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose the tokens of a request. Names and meanings follow vLLM and the OpenAI API.
+
+    `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1, `min_p` 0 and the neutral penalties switch the
+    processor off. `seed` None draws a fresh one. `max_tokens` None runs to the end of the context.
+    `logprobs` k also returns the k most probable tokens at each position.
+
+    Raises RequestError when a value is out of range; whether token ids exist in the vocabulary is checked
+    where the vocabulary is known.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    max_tokens: int | None = 256
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        _check(_is_int(self.n, 1, 128), "n", self.n, "1 to 128")
+        _check(_is_real(self.temperature, 0, 100), "temperature", self.temperature, "0 to 100")
+        _check(_is_int(self.top_k, -1), "top_k", self.top_k, "-1, 0 (off) or a positive number")
+        _check(_is_real(self.top_p, 0, 1) and self.top_p > 0, "top_p", self.top_p, "above 0, up to 1")
+        _check(_is_real(self.min_p, 0, 1), "min_p", self.min_p, "0 to 1")
+        penalty = self.repetition_penalty
+        _check(_is_real(penalty, 0, 100) and penalty > 0, "repetition_penalty", penalty, "above 0, up to 100")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(_is_real(getattr(self, name), -2, 2), name, getattr(self, name), "-2 to 2")
+        _check(self.seed is None or _is_int(self.seed, -(2**63), 2**64 - 1), "seed", self.seed, "64 bits")
+        maximum = self.max_tokens
+        _check(maximum is None or _is_int(maximum, 1), "max_tokens", maximum, "a positive number or none")
+        _check(_is_int(self.min_tokens, 0, maximum or math.inf), "min_tokens", self.min_tokens, "0 to max_tokens")
+        _check(
+            self.logprobs is None or _is_int(self.logprobs, 0, 100), "logprobs", self.logprobs, "0 to 100 or none"
+        )
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        for text in self.stop:
+            _check(isinstance(text, str) and bool(text), "stop", text, "non-empty strings")
+        _check(len(self.stop) <= 64, "number of stop strings", len(self.stop), "at most 64")
+        for token in self.stop_token_ids:
+            _check(_is_int(token, 0), "stop_token_ids", token, "token ids of the vocabulary")
+        for token, bias in (self.logit_bias or {}).items():
+            _check(_is_int(token, 0), "logit_bias token", token, "token ids of the vocabulary")
+            _check(_is_real(bias, -100, 100), "logit_bias", bias, "-100 to 100")
+
+
+# ----------------------------------------------------------------------------- requests and results
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt as token ids and how to continue it."""
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probability of the token that was chosen, and of the most probable ones, best first.
+
+    They are those of the model's own distribution, before temperature, penalties and filters.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One of the n continuations of a request; `finish_reason` is None while it is still growing.
+
+    `stop_reason` is the stop string or the stop token id that ended it, None for the model's own end token.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """Times on `time.perf_counter`'s clock, in seconds, and the traffic of the request's decode steps."""
+
+    arrived_s: float
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A request's continuations so far; `outputs` is ordered by their index."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool
+    metrics: RequestMetrics
