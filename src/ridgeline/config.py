@@ -1,0 +1,67 @@
+"""Every knob of the engine, once. `"auto"` values are settled in `llm.py`, by one function that returns a new config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ridgeline.types import ConfigError
+
+DEVICES = ("auto", "cpu", "reference")
+WEIGHT_FORMATS = ("auto", "W8A8-g32", "W4A8-g32", "W32A32")
+PAGE_TOKENS = 16
+"""KV slots in a page: one attention tile of every executor."""
+
+
+def _check(ok: bool, name: str, seen: object, accepted: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} is {seen!r}; accepted: {accepted}")
+
+
+def _positive_or_none(name: str, value: object) -> None:
+    ok = value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+    _check(ok, name, value, "a positive number, or none to choose it from the machine")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Settings of one engine. None and "auto" mean: measured or read from the model.
+
+    `weights` is the format of linear layers ("auto": as a quantised file has them, W8A8-g32 for floats).
+    `max_model_len` bounds prompt and output together (default: the model's context).
+    `max_num_batched_tokens` is a step's token budget, `max_num_seqs` how many sequences run at once.
+    `kv_cache_memory_bytes` is the KV pool's size (default: from the memory that is free).
+    `seed` makes requests without a seed of their own repeatable.
+    """
+
+    model: str = "smollm2"
+    device: str = "auto"
+    weights: str = "auto"
+    threads: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    kv_cache_memory_bytes: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(isinstance(self.model, str) and bool(self.model), "model", self.model, "a name or a path")
+        _check(self.device in DEVICES, "device", self.device, ", ".join(DEVICES))
+        _check(self.weights in WEIGHT_FORMATS, "weights", self.weights, ", ".join(WEIGHT_FORMATS))
+        for name in ("threads", "max_model_len", "kv_cache_memory_bytes"):
+            _positive_or_none(name, getattr(self, name))
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            _check(getattr(self, name) is not None, name, None, "a positive number")
+            _positive_or_none(name, getattr(self, name))
+        budget = self.max_num_batched_tokens
+        _check(budget >= self.max_num_seqs, "max_num_batched_tokens", budget, f"at least max_num_seqs ({self.max_num_seqs})")
+        _check(self.seed is None or isinstance(self.seed, int), "seed", self.seed, "a whole number or none")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """Build from keyword options; raises ConfigError for a name that is no setting."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            _check(name in known, "engine setting", name, ", ".join(known))
+        return cls(**options)
