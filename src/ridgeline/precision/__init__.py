@@ -1,0 +1,1 @@
+"""Number formats with unambiguous names: storages, packing, dequantising and our quantisers."""
