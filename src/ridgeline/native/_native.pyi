@@ -1,0 +1,235 @@
+"""Types of the C++ extension: kernels of the CPU executor, the tape that runs them, and the machine's probe.
+
+Arrays are C-contiguous unless a stride is named. A ValueError is one line that names the argument, what was
+seen and what would be accepted. Shapes are in elements.
+
+Buffers of activations:
+  float32  (max_rows, stride), stride a multiple of 16 and at least the width; the columns beyond the width
+           hold anything.
+  A8       uint8 (max_rows, a8_row_bytes(width)), 64-byte aligned: int8 codes in groups of 32 with, per group,
+           a scale, the sum of the codes and scale times that sum.
+KV pool of a layer: uint16 (bfloat16 bits), (pages, kv_heads, 2 * PAGE_TOKENS * head_dim).
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Buffer: TypeAlias = NDArray[np.float32] | NDArray[np.uint8]
+
+PAGE_TOKENS: int
+"""Slots in a KV page."""
+
+def isa_levels() -> list[str]:
+    """Instruction-set levels that this machine can run, best first; the last is always "portable"."""
+
+def allocate(size_bytes: int) -> NDArray[np.uint8]:
+    """Zeroed memory, 64-byte aligned; large ones ask the system for huge pages."""
+
+def packed_bytes(storage: str, rows: int, cols: int) -> int:
+    """Bytes that `pack` makes of a (rows, cols) matrix; storage is Q4_0, Q4_1, Q8_0, F32, F16 or BF16."""
+
+def pack(
+    data: NDArray[np.uint8], storage: str, cols: int, team: Team, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """Repack GGUF blocks, (rows, row_bytes), into tiles of 16 rows. 1-D, 64-byte aligned.
+
+    With `out` (1-D, packed_bytes long, 64-byte aligned) the tiles are written there and it is returned.
+    """
+
+def a8_row_bytes(width: int) -> int:
+    """Bytes of one row of an A8 buffer."""
+
+def quantise(x: NDArray[np.float32], isa: str) -> NDArray[np.uint8]:
+    """Quantise (rows, width) to an A8 buffer with the kernels' own rule."""
+
+def dequantise_a8(a8: NDArray[np.uint8], width: int) -> NDArray[np.float32]:
+    """Codes times scales of an A8 buffer: (rows, width)."""
+
+def copy_page(pool: NDArray[np.uint16], source: int, target: int) -> None:
+    """Copy one page of one layer's KV pool."""
+
+def probe_read(team: Team, working_set_bytes: int, seconds: float) -> list[tuple[str, float]]:
+    """Read bandwidth in GB/s (1e9 bytes) for several access patterns, about `seconds` each."""
+
+def probe_peak(team: Team, isa: str, format: str) -> float:
+    """Peak operations per second (a multiply-add is two) for "int8", "bf16" or "fp32"; 0 if it has none."""
+
+class Team:
+    """Persistent threads that run a tape; worker 0 is the caller. One run at a time, others wait."""
+
+    def __init__(self, threads: int) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    def close(self) -> None:
+        """Join the threads. Idempotent; a closed team raises RuntimeError when it is asked to run."""
+
+class Matrix:
+    """A packed matrix; keeps its memory alive. `storage` is the GGUF type that it was packed from."""
+
+    def __init__(self, packed: NDArray[np.uint8], storage: str, rows: int, cols: int) -> None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def storage(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    def unpack_row(self, row: int) -> NDArray[np.float32]: ...
+
+class Part:
+    """One output of a linear launch: y = matrix·x + bias, then act(y), or act(gate·x + gate_bias) * y.
+
+    `out` is a float32 buffer (`accumulate`: out += y), an A8 buffer (y is quantised in the same pass) or None
+    for the step's logits. `activation`: "none", "silu", "gelu_tanh" or "gelu".
+    """
+
+    def __init__(
+        self,
+        matrix: Matrix,
+        out: _Buffer | None,
+        bias: NDArray[np.float32] | None = None,
+        gate: Matrix | None = None,
+        gate_bias: NDArray[np.float32] | None = None,
+        activation: str = "none",
+        accumulate: bool = False,
+    ) -> None: ...
+
+class StepInputs:
+    """The arrays of one step. Rows are grouped by sequence, in order.
+
+    tokens, positions, slots, row_sequence: int32 (rows,); sequence_row_begin int32 (sequences + 1,);
+    output_rows int32 (outputs,); segment_begin int32 (sequences + 1,); segment_length, segment_first_position
+    int32, segment_bias float32, segment_causal uint8 (segments,); table_begin int32 (segments + 1,);
+    tables int32 (groups, pages); logits float32 (at least outputs, vocabulary).
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        row_sequence: NDArray[np.int32],
+        sequence_row_begin: NDArray[np.int32],
+        output_rows: NDArray[np.int32],
+        segment_begin: NDArray[np.int32],
+        segment_length: NDArray[np.int32],
+        segment_first_position: NDArray[np.int32],
+        segment_bias: NDArray[np.float32],
+        segment_causal: NDArray[np.uint8],
+        table_begin: NDArray[np.int32],
+        tables: NDArray[np.int32],
+        logits: NDArray[np.float32],
+    ) -> None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def outputs(self) -> int: ...
+
+class Tape:
+    """Kernel launches with their pointers bound; `run` walks them in one call. Keeps every array alive.
+
+    A row's result depends on its own sequence alone: not on the other rows, the team's size or the pages.
+    """
+
+    def __init__(self, team: Team, isa: str, max_rows: int) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def max_rows(self) -> int: ...
+    @property
+    def launches(self) -> list[str]:
+        """Names of the launches, in order; `profile` gives their times in the same order."""
+
+    def embed(
+        self,
+        matrix: Matrix,
+        out: NDArray[np.float32],
+        scale: float = 1.0,
+        source: str = "tokens",
+        accumulate: bool = False,
+    ) -> None:
+        """out = scale * row of the matrix by token id or by rotary position ("positions")."""
+
+    def norm(
+        self,
+        x: NDArray[np.float32],
+        out: _Buffer,
+        kind: str,
+        eps: float,
+        width: int,
+        weight: NDArray[np.float32] | None = None,
+        bias: NDArray[np.float32] | None = None,
+        gather: bool = False,
+        accumulate: bool = False,
+    ) -> None:
+        """RMS ("rms") or layer ("layer") norm of each row. `gather`: output row i is that of x row
+        output_rows[i]. `accumulate`: out += norm(x)."""
+
+    def quantise(
+        self, x: NDArray[np.float32], out: NDArray[np.uint8], width: int, gather: bool = False
+    ) -> None: ...
+    def add(self, x: NDArray[np.float32], out: NDArray[np.float32], width: int) -> None:
+        """out += x."""
+
+    def activate(
+        self,
+        x: NDArray[np.float32],
+        out: _Buffer,
+        width: int,
+        activation: str,
+        times: NDArray[np.float32] | None = None,
+    ) -> None:
+        """out = act(x), or act(x) * times."""
+
+    def linear(self, x: _Buffer, parts: Sequence[Part], outputs_only: bool = False) -> None:
+        """All parts share x: A8 for quantised matrices, float32 for the others. `outputs_only`: run over as
+        many rows as the step has outputs (the buffers hold gathered rows); parts that write logits need it."""
+
+    def softcap(self, width: int, cap: float) -> None:
+        """logits = cap * tanh(logits / cap)."""
+
+    def rope_store(
+        self,
+        q: NDArray[np.float32],
+        k: NDArray[np.float32],
+        v: NDArray[np.float32],
+        pool: NDArray[np.uint16],
+        group: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        cos: NDArray[np.float32] | None = None,
+        sin: NDArray[np.float32] | None = None,
+        rotary_dim: int = 0,
+        q_norm: NDArray[np.float32] | None = None,
+        k_norm: NDArray[np.float32] | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        """Per row: RMS norm of each head of q and k (optional), rotate-half rope on the first `rotary_dim` of
+        each head with cos, sin (max_rows, rotary_dim / 2), then k and v to the row's slot as bfloat16.
+        q is written back in place; k is left as it was."""
+
+    def attention(
+        self,
+        q: NDArray[np.float32],
+        out: _Buffer,
+        pool: NDArray[np.uint16],
+        group: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float,
+        window: int = 0,
+    ) -> None:
+        """Softmax attention of each row over its sequence's segments. `out` is float32, or A8 where head_dim
+        is a multiple of 32. `window` 0 sees everything."""
+
+    def run(self, step: StepInputs) -> None:
+        """Run one step, without the GIL. ValueError if the step does not fit or contradicts itself."""
+
+    def profile(self, step: StepInputs) -> list[float]:
+        """The same as `run`; seconds per launch, from barrier to barrier."""
