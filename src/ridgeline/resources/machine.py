@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ridgeline.types import ConfigError
+
 _CPUS = Path("/sys/devices/system/cpu")
 _UNLIMITED_BYTES = 1 << 60
 """cgroup v1 writes a number near 2^63 where there is no limit."""
@@ -52,6 +54,20 @@ def usable_cores() -> int:
     if asked.isdecimal() and int(asked) > 0:
         cores = min(cores, int(asked))
     return max(cores, 1)
+
+
+def choose_isa() -> str:
+    """The instruction-set level that kernels run at: RIDGELINE_ISA, else the best that this machine has.
+
+    Raises ConfigError when RIDGELINE_ISA names a level that cannot run here.
+    """
+    from ridgeline.native import isa_levels
+
+    levels = isa_levels()
+    chosen = os.environ.get("RIDGELINE_ISA") or levels[0]
+    if chosen not in levels:
+        raise ConfigError(f"RIDGELINE_ISA is {chosen!r}; accepted on this machine: {', '.join(levels)}")
+    return chosen
 
 
 def free_memory_bytes() -> int:
@@ -145,7 +161,7 @@ def _memory(fact: str) -> int:
     found = re.search(rf"^{fact}:\s+(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE)
     if found:
         return int(found[1]) * 1024
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     memory = psutil.virtual_memory()
     return int(memory.total if fact == "MemTotal" else memory.available)

@@ -1,0 +1,138 @@
+"""The memory ledger: what a model takes on this machine, and how large its KV pools become.
+
+The stated default: the KV pools hold `max_num_seqs` sequences of `max_model_len` tokens, or as many as fit
+half of the memory that is free beside the weights; one such sequence may take all of it but a reserve.
+Pools are taken from the system page by page as they are used, so a large pool costs nothing at first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ridgeline.config import PAGE_TOKENS
+from ridgeline.types import CapacityError
+
+POOL_SHARE = 0.5
+RESERVE_SHARE = 0.1
+"""Share of the free memory that stays untouched: the process itself, its stack of libraries, the system."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroup:
+    """Layers of equal geometry with one pool: the bytes of one token's slot in all of them, and how many
+    tokens back they look (None: all)."""
+
+    token_bytes: int
+    window: int | None = None
+
+    @property
+    def page_bytes(self) -> int:
+        return self.token_bytes * PAGE_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What the model and the settings ask for; sizes in bytes and tokens."""
+
+    weights_bytes: int
+    activation_bytes: int
+    groups: tuple[KVGroup, ...]
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Where the memory goes. `pages[g]` is the size of group g's pool."""
+
+    weights_bytes: int
+    activation_bytes: int
+    kv_bytes: int
+    pages: tuple[int, ...]
+    free_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return self.weights_bytes + self.activation_bytes + self.kv_bytes
+
+
+def plan_memory(demand: Demand, free_bytes: int, kv_cache_memory_bytes: int | None = None) -> Ledger:
+    """Size the KV pools in `free_bytes`, or in `kv_cache_memory_bytes` where that is given.
+
+    Raises CapacityError when the weights, or the pages of one sequence of `max_model_len`, do not fit.
+    """
+    fixed = demand.weights_bytes + demand.activation_bytes
+    available = int(free_bytes * (1 - RESERVE_SHARE)) - fixed
+    if available <= 0:
+        raise CapacityError(
+            f"the weights need {_gib(fixed)} and {_gib(free_bytes)} of memory are free; "
+            "accepted: a smaller model or format (--weights)"
+        )
+    if kv_cache_memory_bytes is not None and kv_cache_memory_bytes > available:
+        raise CapacityError(
+            f"kv_cache_memory_bytes is {kv_cache_memory_bytes}; accepted: at most {available}, "
+            "what is free beside the weights"
+        )
+    limit = available if kv_cache_memory_bytes is None else kv_cache_memory_bytes
+    one = _pool_bytes(demand, 1.0)
+    if one > limit:
+        raise CapacityError(
+            f"one sequence of {demand.max_model_len} tokens needs {_gib(one)} of KV cache and {_gib(limit)} "
+            f"can be had; accepted: --max-model-len up to {_longest(demand, limit)}"
+        )
+    share = limit if kv_cache_memory_bytes is not None else available * POOL_SHARE
+    sequences = _sequences(demand, max(int(share), one))
+    pages = _pages(demand, sequences)
+    kv_bytes = sum(n * group.page_bytes for n, group in zip(pages, demand.groups, strict=True))
+    return Ledger(demand.weights_bytes, demand.activation_bytes, kv_bytes, pages, free_bytes)
+
+
+def _ceil_pages(tokens: int) -> int:
+    return -(-tokens // PAGE_TOKENS)
+
+
+def _page_rule(demand: Demand, group: KVGroup) -> tuple[int, int]:
+    """(pages for each sequence, pages that all share) of a group's pool.
+
+    A window group holds the window, whose ends lie inside pages, and the rows of the step, which all
+    sequences together bound by the token budget.
+    """
+    whole = _ceil_pages(demand.max_model_len)
+    if group.window is None:
+        return whole, 0
+    each = min(_ceil_pages(group.window) + 2, whole)
+    return each, min(_ceil_pages(demand.max_num_batched_tokens), whole - each)
+
+
+def _pages(demand: Demand, sequences: float) -> tuple[int, ...]:
+    rules = [_page_rule(demand, group) for group in demand.groups]
+    return tuple(int(each * sequences) + shared for each, shared in rules)
+
+
+def _pool_bytes(demand: Demand, sequences: float) -> int:
+    pages = _pages(demand, sequences)
+    return sum(n * group.page_bytes for n, group in zip(pages, demand.groups, strict=True))
+
+
+def _sequences(demand: Demand, budget_bytes: int) -> float:
+    """How many sequences of full length the budget holds; a fraction is as good, pages are shared freely."""
+    rules = [(group.page_bytes, *_page_rule(demand, group)) for group in demand.groups]
+    each = sum(size * n for size, n, _ in rules)
+    shared = sum(size * n for size, _, n in rules)
+    fits = (budget_bytes - shared) / each if each else float(demand.max_num_seqs)
+    return min(max(fits, 1.0), float(demand.max_num_seqs))
+
+
+def _longest(demand: Demand, limit_bytes: int) -> int:
+    """The greatest max_model_len of which one sequence fits."""
+    low, high = 0, demand.max_model_len
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = _pool_bytes(replace(demand, max_model_len=middle), 1.0) <= limit_bytes
+        low, high = (middle, high) if fits else (low, middle)
+    return low
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**28 else f"{size_bytes / 2**20:.1f} MiB"

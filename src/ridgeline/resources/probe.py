@@ -1,0 +1,85 @@
+"""Measure the machine's ceilings: read bandwidth and the arithmetic peak of each number format."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from ridgeline.resources.ceilings import FULL_PROBE_S, Ceilings, load_ceilings, save_ceilings
+from ridgeline.resources.machine import (
+    choose_isa,
+    free_memory_bytes,
+    last_level_cache_bytes,
+    machine,
+    usable_cores,
+)
+from ridgeline.types import CapacityError
+
+QUICK_PROBE_S = 0.1
+_MIN_WORKING_SET_BYTES = 128 << 20
+
+
+def working_set_bytes() -> int:
+    """How much memory the read test walks through: enough that caches hardly help, at most half of what
+    is free. Raises CapacityError when even that is too little."""
+    wanted = max(4 * last_level_cache_bytes(), _MIN_WORKING_SET_BYTES)
+    free = free_memory_bytes()
+    if free < 2 * _MIN_WORKING_SET_BYTES:
+        need = 2 * _MIN_WORKING_SET_BYTES >> 20
+        raise CapacityError(f"{free >> 20} MiB of memory are free; measuring the bandwidth takes {need} MiB")
+    return min(wanted, free // 2)
+
+
+def read_bandwidth(threads: int, seconds: float = FULL_PROBE_S) -> dict[str, float]:
+    """Bytes per second of each access pattern, in `seconds` each."""
+    from ridgeline.native import Team, probe_read
+
+    team = Team(threads)
+    try:
+        return {name: rate * 1e9 for name, rate in probe_read(team, working_set_bytes(), seconds)}
+    finally:
+        team.close()
+
+
+def measure(threads: int | None = None, isa: str | None = None, seconds: float = FULL_PROBE_S) -> Ceilings:
+    """Measure this machine's ceilings; takes some six times `seconds`. The best access pattern counts."""
+    from ridgeline.native import Team, probe_peak
+
+    threads = threads or usable_cores()
+    isa = isa or choose_isa()
+    bandwidth = max(read_bandwidth(threads, seconds).values())
+    team = Team(threads)
+    try:
+        peaks = {kind: probe_peak(team, isa, kind) for kind in ("int8", "bf16", "fp32")}
+    finally:
+        team.close()
+    return Ceilings(
+        read_bytes_per_s=bandwidth,
+        int8_ops_per_s=peaks["int8"],
+        bf16_flops_per_s=peaks["bf16"],
+        fp32_flops_per_s=peaks["fp32"],
+        threads=threads,
+        isa=isa,
+        machine=machine().name,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds_each=seconds,
+    )
+
+
+def full_ceilings(threads: int | None = None, isa: str | None = None, force: bool = False) -> Ceilings:
+    """The full measurements, from the cache unless there are none or `force` asks for fresh ones."""
+    cached = None if force else load_ceilings(threads, isa)
+    if cached is not None and cached.full:
+        return cached
+    ceilings = measure(threads, isa)
+    save_ceilings(ceilings)
+    return ceilings
+
+
+def quick_ceilings(threads: int | None = None, isa: str | None = None) -> Ceilings:
+    """The cached ceilings, or quick measurements (under a second), which are then cached."""
+    cached = load_ceilings(threads, isa)
+    if cached is not None:
+        return cached
+    ceilings = measure(threads, isa, QUICK_PROBE_S)
+    save_ceilings(ceilings)
+    return ceilings

@@ -1,0 +1,40 @@
+"""The roofline: how long work must take at least on a machine, and what share of its limits was reached.
+
+S. Williams, A. Waterman, D. Patterson, "Roofline: an insightful visual performance model for multicore
+architectures", CACM 52(4), 2009.
+"""
+
+from __future__ import annotations
+
+from ridgeline.resources.ceilings import Ceilings
+from ridgeline.types import Work
+
+
+def memory_s(work: Work, ceilings: Ceilings) -> float:
+    """Seconds in which the machine moves this work's bytes at its read bandwidth."""
+    return work.bytes / ceilings.read_bytes_per_s
+
+
+def arithmetic_s(work: Work, ceilings: Ceilings) -> float:
+    """Seconds that this work's arithmetic takes, each format at its own peak, one after the other."""
+    fp32 = ceilings.fp32_flops_per_s
+    return (
+        work.int8_ops / (ceilings.int8_ops_per_s or fp32)
+        + work.bf16_flops / (ceilings.bf16_flops_per_s or fp32)
+        + work.fp32_flops / fp32
+    )
+
+
+def predicted_s(work: Work, ceilings: Ceilings, overhead_s: float = 0.0) -> float:
+    """The least time that the work can take: its memory time or its arithmetic time, and an overhead."""
+    return max(memory_s(work, ceilings), arithmetic_s(work, ceilings)) + overhead_s
+
+
+def mbu(work: Work, elapsed_s: float, ceilings: Ceilings) -> float:
+    """Model bandwidth utilisation: the share of the read bandwidth that was used (1.0 = all of it)."""
+    return memory_s(work, ceilings) / elapsed_s if elapsed_s > 0 else 0.0
+
+
+def mfu(work: Work, elapsed_s: float, ceilings: Ceilings) -> float:
+    """Model arithmetic utilisation: the share of the elapsed time that the arithmetic would take at peak."""
+    return arithmetic_s(work, ceilings) / elapsed_s if elapsed_s > 0 else 0.0
