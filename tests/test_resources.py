@@ -152,7 +152,7 @@ def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     write_atomic(path, b"one")
     write_atomic(path, b"two")
     assert path.read_bytes() == b"two"
-    assert os.listdir(path.parent) == ["file"]
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
 def test_write_atomic_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_write_atomic_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(CapacityError, match="No space left on device"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 # ------------------------------------------------------------------------------------------ ceilings
@@ -245,11 +245,14 @@ def test_times_add_up_and_nothing_is_faster_than_its_parts(a: Work, b: Work) -> 
 # -------------------------------------------------------------------------------------------- ledger
 
 
+TOKEN_BYTES = 23_040
+
+
 def demand(**changes: object) -> Demand:
     base = Demand(
         weights_bytes=100 << 20,
         activation_bytes=10 << 20,
-        groups=(KVGroup(token_bytes=23_040),),
+        groups=(KVGroup(page_bytes=TOKEN_BYTES * PAGE_TOKENS),),
         max_model_len=2048,
         max_num_seqs=64,
         max_num_batched_tokens=512,
@@ -260,7 +263,7 @@ def demand(**changes: object) -> Demand:
 def test_much_memory_gives_every_sequence_its_full_length() -> None:
     ledger = plan_memory(demand(), free_bytes=1 << 40)
     assert ledger.pages == (64 * 2048 // PAGE_TOKENS,)
-    assert ledger.kv_bytes == 64 * 2048 * 23_040
+    assert ledger.kv_bytes == 64 * 2048 * TOKEN_BYTES
     assert ledger.bytes == ledger.kv_bytes + (110 << 20)
 
 
@@ -296,7 +299,7 @@ def test_weights_that_do_not_fit() -> None:
 
 def test_given_pool_size_is_used_whole_or_refused() -> None:
     ledger = plan_memory(demand(), free_bytes=1 << 40, kv_cache_memory_bytes=100 << 20)
-    assert (100 << 20) - 23_040 * PAGE_TOKENS < ledger.kv_bytes <= 100 << 20
+    assert (100 << 20) - TOKEN_BYTES * PAGE_TOKENS < ledger.kv_bytes <= 100 << 20
     with pytest.raises(CapacityError, match="kv_cache_memory_bytes is"):
         plan_memory(demand(), free_bytes=1 << 30, kv_cache_memory_bytes=1 << 30)
     with pytest.raises(CapacityError, match="--max-model-len up to"):
@@ -313,7 +316,7 @@ def test_given_pool_size_is_used_whole_or_refused() -> None:
 def test_window_pools_hold_a_chunk_wherever_it_starts(
     window: int, length: int, chunk: int, start: int, budget: int
 ) -> None:
-    groups = (KVGroup(token_bytes=512), KVGroup(token_bytes=2048, window=window))
+    groups = (KVGroup(page_bytes=8192), KVGroup(page_bytes=32768, window=window))
     asked = demand(groups=groups, max_model_len=length, max_num_batched_tokens=chunk, max_num_seqs=4)
     try:
         ledger = plan_memory(asked, free_bytes=1 << 40, kv_cache_memory_bytes=budget)

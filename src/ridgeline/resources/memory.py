@@ -19,15 +19,11 @@ RESERVE_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class KVGroup:
-    """Layers of equal geometry with one pool: the bytes of one token's slot in all of them, and how many
-    tokens back they look (None: all)."""
+    """Layers of equal geometry with one pool: the bytes of a page in all of them, and how many tokens back
+    they look (None: all)."""
 
-    token_bytes: int
+    page_bytes: int
     window: int | None = None
-
-    @property
-    def page_bytes(self) -> int:
-        return self.token_bytes * PAGE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
