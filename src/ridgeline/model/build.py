@@ -1,0 +1,154 @@
+"""From a ModelSpec to the decoder's program, in canonical form: unfused, float32 activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from ridgeline.model.program import (
+    Activate,
+    Add,
+    Attention,
+    Embed,
+    Kind,
+    Linear,
+    MemoryGroup,
+    Norm,
+    Operation,
+    Program,
+    Rope,
+    Select,
+    Softcap,
+    StoreKV,
+    Value,
+    Weight,
+)
+from ridgeline.model.spec import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec, NormSpec
+
+Op = TypeVar("Op", bound=Operation)
+
+
+@dataclass(slots=True)
+class _Builder:
+    """Collects operations; every method appends one and returns its value."""
+
+    spec: ModelSpec
+    operations: list[Operation] = field(default_factory=list)
+
+    def append(self, operation: Operation) -> Value:
+        self.operations.append(operation)
+        return operation.out
+
+    def value(self, name: str, width: int, kind: Kind = "f32", selected: bool = False) -> Value:
+        return Value(name, kind, width, selected)
+
+    def norm(self, x: Value, name: str, head_dim: int | None = None) -> Value:
+        width = head_dim or x.width
+        spec = NormSpec("rms", self.spec.norm.eps) if head_dim else self.spec.norm
+        bias = Weight(f"{name}.bias", (width,)) if spec.kind == "layer" else None
+        out = replace(x, name=name)
+        return self.append(Norm(out, x, spec, Weight(name, (width,)), bias, head_dim))
+
+    def linear(self, x: Value, name: str, width: int, bias: bool = False, weight: str | None = None) -> Value:
+        kernel = Weight(weight or name, (width, x.width))
+        offset = Weight(f"{name}.bias", (width,)) if bias else None
+        return self.append(Linear(replace(x, name=name, width=width), x, kernel, offset))
+
+    def add(self, x: Value, y: Value, name: str) -> Value:
+        return self.append(Add(replace(x, name=name), x, y))
+
+
+def memory_groups(spec: ModelSpec) -> tuple[MemoryGroup, ...]:
+    """Group the layers by the geometry of their sequence memory, in order of first appearance."""
+    layers: dict[tuple[int | None, int, int], list[int]] = {}
+    for index, layer in enumerate(spec.layers):
+        attention = layer.attention
+        layers.setdefault((attention.window, attention.kv_heads, attention.head_dim), []).append(index)
+    return tuple(
+        MemoryGroup("full" if window is None else "window", tuple(indices), kv_heads, head_dim, window)
+        for (window, kv_heads, head_dim), indices in layers.items()
+    )
+
+
+def decoder(spec: ModelSpec) -> Program:
+    """The program that turns tokens and positions into logits, over the memory of all layers."""
+    build = _Builder(spec)
+    groups = memory_groups(spec)
+    group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
+    stream = _embed(build)
+    for index, layer in enumerate(spec.layers):
+        stream = _layer(build, stream, layer, index, group_of[index])
+    selected = build.append(Select(Value("selected", "f32", spec.hidden, selected=True), stream))
+    final = build.norm(selected, "final_norm")
+    head = "embed" if spec.tied_head else "head"
+    logits = build.linear(final, "head", spec.vocabulary, weight=head)
+    if spec.logit_softcap is not None:
+        logits = build.append(Softcap(replace(logits, name="logits"), logits, spec.logit_softcap))
+    return Program("decoder", tuple(build.operations), groups, logits)
+
+
+def _embed(build: _Builder) -> Value:
+    spec = build.spec
+    table = Weight("embed", (spec.vocabulary, spec.hidden))
+    tokens = build.value("tokens", 1, "tokens")
+    stream = build.append(Embed(build.value("embed", spec.hidden), tokens, table, spec.embedding_scale))
+    if spec.learned_positions is None:
+        return stream
+    table = Weight("positions", (spec.learned_positions, spec.hidden))
+    where = build.value("positions", 1, "positions")
+    offsets = build.append(Embed(build.value("position_embed", spec.hidden), where, table))
+    return build.add(stream, offsets, "embed_sum")
+
+
+def _layer(build: _Builder, stream: Value, layer: LayerSpec, index: int, group: int) -> Value:
+    prefix = f"layers.{index}"
+    x = build.norm(stream, f"{prefix}.attention_norm")
+    x = _attention(build, x, layer.attention, index, group)
+    if layer.post_norms:
+        x = build.norm(x, f"{prefix}.post_attention_norm")
+    stream = build.add(stream, x, f"{prefix}.attention_sum")
+    x = build.norm(stream, f"{prefix}.feed_forward_norm")
+    x = _feed_forward(build, x, layer.feed_forward, prefix)
+    if layer.post_norms:
+        x = build.norm(x, f"{prefix}.post_feed_forward_norm")
+    return build.add(stream, x, f"{prefix}.feed_forward_sum")
+
+
+def _attention(build: _Builder, x: Value, spec: AttentionSpec, index: int, group: int) -> Value:
+    prefix = f"layers.{index}"
+    dim = spec.head_dim
+    query = build.linear(x, f"{prefix}.q", spec.heads * dim, spec.qkv_bias)
+    key = build.linear(x, f"{prefix}.k", spec.kv_heads * dim, spec.qkv_bias)
+    value = build.linear(x, f"{prefix}.v", spec.kv_heads * dim, spec.qkv_bias)
+    if spec.qk_norm:
+        query = build.norm(query, f"{prefix}.q_norm", dim)
+        key = build.norm(key, f"{prefix}.k_norm", dim)
+    if spec.rope is not None:
+        query = build.append(Rope(replace(query, name=f"{prefix}.q_rope"), query, spec.rope, dim))
+        key = build.append(Rope(replace(key, name=f"{prefix}.k_rope"), key, spec.rope, dim))
+    memory = build.append(StoreKV(Value(f"{prefix}.kv", "kv", 2 * key.width), key, value, index, group))
+    mixed = build.append(
+        Attention(
+            replace(query, name=f"{prefix}.attention"),
+            query,
+            memory,
+            index,
+            group,
+            spec.heads,
+            spec.kv_heads,
+            dim,
+            spec.scale,
+            spec.window,
+        )
+    )
+    return build.linear(mixed, f"{prefix}.o", build.spec.hidden, spec.output_bias)
+
+
+def _feed_forward(build: _Builder, x: Value, spec: FeedForwardSpec, prefix: str) -> Value:
+    up = build.linear(x, f"{prefix}.up", spec.width, spec.bias)
+    source, times = up, None
+    if spec.gated:
+        source, times = build.linear(x, f"{prefix}.gate", spec.width, spec.bias), up
+    name = f"{prefix}.activation"
+    mixed = build.append(Activate(replace(up, name=name), source, spec.activation, times))
+    return build.linear(mixed, f"{prefix}.down", build.spec.hidden, spec.bias)

@@ -1,0 +1,297 @@
+"""The step program: a model as an ordered tuple of typed operations on typed values.
+
+A program is canonical: unfused and single-assignment. It refers to weights by name and never owns them.
+An operation says how much arithmetic it is; bytes belong to its lowering, because a value that lives
+inside one launch moves none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from ridgeline.model.spec import Activation, NormSpec, RopeSpec
+from ridgeline.types import Step, Work
+
+Kind = Literal["tokens", "positions", "f32", "A8-g32", "kv", "logits"]
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """The result of one operation: `width` numbers for each row, or for each wanted row if `selected`."""
+
+    name: str
+    kind: Kind
+    width: int
+    selected: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A reference to a weight by its canonical name; `shape` is (out, in) or (width,)."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryGroup:
+    """Layers whose sequence memory has one geometry: they share a pool's page ids and a table.
+
+    "full" keeps every slot and "window" the last `window`. "latent" and "state" are for families whose
+    memory is a compressed vector per slot, or a fixed size per sequence.
+    """
+
+    kind: Literal["full", "window", "latent", "state"]
+    layers: tuple[int, ...]
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+
+    @property
+    def values_per_slot(self) -> int:
+        """Numbers kept for each slot, keys and values of all layers."""
+        return 2 * self.kv_heads * self.head_dim * len(self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoad:
+    """How much of everything a step asks for: what operations need to know to count their arithmetic.
+
+    For memory group g, `pairs[g]` counts the (row, visible slot) pairs and `slots[g]` the slots that any
+    row of a sequence sees, summed over sequences.
+    """
+
+    rows: int
+    outputs: int
+    pairs: tuple[int, ...]
+    slots: tuple[int, ...]
+
+    @classmethod
+    def of(cls, step: Step, groups: Sequence[MemoryGroup]) -> StepLoad:
+        counts = [_visible(step, group.window) for group in groups]
+        return cls(step.rows, step.outputs, tuple(c[0] for c in counts), tuple(c[1] for c in counts))
+
+    def rows_of(self, value: Value) -> int:
+        return self.outputs if value.selected else self.rows
+
+
+def _visible(step: Step, window: int | None) -> tuple[int, int]:
+    """(row, slot) pairs and slots that the step's rows see through a window, in closed form."""
+    pairs = slots = 0
+    for sequence in step.sequences:
+        own = sequence.segments[-1]
+        first = own.first_position + sequence.start
+        last = first + len(sequence.tokens) - 1
+        for segment in sequence.segments:
+            begin, end = segment.first_position, segment.first_position + segment.length
+            low = begin if window is None else max(begin, first - window + 1)
+            slots += max(0, (min(end, last + 1) if segment.causal else end) - low)
+            seen = _up_to_row(begin, first, last) - _up_to_row(end, first, last)
+            if not segment.causal:
+                seen = (last - first + 1) * segment.length
+            if window is not None:
+                seen -= _up_to_row(begin + window, first, last) - _up_to_row(end + window, first, last)
+            pairs += seen
+    return pairs, slots
+
+
+def _up_to_row(begin: int, first: int, last: int) -> int:
+    """Sum over rows p in first..last of the positions in begin..p."""
+    low = max(first, begin)
+    return (last - low + 1) * (low + last + 2 - 2 * begin) // 2 if last >= low else 0
+
+
+# ------------------------------------------------------------------------------------- operations
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """Base of all operations. Fields of type Value other than `out` are inputs; of type Weight, weights."""
+
+    out: Value
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return tuple(
+            v for f in fields(self) if f.name != "out" and isinstance(v := getattr(self, f.name), Value)
+        )
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return tuple(v for f in fields(self) if isinstance(v := getattr(self, f.name), Weight))
+
+    def work(self, load: StepLoad) -> Work:
+        """Arithmetic of this operation in a step; a transcendental function counts as one."""
+        raise TypeError(f"{type(self).__name__} does not count its work")
+
+
+@dataclass(frozen=True, slots=True)
+class Embed(Operation):
+    """Row of a table for each token, or for each position, times `scale`."""
+
+    ids: Value
+    table: Weight
+    scale: float = 1.0
+
+    def work(self, load: StepLoad) -> Work:
+        return Work(fp32_flops=load.rows_of(self.out) * self.out.width if self.scale != 1.0 else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Add(Operation):
+    """Element-wise sum: the residual stream, or positions onto token embeddings."""
+
+    x: Value
+    y: Value
+
+    def work(self, load: StepLoad) -> Work:
+        return Work(fp32_flops=load.rows_of(self.out) * self.out.width)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm(Operation):
+    """Normalise over the width, or over each head of `head_dim` values where that is given."""
+
+    x: Value
+    spec: NormSpec
+    weight: Weight
+    bias: Weight | None = None
+    head_dim: int | None = None
+
+    def work(self, load: StepLoad) -> Work:
+        per_value = 4 if self.spec.kind == "rms" else 7
+        return Work(fp32_flops=per_value * load.rows_of(self.out) * self.out.width)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantise(Operation):
+    """Round float32 activations to A8-g32 (`precision.quantise` has the exact rule)."""
+
+    x: Value
+
+    def work(self, load: StepLoad) -> Work:
+        return Work(fp32_flops=4 * load.rows_of(self.out) * self.out.width)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear(Operation):
+    """W x + b."""
+
+    x: Value
+    weight: Weight
+    bias: Weight | None = None
+
+    def work(self, load: StepLoad) -> Work:
+        ops = 2 * load.rows_of(self.x) * self.weight.shape[0] * self.weight.shape[1]
+        return Work(int8_ops=ops) if self.x.kind == "A8-g32" else Work(fp32_flops=ops)
+
+
+@dataclass(frozen=True, slots=True)
+class Rope(Operation):
+    """Turn the leading pairs of each head by the row's rotary position."""
+
+    x: Value
+    spec: RopeSpec
+    head_dim: int
+
+    def work(self, load: StepLoad) -> Work:
+        return Work(fp32_flops=3 * load.rows_of(self.x) * (self.x.width // self.head_dim) * self.spec.dim)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreKV(Operation):
+    """Write keys and values into the rows' slots of a layer, rounded to the cache's format."""
+
+    key: Value
+    value: Value
+    layer: int
+    group: int
+
+    def work(self, load: StepLoad) -> Work:
+        return Work()
+
+
+@dataclass(frozen=True, slots=True)
+class Attention(Operation):
+    """Scaled dot-product attention over the stored keys and values, the row's own included."""
+
+    query: Value
+    memory: Value
+    layer: int
+    group: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+
+    def work(self, load: StepLoad) -> Work:
+        return Work(fp32_flops=(4 * self.head_dim + 3) * self.heads * load.pairs[self.group])
+
+
+@dataclass(frozen=True, slots=True)
+class Activate(Operation):
+    """act(x), times `times` where that is given."""
+
+    x: Value
+    activation: Activation
+    times: Value | None = None
+
+    def work(self, load: StepLoad) -> Work:
+        return Work(fp32_flops=(4 if self.times is None else 5) * load.rows_of(self.out) * self.out.width)
+
+
+@dataclass(frozen=True, slots=True)
+class Select(Operation):
+    """Keep the rows whose logits the step wants."""
+
+    x: Value
+
+    def work(self, load: StepLoad) -> Work:
+        return Work()
+
+
+@dataclass(frozen=True, slots=True)
+class Softcap(Operation):
+    """cap * tanh(x / cap)."""
+
+    x: Value
+    cap: float
+
+    def work(self, load: StepLoad) -> Work:
+        return Work(fp32_flops=3 * load.rows_of(self.out) * self.out.width)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """An ordered, single-assignment list of operations that ends in `output`."""
+
+    name: str
+    operations: tuple[Operation, ...]
+    groups: tuple[MemoryGroup, ...]
+    output: Value
+
+    def __post_init__(self) -> None:
+        known: set[str] = {"tokens", "positions"}
+        for op in self.operations:
+            missing = [v.name for v in op.inputs if v.name not in known]
+            if missing or op.out.name in known:
+                raise ValueError(
+                    f"{type(op).__name__} {op.out.name}: reads {missing} before, or assigns twice"
+                )
+            known.add(op.out.name)
+
+    def weights(self) -> Iterator[Weight]:
+        """Every weight that the program reads, once, in order of first use."""
+        seen: set[str] = set()
+        for op in self.operations:
+            for weight in op.weights:
+                if weight.name not in seen:
+                    seen.add(weight.name)
+                    yield weight
+
+    def work(self, load: StepLoad) -> Work:
+        """Arithmetic of the whole program in a step."""
+        return sum((op.work(load) for op in self.operations), Work())
