@@ -1,0 +1,75 @@
+"""What a family is: how metadata becomes a spec, and where each weight lies in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ridgeline.model.checkpoint import Checkpoint
+from ridgeline.model.checkpoint.files import Kind
+from ridgeline.model.spec import LayerSpec, ModelSpec
+from ridgeline.precision.storage import Tensor, float32_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a canonical weight lies in a checkpoint, and how to turn what lies there into our orientation.
+
+    In this order: transpose, take `rows` (start, stop) of a fused tensor, undo the interleaving of rotary
+    pairs within each of `interleaved_heads` heads, add `offset`.
+    """
+
+    tensor: str
+    transposed: bool = False
+    rows: tuple[int, int] | None = None
+    interleaved_heads: int | None = None
+    offset: float = 0.0
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The canonical shape that a tensor of shape `stored` gives."""
+        shape = stored[::-1] if self.transposed else stored
+        return (self.rows[1] - self.rows[0], *shape[1:]) if self.rows else shape
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        if self.transposed:
+            tensor = float32_tensor(np.ascontiguousarray(tensor.dequantise().T))
+        if self.rows:
+            tensor = tensor.rows(slice(*self.rows))
+        if self.interleaved_heads:
+            tensor = tensor.rows(_halves_from_pairs(tensor.shape[0], self.interleaved_heads))
+        if self.offset:
+            tensor = float32_tensor(tensor.dequantise() + np.float32(self.offset))
+        return tensor
+
+
+def _halves_from_pairs(rows: int, heads: int) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+    """Row order that brings rotary pairs (2i, 2i + 1) of each head to (i, i + half)."""
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A mapping of metadata to a spec and of weight names to tensors; nothing here computes.
+
+    `names` gives the GGUF and Hugging Face stem of each canonical weight, with `{i}` for the layer; biases
+    add `.bias` where weights add `.weight`. `source` adjusts a plain source where the file holds something
+    else. `prefixes` are module paths that a safetensors file may put before its names. Tensors that match
+    `ignored` carry no information.
+    """
+
+    name: str
+    architectures: tuple[str, ...]  # GGUF general.architecture
+    model_types: tuple[str, ...]  # config.json model_type
+    from_gguf: Callable[[Checkpoint], ModelSpec]
+    from_config: Callable[[Checkpoint], ModelSpec]
+    names: Mapping[str, tuple[str, str]]
+    source: Callable[[ModelSpec, Kind, str, Source], Source] = lambda spec, kind, name, source: source
+    prefixes: tuple[str, ...] = ("",)
+    ignored: tuple[str, ...] = ()
+
+
+def layer_of(spec: ModelSpec, name: str) -> LayerSpec:
+    """The layer that a canonical weight name such as `layers.3.q` belongs to."""
+    return spec.layers[int(name.split(".")[1])]

@@ -1,0 +1,75 @@
+"""Typed, bounded reading of a checkpoint's metadata: sizes are checked before anything is built from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ridgeline.types import CheckpointError
+
+T = TypeVar("T")
+MAX_LAYERS = 1024
+MAX_WIDTH = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """A mapping from metadata keys to values; `prefix` stands before every key that is asked for.
+
+    All readers raise CheckpointError with the key, what was seen and what would be accepted. `default`
+    None means that the key must be there; a key that holds None counts as absent.
+    """
+
+    values: Mapping[str, Any]
+    prefix: str = ""
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(self.prefix + key) is not None
+
+    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = MAX_WIDTH) -> int:
+        value = self._get(key, default)
+        ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+        return int(self._accept(ok, key, value, f"a whole number from {low} to {high}"))
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number above zero."""
+        value = self._get(key, default)
+        ok = (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and value > 0
+        )
+        return float(self._accept(ok, key, value, "a finite number above 0"))
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        return bool(self._accept(isinstance(value, bool), key, value, "true or false"))
+
+    def choice(self, key: str, choices: Mapping[str, T], default: str | None = None) -> T:
+        """The value that stands for the metadata's word."""
+        value = self._get(key, default)
+        known = isinstance(value, str) and value in choices
+        return choices[self._accept(known, key, value, ", ".join(choices))]
+
+    def section(self, key: str) -> Fields:
+        """A nested mapping; empty where there is none."""
+        value = self.values.get(self.prefix + key)
+        return Fields(self._accept(isinstance(value, Mapping | None), key, value, "an object") or {})
+
+    def refuse(self, key: str, *accepted: object) -> None:
+        """Refuse a setting that would change the result and that we do not implement."""
+        value = self.values.get(self.prefix + key)
+        self._accept(value is None or value in accepted, key, value, ", ".join(map(repr, accepted)) or "none")
+
+    def _get(self, key: str, default: T | None) -> Any:
+        value = self.values.get(self.prefix + key)
+        return default if value is None else value
+
+    def _accept(self, ok: bool, key: str, value: Any, accepted: str) -> Any:
+        if ok:
+            return value
+        seen = "missing" if value is None else repr(value)[:80]
+        raise CheckpointError(f"model metadata: {self.prefix}{key} is {seen}; accepted: {accepted}")

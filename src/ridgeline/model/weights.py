@@ -1,0 +1,131 @@
+"""The store of weights: canonical names over a checkpoint's tensors, in the formats that run.
+
+A store owns no weights either: it reads, converts and hands over, and an executor keeps what it packs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+
+from ridgeline.model.checkpoint import Checkpoint
+from ridgeline.model.families import family_of
+from ridgeline.model.families.family import Family, Source
+from ridgeline.model.program import Embed, Linear, Program
+from ridgeline.model.spec import ModelSpec
+from ridgeline.precision.formats import FORMATS, Format, parse_format
+from ridgeline.precision.quantise import quantise_tensor
+from ridgeline.precision.storage import Tensor, check_finite
+from ridgeline.types import CheckpointError, Float32Array
+
+DEFAULT_FORMAT = "W8A8-g32"
+NATIVE_FORMATS = {"Q4_0": "W4A8-g32", "Q4_1": "W4A8-g32", "Q8_0": "W8A8-g32"}
+"""Storages that run as they are, and the format that they are then in."""
+
+
+class Weights:
+    """The weights that a canonical program names, read from one checkpoint.
+
+    `choice` is the format of matrices: "auto" keeps a quantised tensor as it is and stores floats as
+    W8A8-g32. Vectors and tables that are only looked up by position stay float32.
+
+    Raises CheckpointError when a tensor is missing, left over, or of another shape than the program's.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, program: Program, checkpoint: Checkpoint, choice: str = "auto"
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._shapes = {weight.name: weight.shape for weight in program.weights()}
+        self._sources = _sources(family_of(checkpoint), spec, checkpoint, self._shapes)
+        self._check_shapes()
+        self.formats: Mapping[str, Format] = {
+            name: self._format(name, choice) for name in sorted(_matrices(program))
+        }
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def matrix(self, name: str) -> Tensor:
+        """A matrix in the storage of its format; it may be a view of the mapped file."""
+        held = self._read(name)
+        fmt = self.formats[name]
+        if NATIVE_FORMATS.get(held.storage.name) == fmt.name:
+            return held
+        return quantise_tensor(held, fmt, self._sources[name].tensor)
+
+    def vector(self, name: str) -> Float32Array:
+        """A norm's gain, a bias or a table of positions, in float32 and in memory of its own."""
+        values = self._read(name).dequantise()
+        self.release(name)
+        return values
+
+    def release(self, name: str) -> None:
+        """The tensor behind `name` has been packed: its pages of the file need not stay in memory."""
+        self._checkpoint.release(self._sources[name].tensor)
+
+    def close(self) -> None:
+        self._checkpoint.close()
+
+    def _read(self, name: str) -> Tensor:
+        source = self._sources[name]
+        tensor = self._checkpoint.tensor(source.tensor)
+        check_finite(tensor, source.tensor)
+        return source.apply(tensor)
+
+    def _format(self, name: str, choice: str) -> Format:
+        if choice != "auto":
+            return parse_format(choice)
+        storage = self._checkpoint.tensors[self._sources[name].tensor].storage
+        return FORMATS[NATIVE_FORMATS.get(storage, DEFAULT_FORMAT)]
+
+    def _check_shapes(self) -> None:
+        for name, source in self._sources.items():
+            stored = self._checkpoint.tensors[source.tensor].shape
+            fits = not source.rows or source.rows[1] <= (stored[-1] if source.transposed else stored[0])
+            if not fits or source.shape(stored) != self._shapes[name]:
+                raise CheckpointError(
+                    f"tensor {source.tensor!r} has shape {stored}; the model's metadata asks for "
+                    f"{name} of shape {self._shapes[name]}"
+                )
+
+
+def _matrices(program: Program) -> set[str]:
+    """Weights of linears and of token embeddings: those that a format is chosen for."""
+    linears = {op.weight.name for op in program.operations if isinstance(op, Linear)}
+    tables = {op.table.name for op in program.operations if isinstance(op, Embed) and op.ids.kind == "tokens"}
+    return linears | tables
+
+
+def _sources(
+    family: Family, spec: ModelSpec, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Source]:
+    """The source of every weight in `shapes`. Raises CheckpointError for missing and left-over tensors."""
+    prefix = next((p for p in family.prefixes if any(n.startswith(p) for n in checkpoint.tensors)), "")
+    sources = {}
+    for name in shapes:
+        plain = Source(_tensor_name(family, checkpoint.kind == "gguf", prefix, name))
+        sources[name] = family.source(spec, checkpoint.kind, name, plain)
+    used = {source.tensor for source in sources.values()}
+    _complain("is missing", sorted(used - set(checkpoint.tensors)))
+    if spec.tied_head:  # a file may store the tied matrix twice
+        used.add(_tensor_name(family, checkpoint.kind == "gguf", prefix, "head"))
+        used.add("lm_head.weight")
+    left = [n for n in checkpoint.tensors if n not in used and not any(fnmatch(n, i) for i in family.ignored)]
+    _complain("is not known to this family", sorted(left))
+    return sources
+
+
+def _tensor_name(family: Family, gguf: bool, prefix: str, name: str) -> str:
+    stem, bias = (name.removesuffix(".bias"), name.endswith(".bias"))
+    parts = stem.split(".")
+    pattern = ".".join([parts[0], "{i}", *parts[2:]]) if parts[0] == "layers" else stem
+    base = family.names[pattern][0 if gguf else 1]
+    path = base if gguf or pattern == "head" else prefix + base
+    return path.replace("{i}", parts[1] if len(parts) > 1 else "") + (".bias" if bias else ".weight")
+
+
+def _complain(what: str, names: list[str]) -> None:
+    if names:
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        raise CheckpointError(f"tensor {names[0]!r} {what}{more}")
