@@ -1,0 +1,1 @@
+"""The executors: one protocol, and the machines that run programs."""

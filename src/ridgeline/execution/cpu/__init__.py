@@ -1,0 +1,1 @@
+"""The CPU executor: programs lowered to launches of a C++ tape."""

@@ -1,0 +1,71 @@
+"""The executor's protocol: five methods between the engine and a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ridgeline.config import PAGE_TOKENS
+from ridgeline.model.program import MemoryGroup, Program
+from ridgeline.model.weights import Weights
+from ridgeline.types import CheckpointError, PageCopy, Step, StepFuture, StepResult
+
+KV_VALUE_BYTES = {"KV16": 2, "KV32": 4}
+"""Bytes of a stored key or value by the cache's format: KV16 is bfloat16, KV32 is float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an executor makes room for: rows in a step, and pages in the pool of each memory group."""
+
+    max_rows: int
+    pages: tuple[int, ...]
+    kv_format: str = "KV16"
+
+
+def page_bytes(group: MemoryGroup, kv_format: str) -> int:
+    """Memory of one page of a group, all of its layers together."""
+    return group.values_per_slot * PAGE_TOKENS * KV_VALUE_BYTES[kv_format]
+
+
+class Executor(Protocol):
+    """Runs programs over weights and sequence memory that it owns.
+
+    The order of use is load, compile, then run and transfer at will. `run` checks nothing that the engine
+    guarantees but refuses a step that contradicts itself. After `close` nothing may be called but `close`.
+    """
+
+    def load(self, weights: Weights) -> None:
+        """Read and pack every weight; the store may be closed afterwards."""
+
+    def compile(self, program: Program) -> Any:
+        """A handle for `run`: the program lowered to this machine's launches."""
+
+    def run(self, handle: Any, step: Step) -> StepFuture:
+        """Launch one pass of the program."""
+
+    def transfer(self, moves: Sequence[PageCopy]) -> None:
+        """Move sequence memory, in the order given, after the steps that were launched before."""
+
+    def close(self) -> None:
+        """Give back memory and threads. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """The future of an executor that has already run the step."""
+
+    step_result: StepResult
+
+    def result(self) -> StepResult:
+        return self.step_result
+
+
+def check_memory_kinds(program: Program, executor: str) -> None:
+    """Raise CheckpointError for a memory kind that an executor does not keep."""
+    for group in program.groups:
+        if group.kind not in ("full", "window"):
+            raise CheckpointError(
+                f"layer memory is {group.kind!r}; the {executor} executor accepts: full, window"
+            )

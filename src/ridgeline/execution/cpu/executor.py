@@ -1,0 +1,184 @@
+"""The CPU executor: packs weights, binds launches to a tape, and runs a step in one call."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ridgeline.config import PAGE_TOKENS
+from ridgeline.execution.base import KV_VALUE_BYTES, FinishedStep, Limits, check_memory_kinds
+from ridgeline.execution.cpu.buffers import assign_buffers, value_row_bytes
+from ridgeline.execution.cpu.launches import Binding, CpuLaunch
+from ridgeline.execution.cpu.lower import lower
+from ridgeline.execution.lowering import Footprint, launch_work
+from ridgeline.execution.step_arrays import StepArrays, rope_tables
+from ridgeline.model.program import MemoryGroup, Program, Rope, StepLoad, Value, Weight
+from ridgeline.model.spec import RopeSpec
+from ridgeline.model.weights import Weights
+from ridgeline.native import Matrix, StepInputs, Tape, Team, allocate, copy_page, isa_levels, pack
+from ridgeline.precision.storage import Tensor, float32_tensor
+from ridgeline.types import ConfigError, Float32Array, PageCopy, Step, StepResult, Work
+
+ISA_VARIABLE = "RIDGELINE_ISA"
+_KV_DTYPES: dict[str, type[np.uint16] | type[np.float32]] = {"KV16": np.uint16, "KV32": np.float32}
+
+
+def choose_isa() -> str:
+    """The best instruction set of this machine, or the one that RIDGELINE_ISA forces."""
+    levels = isa_levels()
+    forced = os.environ.get(ISA_VARIABLE)
+    if forced and forced not in levels:
+        raise ConfigError(f"{ISA_VARIABLE} is {forced!r}; this machine accepts: {', '.join(levels)}")
+    return forced or levels[0]
+
+
+@dataclass(frozen=True, slots=True)
+class CpuHandle:
+    """A program on its tape. The rope tables are buffers that every step fills before it runs."""
+
+    program: Program
+    launches: tuple[CpuLaunch, ...]
+    tape: Tape
+    ropes: dict[RopeSpec, tuple[Float32Array, Float32Array]]
+    footprint: Footprint
+
+    def work(self, step: Step) -> Work:
+        """Arithmetic and traffic of a step, summed over its launches."""
+        load = StepLoad.of(step, self.program.groups)
+        return sum((launch_work(x, self.program, load, self.footprint) for x in self.launches), Work())
+
+
+class CpuExecutor:
+    """Implements `execution.base.Executor`. Owns the packed weights, the pools and the thread team."""
+
+    def __init__(self, limits: Limits, threads: int, isa: str | None = None) -> None:
+        self.isa = isa or choose_isa()
+        self._limits = limits
+        self._team = Team(threads)
+        self._matrices: dict[str, Matrix] = {}
+        self._vectors: dict[str, Float32Array] = {}
+        self._pools: dict[int, NDArray[np.uint16] | Float32Array] = {}
+        self._groups: dict[int, MemoryGroup] = {}
+        self._logits = np.empty((0, 0), np.float32)
+
+    def load(self, weights: Weights) -> None:
+        for name in weights:
+            if name in weights.formats:
+                self._matrices[name] = self._pack(weights.matrix(name))
+                weights.release(name)
+            else:
+                self._vectors[name] = weights.vector(name)
+
+    def compile(self, program: Program) -> CpuHandle:
+        check_memory_kinds(program, "CPU")
+        self._make_pools(program)
+        launches = lower(program)
+        rows = self._limits.max_rows
+        buffers = assign_buffers(program, launches, rows)
+        specs = {op.spec for op in program.operations if isinstance(op, Rope)}
+        ropes = {spec: _rope_buffers(spec, rows) for spec in specs}
+        tape = Tape(self._team, self.isa, rows)
+        binding = Binding(
+            tape=tape,
+            buffer=lambda value: buffers[value.name],
+            matrix=self._matrix,
+            vector=lambda weight: self._vectors[weight.name] if weight else None,
+            pool=lambda layer: self._pools[layer],
+            rope=lambda spec: ropes[spec],
+        )
+        for launch in launches:
+            launch.bind(binding)
+        return CpuHandle(program, launches, tape, ropes, self._footprint(program))
+
+    def run(self, handle: CpuHandle, step: Step) -> FinishedStep:
+        started = time.perf_counter()
+        arrays = StepArrays.of(step, len(handle.program.groups))
+        for spec, buffers in handle.ropes.items():
+            for buffer, table in zip(buffers, rope_tables(spec, arrays.positions), strict=True):
+                buffer[: len(table)] = table
+        logits = self._logits_for(len(arrays.output_rows), handle.program.output)
+        handle.tape.run(_inputs(arrays, logits))
+        elapsed_s = time.perf_counter() - started
+        return FinishedStep(StepResult(logits, elapsed_s, handle.work(step)))
+
+    def transfer(self, moves: Sequence[PageCopy]) -> None:
+        for move in moves:
+            for layer in self._groups[move.group].layers:
+                copy_page(self._pools[layer], move.source, move.target)
+
+    def close(self) -> None:
+        self._matrices.clear()
+        self._vectors.clear()
+        self._pools.clear()
+        self._team.close()
+
+    def _pack(self, tensor: Tensor) -> Matrix:
+        rows, cols = tensor.shape
+        data = np.ascontiguousarray(tensor.data)
+        return Matrix(pack(data, tensor.storage.name, cols, self._team), tensor.storage.name, rows, cols)
+
+    def _matrix(self, weight: Weight) -> Matrix:
+        """A packed matrix; a table of positions is packed when a program first asks for it."""
+        if weight.name not in self._matrices:
+            self._matrices[weight.name] = self._pack(float32_tensor(self._vectors.pop(weight.name)))
+        return self._matrices[weight.name]
+
+    def _make_pools(self, program: Program) -> None:
+        """Pools are shared by all programs of a model; untouched pages take no memory."""
+        for index, (group, pages) in enumerate(zip(program.groups, self._limits.pages, strict=True)):
+            self._groups[index] = group
+            dtype = np.dtype(_KV_DTYPES[self._limits.kv_format])
+            shape = (pages, group.kv_heads, 2 * PAGE_TOKENS * group.head_dim)
+            for layer in group.layers:
+                if layer not in self._pools:
+                    memory = allocate(int(np.prod(shape)) * dtype.itemsize)
+                    self._pools[layer] = memory.view(dtype).reshape(shape)
+
+    def _logits_for(self, outputs: int, logits: Value) -> Float32Array:
+        """The executor's own array, grown when a step wants more rows."""
+        if len(self._logits) < outputs or self._logits.shape[1] != logits.width:
+            rows = 1 << (max(outputs, 1) - 1).bit_length()
+            self._logits = np.empty((rows, logits.width), np.float32)
+        return self._logits[:outputs]
+
+    def _footprint(self, program: Program) -> Footprint:
+        value_bytes = KV_VALUE_BYTES[self._limits.kv_format]
+        groups = program.groups
+        return Footprint(
+            weight_bytes=self._weight_bytes,
+            weight_row_bytes=lambda name: self._matrices[name].nbytes // self._matrices[name].rows,
+            value_row_bytes=value_row_bytes,
+            slot_bytes=lambda g: groups[g].values_per_slot // len(groups[g].layers) * value_bytes,
+        )
+
+    def _weight_bytes(self, name: str) -> int:
+        return self._matrices[name].nbytes if name in self._matrices else self._vectors[name].nbytes
+
+
+def _rope_buffers(spec: RopeSpec, rows: int) -> tuple[Float32Array, Float32Array]:
+    cos, sin = (np.empty((rows, spec.dim // 2), np.float32) for _ in range(2))
+    return cos, sin
+
+
+def _inputs(arrays: StepArrays, logits: Float32Array) -> StepInputs:
+    return StepInputs(
+        arrays.tokens,
+        arrays.positions,
+        arrays.slots,
+        arrays.row_sequence,
+        arrays.sequence_row_begin,
+        arrays.output_rows,
+        arrays.segment_begin,
+        arrays.segment_length,
+        arrays.segment_first_position,
+        arrays.segment_bias,
+        arrays.segment_causal,
+        arrays.table_begin,
+        arrays.tables,
+        logits,
+    )

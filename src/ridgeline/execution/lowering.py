@@ -1,0 +1,99 @@
+"""What a lowering is: launches that cover a program's operations, and the checker that proves it.
+
+Bytes are counted here and nowhere else: a launch moves the weights and sequence memory of the operations
+that it covers, and the values that cross its border. Values that live inside one launch move none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ridgeline.model.program import Attention, Embed, Linear, Operation, Program, StepLoad, StoreKV, Value
+from ridgeline.types import Work
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel call. `overwrites` pairs a value that is written with the one whose buffer it takes over."""
+
+    covers: tuple[Operation, ...]
+    overwrites: tuple[tuple[Value, Value], ...]
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        """Values that come from outside, in order of first use."""
+        made = {op.out.name for op in self.covers}
+        values = {v.name: v for op in self.covers for v in op.inputs if v.name not in made}
+        return tuple(values.values())
+
+    def writes(self, program: Program) -> tuple[Value, ...]:
+        """Values that somebody outside reads, or that the program ends in."""
+        inside = {id(op) for op in self.covers}
+        outside = {v.name for op in program.operations if id(op) not in inside for v in op.inputs}
+        outside.add(program.output.name)
+        return tuple(op.out for op in self.covers if op.out.name in outside)
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """How many bytes an executor's things take: a packed weight, a row of it, a row of a value, and one
+    layer's keys and values of a slot of a memory group."""
+
+    weight_bytes: Callable[[str], int]
+    weight_row_bytes: Callable[[str], int]
+    value_row_bytes: Callable[[Value], int]
+    slot_bytes: Callable[[int], int]
+
+
+def launch_work(launch: Launch, program: Program, load: StepLoad, footprint: Footprint) -> Work:
+    """Arithmetic of the covered operations and bytes that the launch moves."""
+    work = sum((op.work(load) for op in launch.covers), Work())
+    read = sum(load.rows_of(v) * footprint.value_row_bytes(v) for v in launch.reads)
+    written = sum(load.rows_of(v) * footprint.value_row_bytes(v) for v in launch.writes(program))
+    for op in launch.covers:
+        if isinstance(op, Embed):
+            read += load.rows * footprint.weight_row_bytes(op.table.name)
+        elif not (isinstance(op, Linear) and load.rows_of(op.x) == 0):
+            read += sum(footprint.weight_bytes(weight.name) for weight in op.weights)
+        if isinstance(op, Attention):
+            read += load.slots[op.group] * footprint.slot_bytes(op.group)
+        if isinstance(op, StoreKV):
+            written += load.rows * footprint.slot_bytes(op.group)
+    return work + Work(read_bytes=read, written_bytes=written)
+
+
+def check_lowering(program: Program, launches: Sequence[Launch]) -> None:
+    """Prove that launches do the program: every operation exactly once, nothing read before it is written,
+    nothing read after its buffer was taken over. Raises ValueError that names the operation or value."""
+    _covered_once(program.operations, [op for launch in launches for op in launch.covers])
+    ready = {"tokens", "positions"}
+    gone: set[str] = set()
+    for launch in launches:
+        for value in launch.reads:
+            if value.name not in ready or value.name in gone:
+                raise ValueError(
+                    f"{value.name} is read {'after it was overwritten' if value.name in gone else 'early'}"
+                )
+        written = {v.name for v in launch.writes(program)}
+        for new, old in launch.overwrites:
+            if new.name not in written or old.name not in {v.name for v in launch.reads}:
+                raise ValueError(
+                    f"{new.name} takes over {old.name}, which its launch does not read and rewrite"
+                )
+            gone.add(old.name)
+        ready |= written
+
+
+def _covered_once(operations: Iterable[Operation], covered: Sequence[Operation]) -> None:
+    wanted = {id(op): op for op in operations}
+    seen: set[int] = set()
+    for op in covered:
+        if id(op) not in wanted or id(op) in seen:
+            raise ValueError(
+                f"{type(op).__name__} {op.out.name} is covered twice, or belongs to no operation"
+            )
+        seen.add(id(op))
+    for key, op in wanted.items():
+        if key not in seen:
+            raise ValueError(f"{type(op).__name__} {op.out.name} is covered by no launch")

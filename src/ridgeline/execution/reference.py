@@ -1,0 +1,250 @@
+"""The reference executor: NumPy, unfused, one function for each operation, obviously right.
+
+It keeps every value in float32 and accumulates in float64. It rounds where the program says so: a
+`Quantise` rounds exactly as the kernels do, and keys and values are attended to as they were stored.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import singledispatchmethod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ridgeline.config import PAGE_TOKENS
+from ridgeline.execution.base import FinishedStep, Limits, check_memory_kinds
+from ridgeline.execution.step_arrays import StepArrays, rope_tables
+from ridgeline.model.program import (
+    Activate,
+    Add,
+    Attention,
+    Embed,
+    Linear,
+    Norm,
+    Operation,
+    Program,
+    Quantise,
+    Rope,
+    Select,
+    Softcap,
+    StepLoad,
+    StoreKV,
+    Weight,
+)
+from ridgeline.model.weights import Weights
+from ridgeline.precision.quantise import dequantise_activations, quantise_activations
+from ridgeline.types import Float32Array, Int32Array, PageCopy, Step, StepResult
+
+Float64Array = NDArray[np.float64]
+
+
+def round_bfloat16(x: Float32Array) -> Float32Array:
+    """Nearest bfloat16 of each value, ties to even, still in float32."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(x), x, rounded.view(np.float32))
+
+
+_ROUND: dict[str, Callable[[Float32Array], Float32Array]] = {"KV16": round_bfloat16, "KV32": np.asarray}
+
+
+@dataclass(slots=True)
+class _Run:
+    """One pass: the step's arrays and the values computed so far, by name."""
+
+    arrays: StepArrays
+    values: dict[str, Float32Array] = field(default_factory=dict)
+
+
+class ReferenceExecutor:
+    """Implements `execution.base.Executor`. A page that was never written holds NaN."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._round = _ROUND[limits.kv_format]
+        self._weights: dict[str, Float32Array] = {}
+        self._memory: dict[int, Float32Array] = {}  # layer -> (2, pages, PAGE_TOKENS, kv_heads, head_dim)
+        self._groups: dict[int, tuple[int, ...]] = {}
+
+    def load(self, weights: Weights) -> None:
+        for name in weights:
+            held = weights.matrix(name).dequantise() if name in weights.formats else weights.vector(name)
+            self._weights[name] = held
+
+    def compile(self, program: Program) -> Program:
+        check_memory_kinds(program, "reference")
+        for index, (group, pages) in enumerate(zip(program.groups, self._limits.pages, strict=True)):
+            self._groups[index] = group.layers
+            for layer in group.layers:
+                shape = (2, pages, PAGE_TOKENS, group.kv_heads, group.head_dim)
+                self._memory.setdefault(layer, np.full(shape, np.nan, np.float32))
+        return program
+
+    def run(self, handle: Program, step: Step) -> FinishedStep:
+        started = time.perf_counter()
+        run = _Run(StepArrays.of(step, len(handle.groups)))
+        for op in handle.operations:
+            run.values[op.out.name] = self._apply(op, run)
+        logits = run.values[handle.output.name]
+        work = handle.work(StepLoad.of(step, handle.groups))
+        return FinishedStep(StepResult(logits, time.perf_counter() - started, work))
+
+    def transfer(self, moves: Sequence[PageCopy]) -> None:
+        for move in moves:
+            for layer in self._groups[move.group]:
+                self._memory[layer][:, move.target] = self._memory[layer][:, move.source]
+
+    def close(self) -> None:
+        self._weights.clear()
+        self._memory.clear()
+
+    def _bias(self, weight: Weight | None) -> Float32Array | float:
+        return self._weights[weight.name] if weight is not None else 0.0
+
+    @singledispatchmethod
+    def _apply(self, op: Operation, run: _Run) -> Float32Array:
+        """The operation's value, (rows, width) float32."""
+        raise TypeError(f"the reference executor does not know {type(op).__name__}")
+
+    @_apply.register
+    def _(self, op: Embed, run: _Run) -> Float32Array:
+        ids = run.arrays.tokens if op.ids.kind == "tokens" else run.arrays.positions
+        rows: Float32Array = self._weights[op.table.name][ids] * np.float32(op.scale)
+        return rows
+
+    @_apply.register
+    def _(self, op: Add, run: _Run) -> Float32Array:
+        return run.values[op.x.name] + run.values[op.y.name]
+
+    @_apply.register
+    def _(self, op: Norm, run: _Run) -> Float32Array:
+        x = run.values[op.x.name]
+        grouped = x.reshape(len(x), -1, op.head_dim or op.x.width).astype(np.float64)
+        if op.spec.kind == "layer":
+            grouped = grouped - grouped.mean(axis=-1, keepdims=True)
+        scale = 1 / np.sqrt(np.mean(grouped**2, axis=-1, keepdims=True) + op.spec.eps)
+        out = grouped * scale * self._weights[op.weight.name] + self._bias(op.bias)
+        normalised: Float32Array = out.reshape(x.shape).astype(np.float32)
+        return normalised
+
+    @_apply.register
+    def _(self, op: Quantise, run: _Run) -> Float32Array:
+        return dequantise_activations(*quantise_activations(run.values[op.x.name]), op.x.width)
+
+    @_apply.register
+    def _(self, op: Linear, run: _Run) -> Float32Array:
+        x, weight = run.values[op.x.name], self._weights[op.weight.name]
+        return (x.astype(np.float64) @ weight.T.astype(np.float64) + self._bias(op.bias)).astype(np.float32)
+
+    @_apply.register
+    def _(self, op: Rope, run: _Run) -> Float32Array:
+        x = run.values[op.x.name]
+        heads = x.reshape(len(x), -1, op.head_dim).copy()
+        cos, sin = (table[:, None, :] for table in rope_tables(op.spec, run.arrays.positions))
+        half = op.spec.dim // 2
+        first, second = heads[..., :half].copy(), heads[..., half : 2 * half].copy()
+        heads[..., :half] = first * cos - second * sin
+        heads[..., half : 2 * half] = second * cos + first * sin
+        return heads.reshape(x.shape)
+
+    @_apply.register
+    def _(self, op: StoreKV, run: _Run) -> Float32Array:
+        arrays, memory = run.arrays, self._memory[op.layer]
+        last = arrays.segment_begin[1:][arrays.row_sequence] - 1
+        pages = arrays.tables[op.group][arrays.table_begin[last] + arrays.slots // PAGE_TOKENS]
+        for side, value in enumerate((op.key, op.value)):
+            stored = self._round(run.values[value.name]).reshape(len(pages), *memory.shape[3:])
+            memory[side, pages, arrays.slots % PAGE_TOKENS] = stored
+        return np.empty((0, 0), np.float32)
+
+    @_apply.register
+    def _(self, op: Attention, run: _Run) -> Float32Array:
+        query = run.values[op.query.name]
+        out = np.zeros((len(query), op.heads, op.head_dim), np.float32)
+        for sequence, begin in enumerate(run.arrays.sequence_row_begin[:-1]):
+            rows = slice(begin, run.arrays.sequence_row_begin[sequence + 1])
+            q = query[rows].reshape(-1, op.heads, op.head_dim)
+            out[rows] = self._attend(op, q, run.arrays, sequence, run.arrays.positions[rows])
+        return out.reshape(query.shape)
+
+    def _attend(
+        self,
+        op: Attention,
+        q: Float32Array,
+        arrays: StepArrays,
+        sequence: int,
+        rows: Int32Array,
+    ) -> Float32Array:
+        """Attention of one sequence's rows over all of its segments: (rows, heads, head_dim)."""
+        keys, values, biases, visible = [], [], [], []
+        for segment in range(arrays.segment_begin[sequence], arrays.segment_begin[sequence + 1]):
+            slots = np.arange(arrays.segment_length[segment])
+            pages = arrays.tables[op.group][arrays.table_begin[segment] + slots // PAGE_TOKENS]
+            positions = slots + arrays.segment_first_position[segment]
+            seen = np.ones((len(rows), len(slots)), bool)
+            if arrays.segment_causal[segment]:
+                seen &= positions <= rows[:, None]
+            if op.window is not None:
+                seen &= positions > rows[:, None] - op.window
+            used = seen.any(axis=0)  # a slot that nobody sees may hold anything, NaN included
+            held = self._memory[op.layer][:, pages[used], slots[used] % PAGE_TOKENS].astype(np.float64)
+            keys.append(held[0])
+            values.append(held[1])
+            biases.append(np.full(used.sum(), arrays.segment_bias[segment], np.float64))
+            visible.append(seen[:, used])
+        mask, bias = np.concatenate(visible, axis=1), np.concatenate(biases)
+        share = op.heads // op.kv_heads
+        k, v = (np.repeat(np.concatenate(side), share, axis=1) for side in (keys, values))
+        scores = np.einsum("rhd,shd->hrs", q.astype(np.float64), k) * op.scale + bias
+        scores = np.where(mask, scores, -np.inf)
+        top = np.max(scores, axis=-1, keepdims=True, initial=-1e300)
+        weights = np.exp(scores - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+        mixed: Float32Array = np.einsum("hrs,shd->rhd", weights, v).astype(np.float32)
+        return mixed
+
+    @_apply.register
+    def _(self, op: Activate, run: _Run) -> Float32Array:
+        x = run.values[op.x.name].astype(np.float64)
+        y = _ACTIVATIONS[op.activation](x)
+        if op.times is not None:
+            y = y * run.values[op.times.name]
+        return y.astype(np.float32)
+
+    @_apply.register
+    def _(self, op: Select, run: _Run) -> Float32Array:
+        return run.values[op.x.name][run.arrays.output_rows]
+
+    @_apply.register
+    def _(self, op: Softcap, run: _Run) -> Float32Array:
+        capped: Float32Array = np.float32(op.cap) * np.tanh(run.values[op.x.name] / np.float32(op.cap))
+        return capped
+
+
+def _silu(x: Float64Array) -> Float64Array:
+    y: Float64Array = x / (1 + np.exp(-x))
+    return y
+
+
+def _gelu(x: Float64Array) -> Float64Array:
+    erf = np.array([math.erf(v) for v in (x / math.sqrt(2)).flat]).reshape(x.shape)
+    y: Float64Array = 0.5 * x * (1 + erf)
+    return y
+
+
+def _gelu_tanh(x: Float64Array) -> Float64Array:
+    """The tanh approximation of GELU (arXiv:1606.08415, section 2)."""
+    y: Float64Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return y
+
+
+_ACTIVATIONS: dict[str, Callable[[Float64Array], Float64Array]] = {
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+}
