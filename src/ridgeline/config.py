@@ -1,4 +1,4 @@
-"""Every knob of the engine, once. `"auto"` values are settled in `llm.py`, by one function that returns a new config."""
+"""Every knob of the engine, once. What is left to "auto" is settled in `llm.py`, in one function."""
 
 from __future__ import annotations
 
@@ -55,7 +55,12 @@ class EngineConfig:
             _check(getattr(self, name) is not None, name, None, "a positive number")
             _positive_or_none(name, getattr(self, name))
         budget = self.max_num_batched_tokens
-        _check(budget >= self.max_num_seqs, "max_num_batched_tokens", budget, f"at least max_num_seqs ({self.max_num_seqs})")
+        _check(
+            budget >= self.max_num_seqs,
+            "max_num_batched_tokens",
+            budget,
+            f"at least max_num_seqs ({self.max_num_seqs})",
+        )
         _check(self.seed is None or isinstance(self.seed, int), "seed", self.seed, "a whole number or none")
 
     @classmethod

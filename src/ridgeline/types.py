@@ -213,9 +213,14 @@ class SamplingParams:
         _check(self.seed is None or _is_int(self.seed, -(2**63), 2**64 - 1), "seed", self.seed, "64 bits")
         maximum = self.max_tokens
         _check(maximum is None or _is_int(maximum, 1), "max_tokens", maximum, "a positive number or none")
-        _check(_is_int(self.min_tokens, 0, maximum or math.inf), "min_tokens", self.min_tokens, "0 to max_tokens")
         _check(
-            self.logprobs is None or _is_int(self.logprobs, 0, 100), "logprobs", self.logprobs, "0 to 100 or none"
+            _is_int(self.min_tokens, 0, maximum or math.inf), "min_tokens", self.min_tokens, "0 to max_tokens"
+        )
+        _check(
+            self.logprobs is None or _is_int(self.logprobs, 0, 100),
+            "logprobs",
+            self.logprobs,
+            "0 to 100 or none",
         )
         self._check_lists()
 
