@@ -14,11 +14,11 @@ The rule says nothing about groups that hold an infinity or NaN.
 
 **Weights, W8A8-g32**, stored as Q8_0: d = float16(amax / 127), code = rint(w / d), clipped to -127..127.
 
-**Weights, W4A8-g32**, stored as Q4_1: d = float16((max - min) / 15), m = float16(min),
+**Weights, W4A8-g32**, stored as Q4_1: m = float16(min), rounded down, d = float16((max - m) / 15),
 code = rint((w - m) / d), clipped to 0..15.
 
-In both, codes are computed with the rounded float16 fields, d is taken one step larger where rounding it
-down would clip a code, and all codes are 0 where d is 0.
+In both, d is the next larger float16 where rounding it down would clip a code, codes are computed with the
+rounded m and d, and all codes are 0 where d is 0. So no weight is off by more than d/2.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ridgeline.precision.formats import Format
-from ridgeline.precision.storage import STORAGES, Storage, Tensor, float32_tensor, row_blocks
+from ridgeline.precision.storage import (
+    STORAGES,
+    Storage,
+    Tensor,
+    check_finite,
+    float32_tensor,
+    row_blocks,
+)
 from ridgeline.types import ByteArray, CheckpointError, Float32Array
 
 Int8Array = NDArray[np.int8]
@@ -85,10 +92,11 @@ def quantise_weight(weight: Float32Array, fmt: Format, name: str = "weight") -> 
 def quantise_tensor(tensor: Tensor, fmt: Format, name: str = "weight") -> Tensor:
     """`tensor` in the storage of `fmt`, a block of rows at a time, so that it is never whole in float32.
 
-    A tensor that already has that storage is returned as it is. Errors as `quantise_weight`'s.
+    A tensor that already has that storage is checked and returned as it is. Errors as `quantise_weight`'s.
     """
     storage, encode = _ENCODERS[fmt.name]
     if tensor.storage is storage:
+        check_finite(tensor, name)
         return tensor
     data = np.empty((tensor.row_count, storage.row_bytes(tensor.cols)), np.uint8)
     for rows, values in _decoded_blocks(tensor):
@@ -120,8 +128,7 @@ def _float16_step(span: Float32Array, steps: int, groups: Float32Array) -> NDArr
     if not np.isfinite(step).all():
         bad = groups[~np.isfinite(step)][0]
         raise _RangeError(float(bad[np.argmax(np.abs(bad))]))
-    # The next larger float16 of a number that is not negative is the next larger bit pattern.
-    return (step.view(np.uint16) + short).astype(np.uint16).view(np.float16)
+    return np.where(short, np.nextafter(step, np.float16(np.inf)), step)
 
 
 def _codes(offsets: Float32Array, step: NDArray[np.float16], low: int, high: int) -> Float32Array:
@@ -146,11 +153,12 @@ def _encode_q4_1(weight: Float32Array) -> ByteArray:
     low, high = groups.min(axis=2), groups.max(axis=2)
     with np.errstate(over="ignore", invalid="ignore"):
         minimum = low.astype(np.float16)
-        span = high - low
+        minimum = np.where(minimum > low, np.nextafter(minimum, np.float16(-np.inf)), minimum)
     if not np.isfinite(minimum).all():
         raise _RangeError(float(low[~np.isfinite(minimum)][0]))
-    step = _float16_step(span, 15, groups)
-    codes = _codes(groups - minimum.astype(np.float32)[..., None], step, 0, 15).astype(np.uint8)
+    offset = minimum.astype(np.float32)
+    step = _float16_step(high - offset, 15, groups)
+    codes = _codes(groups - offset[..., None], step, 0, 15).astype(np.uint8)
     blocks = np.empty((*step.shape, 20), np.uint8)
     blocks[..., :4] = np.stack((step, minimum), axis=-1).astype("<f2").view(np.uint8)
     blocks[..., 4:] = codes[..., :16] | codes[..., 16:] << 4

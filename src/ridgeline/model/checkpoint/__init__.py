@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ridgeline.model.checkpoint.files import Checkpoint, TensorInfo, reading, shown
+from ridgeline.model.checkpoint.files import Checkpoint, TensorInfo, contained, reading, shown
 from ridgeline.model.checkpoint.gguf import read_gguf
 from ridgeline.model.checkpoint.safetensors import read_safetensors
 from ridgeline.types import CheckpointError
@@ -32,7 +32,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} has safetensors but no config.json; accepted: a folder with both")
     models = [file for file in files if file.suffix == ".gguf"]
     if len(models) == 1:
-        return read_gguf(models[0])
+        return read_gguf(contained(path, models[0].name))
     raise CheckpointError(f"{path} {_why_no_model(files, models)}")
 
 

@@ -221,7 +221,7 @@ def reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or type(error).__name__}") from None
     except MemoryError:
         raise CheckpointError(f"{path} asks for more memory than there is") from None
-    except (ValueError, OverflowError, RecursionError, struct.error, LookupError, TypeError) as error:
+    except (ValueError, OverflowError, RuntimeError, struct.error) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{path} is damaged: {reason}") from None
 
@@ -267,7 +267,7 @@ def contained(folder: Path, name: str) -> Path:
     """`folder / name`, whose target must lie inside the folder, or in the blobs of the same hub repository.
 
     Hugging Face's cache keeps `models--x/snapshots/<revision>/<file>` as links into `models--x/blobs`.
-    Raises CheckpointError for absolute names, `..` and links that lead out.
+    Raises CheckpointError for absolute names, `..`, unprintable names and links that lead out.
     """
     with reading(folder):
         root = folder.resolve()
@@ -276,7 +276,12 @@ def contained(folder: Path, name: str) -> Path:
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
     plain = Path(os.path.normpath(root / name)).is_relative_to(root) and not Path(name).is_absolute()
-    if not name or not plain or not any(target.is_relative_to(place) for place in allowed):
+    if (
+        not name.isprintable()
+        or not name
+        or not plain
+        or not any(target.is_relative_to(place) for place in allowed)
+    ):
         raise CheckpointError(
             f"{folder}: file name {shown(name)} leads out of the folder; accepted: files in it"
         )

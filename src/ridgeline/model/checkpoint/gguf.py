@@ -37,6 +37,8 @@ DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 16
 MAX_NAME_BYTES = 65_535
 MAX_DIMENSIONS = 4
+MAX_KEYS = 1 << 16
+MAX_TENSORS = 1 << 18
 
 # ggml's numbers for tensor types; the names that STORAGES has are read, the others are refused by name.
 TENSOR_TYPES = {
@@ -138,13 +140,15 @@ def _read_start(cursor: _Cursor) -> tuple[int, int]:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         seen = f"big-endian (version {swapped})" if 0 < swapped <= 0xFFFF else f"version {version}"
         raise CheckpointError(f"{path} is GGUF of {seen}; accepted: little-endian versions 2 and 3")
-    tensors: int = cursor.number(_U64, "the tensor count")
-    keys = cursor.count("key-value count", _KEY_VALUE_BYTES)
-    if tensors * _TENSOR_BYTES > cursor.left:
-        raise CheckpointError(
-            f"{path}: tensor count is {tensors}; accepted: what fits the file's last {cursor.left} bytes"
-        )
-    return tensors, keys
+    counts = []
+    for what, item_bytes, most in (
+        ("tensor count", _TENSOR_BYTES, MAX_TENSORS),
+        ("key-value count", _KEY_VALUE_BYTES, MAX_KEYS),
+    ):
+        counts.append(cursor.count(what, item_bytes))
+        if counts[-1] > most:
+            raise CheckpointError(f"{path}: {what} is {counts[-1]}; accepted: up to {most}")
+    return counts[0], counts[1]
 
 
 # ----------------------------------------------------------------------------------------- metadata
