@@ -1,0 +1,73 @@
+"""Load a checkpoint into an executor and run steps, for tests that work below the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ridgeline.execution.base import Executor, Limits
+from ridgeline.execution.cpu.executor import CpuExecutor
+from ridgeline.execution.reference import ReferenceExecutor
+from ridgeline.model.build import decoder
+from ridgeline.model.checkpoint import open_checkpoint
+from ridgeline.model.families import read_spec
+from ridgeline.model.program import Program
+from ridgeline.model.rewrite import with_precision
+from ridgeline.model.weights import Weights
+from ridgeline.types import Segment, SequenceRows, Step
+
+PAGES = 32
+MAX_ROWS = 128
+
+
+@dataclass
+class Loaded:
+    """An executor with one program on it."""
+
+    executor: Executor
+    handle: Any
+    program: Program
+
+    def logits(self, *sequences: SequenceRows) -> np.ndarray:
+        """A copy of the step's logits, (outputs, vocabulary)."""
+        return self.executor.run(self.handle, Step(sequences)).result().logits.copy()
+
+    def rows(
+        self, tokens: Sequence[int], start: int = 0, pages: Sequence[int] | None = None, outputs: bool = True
+    ) -> SequenceRows:
+        """`tokens` from slot `start` of a sequence on `pages`; the logits of all rows are wanted, or none."""
+        table = tuple(pages if pages is not None else range(PAGES))
+        segment = Segment((table,) * len(self.program.groups), start + len(tokens))
+        return SequenceRows(tokens, start, (segment,), range(len(tokens)) if outputs else ())
+
+    def run(self, tokens: Sequence[int], start: int = 0, pages: Sequence[int] | None = None) -> np.ndarray:
+        return self.logits(self.rows(tokens, start, pages))
+
+
+def load_program(path: Path, weights: str) -> tuple[Program, Weights]:
+    """The precision-rewritten decoder of a checkpoint, and its open weights."""
+    checkpoint = open_checkpoint(path)
+    spec = read_spec(checkpoint)
+    program = decoder(spec)
+    store = Weights(spec, program, checkpoint, weights)
+    return with_precision(program, store.formats), store
+
+
+def load(path: Path, kind: str, weights: str = "auto", kv_format: str = "KV16", threads: int = 2) -> Loaded:
+    """`kind` is "reference" or an ISA level of the CPU executor."""
+    program, store = load_program(path, weights)
+    limits = Limits(MAX_ROWS, (PAGES,) * len(program.groups), kv_format)
+    executor: Executor
+    executor = ReferenceExecutor(limits) if kind == "reference" else CpuExecutor(limits, threads, kind)
+    executor.load(store)
+    store.close()
+    return Loaded(executor, executor.compile(program), program)
+
+
+def relative_error(seen: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, as a share of the largest expected value."""
+    return float(np.abs(seen - expected).max() / np.abs(expected).max())

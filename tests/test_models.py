@@ -1,0 +1,41 @@
+"""Logits of each family: transformers, the reference and the CPU executor, from safetensors and from GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import FAMILIES
+from running import load, relative_error
+from tiny_models import VOCABULARY, TinyModel
+
+from ridgeline.native import isa_levels
+
+TOKENS = np.random.default_rng(7).integers(0, VOCABULARY, 70).tolist()
+EXECUTORS = ("reference", *isa_levels())
+Tiny = Callable[[str], TinyModel]
+
+
+def paths(model: TinyModel) -> dict[str, Path]:
+    return {"safetensors": model.folder, "gguf": model.gguf}
+
+
+@pytest.mark.parametrize("kind", EXECUTORS)
+@pytest.mark.parametrize("file", ["safetensors", "gguf"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_logits_equal_transformers(tiny: Tiny, family: str, file: str, kind: str) -> None:
+    model = tiny(family)
+    seen = load(paths(model)[file], kind, "W32A32", "KV32").run(TOKENS)
+    assert relative_error(seen, model.logits(TOKENS)) < 1e-4
+
+
+@pytest.mark.parametrize("weights", ["W8A8-g32", "W4A8-g32"])
+@pytest.mark.parametrize("isa", isa_levels())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantised_logits_equal_the_reference(tiny: Tiny, family: str, isa: str, weights: str) -> None:
+    folder = tiny(family).folder
+    expected = load(folder, "reference", weights, "KV32").run(TOKENS)
+    seen = load(folder, isa, weights, "KV32").run(TOKENS)
+    assert relative_error(seen, expected) < 1e-5

@@ -1,0 +1,100 @@
+"""Programs and their arithmetic: single assignment, closed forms against counting, the precision rewrite."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ridgeline.model.build import decoder
+from ridgeline.model.program import Linear, MemoryGroup, Quantise, StepLoad
+from ridgeline.model.rewrite import with_precision
+from ridgeline.model.spec import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec
+from ridgeline.precision.formats import FORMATS
+from ridgeline.types import Segment, SequenceRows, Step
+
+
+def small_spec(**changes: object) -> ModelSpec:
+    rope = RopeSpec((1.0, 0.5, 0.25, 0.125))
+    full = LayerSpec(AttentionSpec(4, 2, 8, 8**-0.5, rope), FeedForwardSpec(64, "silu", gated=True))
+    window = LayerSpec(AttentionSpec(4, 2, 8, 8**-0.5, rope, window=5), FeedForwardSpec(64, "silu", gated=True))
+    sizes = {"hidden": 32, "vocabulary": 50, "context": 128, "layers": (full, window, full), "tied_head": True}
+    return ModelSpec(family="test", norm=NormSpec("rms", 1e-5), **(sizes | changes))  # type: ignore[arg-type]
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> SequenceRows:
+    """Rows of one sequence over up to three segments."""
+    count = draw(st.integers(1, 9))
+    start = draw(st.integers(0, 12))
+    others = draw(
+        st.lists(
+            st.builds(
+                Segment,
+                tables=st.just(((0,), (0,))),
+                length=st.integers(1, 12),
+                first_position=st.integers(0, 8),
+                causal=st.booleans(),
+            ),
+            max_size=2,
+        )
+    )
+    own = Segment(((0,), (0,)), start + count, draw(st.integers(0, 8)))
+    return SequenceRows([1] * count, start, (*others, own), draw(st.sampled_from([(), (count - 1,)])))
+
+
+def visible(sequence: SequenceRows, window: int | None) -> list[list[tuple[int, int]]]:
+    """For each row the (segment, slot) pairs that it sees, by the definition."""
+    own = sequence.segments[-1]
+    rows = []
+    for i in range(len(sequence.tokens)):
+        row = own.first_position + sequence.start + i
+        seen = [
+            (s, j)
+            for s, segment in enumerate(sequence.segments)
+            for j in range(segment.length)
+            for position in [segment.first_position + j]
+            if (not segment.causal or position <= row) and (window is None or position > row - window)
+        ]
+        rows.append(seen)
+    return rows
+
+
+@given(st.lists(sequences(), min_size=1, max_size=3), st.integers(1, 10))
+def test_load_counts_what_rows_see(batch: list[SequenceRows], window: int) -> None:
+    groups = (MemoryGroup("full", (0,), 1, 8), MemoryGroup("window", (1,), 1, 8, window))
+    load = StepLoad.of(Step(tuple(batch)), groups)
+    for g, limit in enumerate((None, window)):
+        seen = [visible(sequence, limit) for sequence in batch]
+        assert load.pairs[g] == sum(len(row) for rows in seen for row in rows)
+        assert load.slots[g] == sum(len({pair for row in rows for pair in row}) for rows in seen)
+
+
+def test_groups_follow_geometry() -> None:
+    program = decoder(small_spec())
+    assert [(g.kind, g.layers, g.window) for g in program.groups] == [("full", (0, 2), None), ("window", (1,), 5)]
+
+
+def test_work_of_a_decoder_is_the_textbook_count() -> None:
+    spec = small_spec()
+    program = decoder(spec)
+    step = Step((SequenceRows([1] * 6, 0, (Segment(((0,), (0,)), 6),), (5,)),))
+    load = StepLoad.of(step, program.groups)
+    linear = sum(op.work(load).ops for op in program.operations if isinstance(op, Linear))
+    per_layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
+    assert linear == 2 * 6 * 3 * per_layer + 2 * 1 * 32 * 50
+
+
+def test_precision_shares_one_quantised_copy() -> None:
+    program = decoder(small_spec())
+    formats = {w.name: FORMATS["W8A8-g32"] for w in program.weights() if len(w.shape) == 2}
+    rewritten = with_precision(program, formats)
+    quantised = [op for op in rewritten.operations if isinstance(op, Quantise)]
+    assert len(quantised) == 4 * 3 + 1  # q/k/v, o, gate/up, down of each layer, and the head
+    assert all(op.x.kind == "A8-g32" for op in rewritten.operations if isinstance(op, Linear))
+
+
+def test_assigning_twice_is_refused() -> None:
+    program = decoder(small_spec())
+    with pytest.raises(ValueError, match="assigns twice"):
+        type(program)(program.name, program.operations + program.operations[-1:], program.groups, program.output)
