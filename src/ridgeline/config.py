@@ -9,6 +9,7 @@ from typing import Any
 from ridgeline.types import ConfigError
 
 DEVICES = ("auto", "cpu", "reference")
+KV_FORMATS = ("auto", "KV16", "KV32")
 WEIGHT_FORMATS = ("auto", "W8A8-g32", "W4A8-g32", "W32A32")
 PAGE_TOKENS = 16
 """KV slots in a page: one attention tile of every executor."""
@@ -29,7 +30,8 @@ class EngineConfig:
     """Settings of one engine. None and "auto" mean: measured or read from the model.
 
     `weights` is the format of linear layers ("auto": as a quantised file has them, W8A8-g32 for floats).
-    `max_model_len` bounds prompt and output together (default: the model's context).
+    `kv_format` is that of stored keys and values ("auto": KV16, and KV32 beside float32 weights).
+    `max_model_len` bounds prompt and output together (default: the model's context, or what fits).
     `max_num_batched_tokens` is a step's token budget, `max_num_seqs` how many sequences run at once.
     `kv_cache_memory_bytes` is the KV pool's size (default: from the memory that is free).
     `seed` makes requests without a seed of their own repeatable.
@@ -38,6 +40,7 @@ class EngineConfig:
     model: str = "smollm2"
     device: str = "auto"
     weights: str = "auto"
+    kv_format: str = "auto"
     threads: int | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -49,6 +52,7 @@ class EngineConfig:
         _check(isinstance(self.model, str) and bool(self.model), "model", self.model, "a name or a path")
         _check(self.device in DEVICES, "device", self.device, ", ".join(DEVICES))
         _check(self.weights in WEIGHT_FORMATS, "weights", self.weights, ", ".join(WEIGHT_FORMATS))
+        _check(self.kv_format in KV_FORMATS, "kv_format", self.kv_format, ", ".join(KV_FORMATS))
         for name in ("threads", "max_model_len", "kv_cache_memory_bytes"):
             _positive_or_none(name, getattr(self, name))
         for name in ("max_num_seqs", "max_num_batched_tokens"):

@@ -7,8 +7,9 @@ an argument or computes with arrays.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -61,7 +62,16 @@ class Work:
     written_bytes: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
+        return Work(*map(operator.add, self._numbers(), other._numbers()))
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(*map(operator.sub, self._numbers(), other._numbers()))
+
+    def __mul__(self, count: int) -> Work:
+        return Work(*(number * count for number in self._numbers()))
+
+    def _numbers(self) -> tuple[int, ...]:
+        return (self.int8_ops, self.bf16_flops, self.fp32_flops, self.read_bytes, self.written_bytes)
 
     @property
     def ops(self) -> int:

@@ -63,6 +63,53 @@ def launch_work(launch: Launch, program: Program, load: StepLoad, footprint: Foo
     return work + Work(read_bytes=read, written_bytes=written)
 
 
+@dataclass(frozen=True, slots=True)
+class WorkModel:
+    """The work of a whole lowering as a linear function of a step's load: cheap to ask in every step.
+
+    Every operation and every launch is linear in rows, outputs, pairs and slots, but for the weights of the
+    head, which are only read when a step wants outputs at all.
+    """
+
+    fixed: Work
+    per_row: Work
+    if_outputs: Work
+    per_output: Work
+    per_pair: tuple[Work, ...]
+    per_slot: tuple[Work, ...]
+
+    @classmethod
+    def of(cls, program: Program, launches: Sequence[Launch], footprint: Footprint) -> WorkModel:
+        groups = len(program.groups)
+        none = (0,) * groups
+
+        def work(
+            rows: int = 0, outputs: int = 0, pairs: tuple[int, ...] = none, slots: tuple[int, ...] = none
+        ) -> Work:
+            load = StepLoad(rows, outputs, pairs, slots)
+            return sum((launch_work(launch, program, load, footprint) for launch in launches), Work())
+
+        fixed, one = work(), work(outputs=1)
+        per_output = work(outputs=2) - one
+        units = [tuple(int(g == h) for h in range(groups)) for g in range(groups)]
+        return cls(
+            fixed=fixed,
+            per_row=work(rows=1) - fixed,
+            if_outputs=one - fixed - per_output,
+            per_output=per_output,
+            per_pair=tuple(work(pairs=unit) - fixed for unit in units),
+            per_slot=tuple(work(slots=unit) - fixed for unit in units),
+        )
+
+    def at(self, load: StepLoad) -> Work:
+        work = self.fixed + self.per_row * load.rows + self.per_output * load.outputs
+        if load.outputs:
+            work += self.if_outputs
+        for group, (pairs, slots) in enumerate(zip(load.pairs, load.slots, strict=True)):
+            work += self.per_pair[group] * pairs + self.per_slot[group] * slots
+        return work
+
+
 def check_lowering(program: Program, launches: Sequence[Launch]) -> None:
     """Prove that launches do the program: every operation exactly once, nothing read before it is written,
     nothing read after its buffer was taken over. Raises ValueError that names the operation or value."""

@@ -5,6 +5,7 @@ A store owns no weights either: it reads, converts and hands over, and an execut
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 
@@ -14,8 +15,8 @@ from ridgeline.model.families.family import Family, Source
 from ridgeline.model.program import Embed, Linear, Program
 from ridgeline.model.spec import ModelSpec
 from ridgeline.precision.formats import FORMATS, Format, parse_format
-from ridgeline.precision.quantise import quantise_tensor
-from ridgeline.precision.storage import Tensor, check_finite
+from ridgeline.precision.quantise import quantise_tensor, storage_of
+from ridgeline.precision.storage import STORAGES, Tensor, check_finite
 from ridgeline.types import CheckpointError, Float32Array
 
 DEFAULT_FORMAT = "W8A8-g32"
@@ -60,6 +61,11 @@ class Weights:
         self.release(name)
         return values
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that all weights take in their formats, before an executor pads them."""
+        return sum(self._nbytes(name) for name in self._shapes)
+
     def release(self, name: str) -> None:
         """The tensor behind `name` has been packed: its pages of the file need not stay in memory."""
         self._checkpoint.release(self._sources[name].tensor)
@@ -78,6 +84,15 @@ class Weights:
             return parse_format(choice)
         storage = self._checkpoint.tensors[self._sources[name].tensor].storage
         return FORMATS[NATIVE_FORMATS.get(storage, DEFAULT_FORMAT)]
+
+    def _nbytes(self, name: str) -> int:
+        shape = self._shapes[name]
+        if name not in self.formats:
+            return 4 * math.prod(shape)
+        held = self._checkpoint.tensors[self._sources[name].tensor].storage
+        fmt = self.formats[name]
+        storage = STORAGES[held] if NATIVE_FORMATS.get(held) == fmt.name else storage_of(fmt)
+        return math.prod(shape[:-1]) * storage.row_bytes(shape[-1])
 
     def _check_shapes(self) -> None:
         for name, source in self._sources.items():

@@ -110,6 +110,11 @@ def quantise_tensor(tensor: Tensor, fmt: Format, name: str = "weight") -> Tensor
     return Tensor(storage, tensor.shape, data)
 
 
+def storage_of(fmt: Format) -> Storage:
+    """The storage that `quantise_tensor` gives a weight of this format."""
+    return _ENCODERS[fmt.name][0]
+
+
 def _decoded_blocks(tensor: Tensor) -> Iterator[tuple[slice, Float32Array]]:
     for rows in row_blocks(tensor.row_count, tensor.cols):
         yield rows, tensor.storage.dequantise(tensor.data[rows])[:, : tensor.cols]

@@ -15,14 +15,14 @@ from ridgeline.execution.base import KV_VALUE_BYTES, FinishedStep, Limits, check
 from ridgeline.execution.cpu.buffers import assign_buffers, value_row_bytes
 from ridgeline.execution.cpu.launches import Binding, CpuLaunch
 from ridgeline.execution.cpu.lower import lower
-from ridgeline.execution.lowering import Footprint, launch_work
+from ridgeline.execution.lowering import Footprint, WorkModel
 from ridgeline.execution.step_arrays import StepArrays, rope_tables
 from ridgeline.model.program import MemoryGroup, Program, Rope, StepLoad, Value, Weight
 from ridgeline.model.spec import RopeSpec
 from ridgeline.model.weights import Weights
 from ridgeline.native import Matrix, StepInputs, Tape, Team, allocate, copy_page, isa_levels, pack
 from ridgeline.precision.storage import Tensor, float32_tensor
-from ridgeline.types import ConfigError, Float32Array, PageCopy, Step, StepResult, Work
+from ridgeline.types import ConfigError, Float32Array, PageCopy, Step, StepResult
 
 ISA_VARIABLE = "RIDGELINE_ISA"
 _KV_DTYPES: dict[str, type[np.uint16] | type[np.float32]] = {"KV16": np.uint16, "KV32": np.float32}
@@ -45,12 +45,7 @@ class CpuHandle:
     launches: tuple[CpuLaunch, ...]
     tape: Tape
     ropes: dict[RopeSpec, tuple[Float32Array, Float32Array]]
-    footprint: Footprint
-
-    def work(self, step: Step) -> Work:
-        """Arithmetic and traffic of a step, summed over its launches."""
-        load = StepLoad.of(step, self.program.groups)
-        return sum((launch_work(x, self.program, load, self.footprint) for x in self.launches), Work())
+    work: WorkModel
 
 
 class CpuExecutor:
@@ -93,7 +88,9 @@ class CpuExecutor:
         )
         for launch in launches:
             launch.bind(binding)
-        return CpuHandle(program, launches, tape, ropes, self._footprint(program))
+        return CpuHandle(
+            program, launches, tape, ropes, WorkModel.of(program, launches, self._footprint(program))
+        )
 
     def run(self, handle: CpuHandle, step: Step) -> FinishedStep:
         started = time.perf_counter()
@@ -104,7 +101,8 @@ class CpuExecutor:
         logits = self._logits_for(len(arrays.output_rows), handle.program.output)
         handle.tape.run(_inputs(arrays, logits))
         elapsed_s = time.perf_counter() - started
-        return FinishedStep(StepResult(logits, elapsed_s, handle.work(step)))
+        work = handle.work.at(StepLoad.of(step, handle.program.groups))
+        return FinishedStep(StepResult(logits, elapsed_s, work))
 
     def transfer(self, moves: Sequence[PageCopy]) -> None:
         for move in moves:

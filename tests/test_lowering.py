@@ -1,0 +1,98 @@
+"""The CPU lowering: covers every operation once on every family and format, and its work adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import FAMILIES
+from running import load, load_program
+from tiny_models import TinyModel
+
+from ridgeline.execution.cpu.lower import lower
+from ridgeline.execution.lowering import Footprint, Launch, WorkModel, check_lowering, launch_work
+from ridgeline.model.program import Program, StepLoad
+from ridgeline.precision.formats import FORMATS
+from ridgeline.types import Work
+
+Tiny = Callable[[str], TinyModel]
+FOOTPRINT = Footprint(
+    weight_bytes=lambda name: 1000 + len(name),
+    weight_row_bytes=lambda name: 10 + len(name),
+    value_row_bytes=lambda value: 3 * value.width,
+    slot_bytes=lambda group: 7 + group,
+)
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_operation_is_covered_once(tiny: Tiny, family: str, weights: str) -> None:
+    program, store = load_program(tiny(family).folder, weights)
+    store.close()
+    launches = lower(program)
+    covered = [op.out.name for launch in launches for op in launch.covers]
+    assert sorted(covered) == sorted(op.out.name for op in program.operations)
+    check_lowering(program, launches)
+
+
+def test_a_llama_layer_is_eight_launches(tiny: Tiny) -> None:
+    program, store = load_program(tiny("llama3").folder, "W8A8-g32")
+    store.close()
+    layers = sum(len(group.layers) for group in program.groups)
+    assert len(lower(program)) == 8 * layers + 3  # and embedding, final norm, head
+
+
+def launches_of(tiny: Tiny, family: str = "llama") -> tuple[Program, list[Launch]]:
+    program, store = load_program(tiny(family).folder, "W8A8-g32")
+    store.close()
+    return program, list(lower(program))
+
+
+def test_checker_finds_what_is_wrong(tiny: Tiny) -> None:
+    program, launches = launches_of(tiny)
+    with pytest.raises(ValueError, match="covered by no launch"):
+        check_lowering(program, launches[:-1])
+    with pytest.raises(ValueError, match="covered twice"):
+        check_lowering(program, [*launches, launches[3]])
+    with pytest.raises(ValueError, match="is read early"):
+        check_lowering(program, [launches[1], launches[0], *launches[2:]])
+    stream = launches[0].covers[0].out
+    early = replace(launches[2], overwrites=((launches[2].covers[0].out, stream),))
+    with pytest.raises(ValueError, match="does not read and rewrite"):
+        check_lowering(program, [*launches[:2], early, *launches[3:]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_work_is_linear_and_keeps_the_arithmetic(tiny: Tiny, family: str) -> None:
+    program, launches = launches_of(tiny, family)
+    model = WorkModel.of(program, launches, FOOTPRINT)
+    random = np.random.default_rng(3)
+    for outputs in (0, 1, 5):
+        rows = int(random.integers(5, 50))
+        pairs, slots = (tuple(random.integers(1, 999, len(program.groups)).tolist()) for _ in range(2))
+        load_ = StepLoad(rows, outputs, pairs, slots)
+        summed = sum((launch_work(launch, program, load_, FOOTPRINT) for launch in launches), Work())
+        assert model.at(load_) == summed
+        assert summed.ops == program.work(load_).ops
+
+
+def test_fusion_moves_fewer_bytes(tiny: Tiny) -> None:
+    program, launches = launches_of(tiny)
+    unfused = [Launch((op,), ()) for op in program.operations]
+    load_ = StepLoad(16, 16, (136,), (16,))
+    moved = [
+        sum(launch_work(x, program, load_, FOOTPRINT).bytes for x in some) for some in (launches, unfused)
+    ]
+    assert moved[0] < moved[1]
+
+
+def test_weights_are_read_once_a_step(tiny: Tiny) -> None:
+    """A decode step's traffic is the packed weights, plus what its rows and slots add."""
+    loaded = load(tiny("llama3").gguf, "portable", "W8A8-g32")
+    model = loaded.handle.work
+    held = sum(
+        w.shape[0] * w.shape[1] for w in loaded.program.weights() if len(w.shape) == 2 and w.name != "embed"
+    )
+    assert model.fixed.read_bytes + model.if_outputs.read_bytes == pytest.approx(held * 34 / 32, rel=0.1)
