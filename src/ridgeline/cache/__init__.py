@@ -1,0 +1,1 @@
+"""Which page holds which tokens: ids only, the layout inside a page is the executor's."""

@@ -1,0 +1,228 @@
+"""`AsyncLLM`, the Python API for servers: an engine in a thread, requests on event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from ridgeline.config import EngineConfig
+from ridgeline.loading import Message, Prompt, load_engine, text_of
+from ridgeline.types import (
+    EngineDeadError,
+    Request,
+    RequestError,
+    RequestOutput,
+    RidgelineError,
+    SamplingParams,
+)
+
+if TYPE_CHECKING:
+    from ridgeline.engine import EngineStats
+    from ridgeline.model.tokenizer import Tokenizer
+
+
+class AsyncLLM:
+    """A model for asyncio: the engine runs in a thread of its own and requests come and go while it does.
+
+    `options` are the fields of EngineConfig; loading blocks. An async context manager, or `close` it. When
+    the engine fails, everybody who waits, and everybody who comes later, gets EngineDeadError.
+    """
+
+    def __init__(self, model: str = "smollm2", **options: Any) -> None:
+        self._loaded = load_engine(EngineConfig.from_options({"model": model, **options}))
+        self._ids = itertools.count()
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards _open and _failure
+        self._open: dict[str, _Mailbox] = {}
+        self._failure: EngineDeadError | None = None
+        self._routes: dict[str, _Mailbox] = {}  # the engine thread's own: who hears of which request
+        self._closing = False
+        self._thread = threading.Thread(target=self._serve, name="ridgeline-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Continue a prompt, yielding its state as it grows; the last one is `finished`.
+
+        A reader that is slower than the engine gets fewer, longer updates. Leaving the loop, or cancelling
+        its task, aborts the request. Raises RequestError and EngineDeadError.
+        """
+        tokens = await asyncio.to_thread(self._loaded.tokens_of, prompt)
+        async with aclosing(self._follow(text_of(prompt), tokens, params, request_id)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer a conversation, as `generate` does."""
+        tokens = await asyncio.to_thread(self._loaded.chat_tokens, messages)
+        async with aclosing(self._follow(None, tokens, params, request_id)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its reader gets a last output with the reason "abort". Unknown ids are ignored."""
+        with suppress(EngineDeadError):
+            self._send(partial(self._abort, request_id))
+
+    @property
+    def config(self) -> EngineConfig:
+        """The settings, with nothing left to choose."""
+        return self._loaded.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._loaded.tokenizer
+
+    @property
+    def sampling_defaults(self) -> SamplingParams:
+        """What applies where no parameters are given."""
+        return self._loaded.sampling_defaults
+
+    @property
+    def stats(self) -> EngineStats:
+        """Steps, time and work so far."""
+        return self._loaded.engine.stats
+
+    @property
+    def is_alive(self) -> bool:
+        return self._failure is None
+
+    def close(self) -> None:
+        """Stop the engine and free the model. Idempotent; open requests end with EngineDeadError."""
+        with suppress(EngineDeadError):
+            self._send(self._request_close)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    async def _follow(
+        self, text: str | None, tokens: tuple[int, ...], params: SamplingParams | None, request_id: str | None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        name = request_id if request_id is not None else f"request-{next(self._ids)}"
+        request = Request(name, tokens, params or self.sampling_defaults)
+        mailbox = _Mailbox(asyncio.get_running_loop())
+        with self._lock:
+            if name in self._open:
+                raise RequestError(f"request id {name!r} is in use; accepted: an id of its own")
+            if self._failure is None:
+                self._open[name] = mailbox
+        finished = False
+        try:
+            self._send(partial(self._admit, request, text, mailbox))
+            while not finished:
+                output = await mailbox.next()
+                finished = output.finished
+                yield output
+        finally:
+            with self._lock:
+                self._open.pop(name, None)
+            if not finished:
+                await self.abort(name)
+
+    def _send(self, command: Callable[[], None]) -> None:
+        with self._lock:
+            if self._failure is not None:
+                raise EngineDeadError(str(self._failure))
+            self._commands.put(command)
+
+    # --------------------------------------------------------------------- on the engine's thread
+
+    def _serve(self) -> None:
+        engine = self._loaded.engine
+        failure = EngineDeadError("engine was closed; accepted: requests before close()")
+        try:
+            while not self._closing:
+                if not engine.has_work:
+                    self._commands.get()()
+                while not self._commands.empty():
+                    self._commands.get()()
+                self._deliver(engine.step())
+        except Exception as error:  # whatever it was, nobody may be left waiting
+            failure = EngineDeadError(f"engine stopped: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+        with self._lock:
+            self._failure = failure
+            waiting = list(self._open.values())
+        for mailbox in waiting:
+            _post([(mailbox, EngineDeadError(str(failure)))])
+        with suppress(Exception):  # the engine may be past closing in order
+            engine.close()
+
+    def _request_close(self) -> None:
+        self._closing = True
+
+    def _admit(self, request: Request, text: str | None, mailbox: _Mailbox) -> None:
+        try:
+            self._loaded.engine.add(request, text)
+            self._routes[request.id] = mailbox
+        except RidgelineError as error:
+            _post([(mailbox, error)])
+
+    def _abort(self, request_id: str) -> None:
+        output = self._loaded.engine.abort(request_id)
+        if output is not None:
+            self._deliver([output])
+
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        letters = [(self._routes[output.request_id], output) for output in outputs]
+        for output in outputs:
+            if output.finished:
+                del self._routes[output.request_id]
+        _post(letters)
+
+
+class _Mailbox:
+    """The newest state of one request, for its reader. All but `loop` belongs to that loop's thread."""
+
+    __slots__ = ("_arrived", "_latest", "loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._arrived = asyncio.Event()
+        self._latest: RequestOutput | RidgelineError | None = None
+
+    def put(self, letter: RequestOutput | RidgelineError) -> None:
+        self._latest = letter
+        self._arrived.set()
+
+    async def next(self) -> RequestOutput:
+        """Wait for a state that was not seen yet; raises the error that ended the request."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        letter = self._latest
+        assert letter is not None
+        if isinstance(letter, RidgelineError):
+            raise letter
+        return letter
+
+
+def _post(letters: Sequence[tuple[_Mailbox, RequestOutput | RidgelineError]]) -> None:
+    """Hand letters to their mailboxes on the readers' loops, with one wake-up for each loop."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, RequestOutput | RidgelineError]]] = {}
+    for mailbox, letter in letters:
+        by_loop.setdefault(mailbox.loop, []).append((mailbox, letter))
+    for loop, group in by_loop.items():
+        with suppress(RuntimeError):  # a loop that was closed has no readers
+            loop.call_soon_threadsafe(_put_all, group)
+
+
+def _put_all(letters: Sequence[tuple[_Mailbox, RequestOutput | RidgelineError]]) -> None:
+    for mailbox, letter in letters:
+        mailbox.put(letter)

@@ -1,0 +1,340 @@
+"""The engine: requests in, steps of the model, tokens and text out.
+
+`Engine.step` is the whole loop. The rest of this file is the life of a request: checked, queued, given
+tokens, ended. Nothing here knows HTTP, templates or what a model is made of. An engine belongs to one
+thread at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ridgeline.sampling.noise import derived_seed
+from ridgeline.sampling.sampler import Chooser, Sampled, Sampler
+from ridgeline.sampling.stop import StopMatcher
+from ridgeline.scheduling.scheduler import Plan, Scheduler
+from ridgeline.scheduling.sequence import Sequence
+from ridgeline.types import (
+    CompletionOutput,
+    FinishReason,
+    Request,
+    RequestError,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    StepResult,
+    TokenLogprobs,
+    Work,
+)
+
+if TYPE_CHECKING:
+    from ridgeline.execution.base import Executor
+
+
+class Detokenizer(Protocol):
+    """Text of one sequence, token by token; never returns half a character."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the engine has to know about the model. `max_model_len` bounds prompt and output together;
+    `begin_token_id` stands for an empty prompt, if the model has one."""
+
+    vocabulary_size: int
+    max_model_len: int
+    end_token_ids: frozenset[int] = frozenset()
+    begin_token_id: int | None = None
+
+
+@dataclass(slots=True)
+class StepTotals:
+    """Sums over steps: rows run, time inside the executor, and work."""
+
+    steps: int = 0
+    rows: int = 0
+    elapsed_s: float = 0.0
+    work: Work = field(default_factory=Work)
+
+    def add(self, rows: int, result: StepResult) -> None:
+        self.steps += 1
+        self.rows += rows
+        self.elapsed_s += result.elapsed_s
+        self.work = self.work + result.work
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Totals since the engine was made. `decode` counts the steps with one row per sequence, `prefill` all
+    others; steps that mix the two are among the latter."""
+
+    prefill: StepTotals = field(default_factory=StepTotals)
+    decode: StepTotals = field(default_factory=StepTotals)
+
+
+class Engine:
+    """Runs requests on one executor. It owns the requests; the scheduler owns queues and pages.
+
+    `detokenizer(skip_special_tokens)` makes the text side of one sequence. With `seed`, requests without
+    a seed of their own are repeatable: theirs is derived from it by their order of arrival.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        handle: Any,
+        scheduler: Scheduler,
+        model: ModelFacts,
+        detokenizer: Callable[[bool], Detokenizer],
+        seed: int | None = None,
+    ) -> None:
+        self.model = model
+        self.scheduler = scheduler
+        self.stats = EngineStats()
+        self._executor = executor
+        self._handle = handle
+        self._detokenizer = detokenizer
+        self._seed = seed
+        self._sampler = Sampler()
+        self._requests: dict[str, _Request] = {}
+        self._owners: dict[int, tuple[_Request, _Choice]] = {}
+        self._requests_seen = 0
+        self._sequences_seen = 0
+
+    # ------------------------------------------------------------------------------------- the loop
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns the state of each request that advanced and wants to be told."""
+        if not self.has_work:
+            return []
+        plan = self.scheduler.schedule(time.perf_counter())
+        future = self._executor.run(self._handle, plan.step)
+        sampled = self._sampler.finish(future, plan)
+        return self._commit(plan, future.result(), sampled)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def close(self) -> None:
+        """Drop all requests and close the executor."""
+        for request_id in list(self._requests):
+            self.abort(request_id)
+        self._executor.close()
+
+    # ------------------------------------------------------------------------- requests come and go
+
+    def add(self, request: Request, prompt: str | None = None, stream: bool = True) -> None:
+        """Queue a request. `prompt` is its text, for its outputs; without `stream` it only reports its end.
+
+        Raises RequestError when the request cannot be served; nothing is kept of it then.
+        """
+        if request.id in self._requests:
+            raise RequestError(f"request id {request.id!r} is in use; accepted: an id of its own")
+        tokens = request.prompt_token_ids
+        if not tokens and self.model.begin_token_id is not None:
+            tokens = (self.model.begin_token_id,)
+        params = request.params
+        limit = self._check(tokens, params)
+        arrived_s = time.perf_counter()
+        seed = self._seed_of(params)
+        ends = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= self.model.end_token_ids
+        state = _Request(request.id, prompt, tokens, stream, arrived_s)
+        for index in range(params.n):
+            chooser = Chooser(params, seed, index, tokens, tuple(ends))
+            sequence = Sequence(self._sequences_seen, tokens, chooser, self.scheduler.cache.new_sequence())
+            choice = _Choice(
+                index, sequence, params, ends, limit, self._detokenizer(params.skip_special_tokens)
+            )
+            self._sequences_seen += 1
+            state.choices.append(choice)
+            self._owners[sequence.arrival] = (state, choice)
+            self.scheduler.add(sequence)
+        self._requests[request.id] = state
+        self._requests_seen += 1
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now and free what it holds; its last state, or None when there is none (any more)."""
+        state = self._requests.get(request_id)
+        if state is None:
+            return None
+        for choice in state.choices:
+            if choice.finish_reason is None:
+                choice.end("abort")
+                self._retire(choice)
+        return self._finish(state)
+
+    def _check(self, tokens: tuple[int, ...], params: SamplingParams) -> int:
+        """Refuse what cannot be served; returns the most tokens that a sequence of the request may have."""
+        context = self.model.max_model_len
+        if not tokens:
+            raise RequestError("prompt has 0 tokens; accepted: at least 1")
+        if len(tokens) >= context:
+            seen = f"prompt has {len(tokens)} tokens"
+            raise RequestError(f"{seen}; this model's context of {context} takes at most {context - 1}")
+        self._check_ids("prompt token", tokens)
+        self._check_ids("stop_token_ids token", params.stop_token_ids)
+        self._check_ids("logit_bias token", params.logit_bias or ())
+        limit = context if params.max_tokens is None else min(context, len(tokens) + params.max_tokens)
+        capacity = self.scheduler.cache.max_sequence_tokens
+        # The last token is never run, so it needs no slot.
+        if capacity is not None and limit - 1 > capacity:
+            raise RequestError(
+                f"prompt and output may reach {limit} tokens; the KV cache holds at most {capacity + 1}"
+            )
+        return limit
+
+    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
+        size = self.model.vocabulary_size
+        for token in ids:
+            if type(token) is not int or not 0 <= token < size:
+                raise RequestError(f"{name} is {token!r}; accepted: 0 to {size - 1}")
+
+    def _seed_of(self, params: SamplingParams) -> int:
+        if params.seed is not None:
+            return params.seed
+        if self._seed is not None:
+            return derived_seed(self._seed, self._requests_seen)
+        return int.from_bytes(os.urandom(8), "little")
+
+    # ------------------------------------------------------------------------------------ committing
+
+    def _commit(self, plan: Plan, result: StepResult, sampled: list[Sampled]) -> list[RequestOutput]:
+        """Append the tokens, end what has ended, and tell the requests that advanced."""
+        now_s = time.perf_counter()
+        decode = len(plan.sequences) == plan.step.rows
+        (self.stats.decode if decode else self.stats.prefill).add(plan.step.rows, result)
+        self.scheduler.advance(plan)
+        advanced: dict[str, _Request] = {}
+        for sequence, sample in zip(plan.sampled, sampled, strict=True):
+            state, choice = self._owners[sequence.arrival]
+            choice.take(sample)
+            if choice.finish_reason is not None:
+                self._retire(choice)
+            if state.first_token_s is None and sample.error is None:
+                state.first_token_s = now_s
+            advanced[state.id] = state
+        outputs = []
+        for state in advanced.values():
+            if all(choice.finish_reason is not None for choice in state.choices):
+                outputs.append(self._finish(state))
+            elif state.stream:
+                outputs.append(state.output())
+        return outputs
+
+    def _retire(self, choice: _Choice) -> None:
+        del self._owners[choice.sequence.arrival]
+        self.scheduler.remove(choice.sequence)
+
+    def _finish(self, state: _Request) -> RequestOutput:
+        del self._requests[state.id]
+        state.finished_s = time.perf_counter()
+        return state.output()
+
+
+class _Choice:
+    """One of a request's continuations: its sequence, its text so far, and when it ends."""
+
+    __slots__ = (
+        "detokenizer", "ends", "finish_reason", "index", "limit", "logprobs", "params", "sequence",
+        "stop_reason", "stops", "text",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        index: int,
+        sequence: Sequence,
+        params: SamplingParams,
+        ends: frozenset[int],
+        limit: int,
+        detokenizer: Detokenizer,
+    ) -> None:
+        self.index = index
+        self.sequence = sequence
+        self.params = params
+        self.ends = ends
+        self.limit = limit
+        self.detokenizer = detokenizer
+        self.stops = (
+            StopMatcher(tuple(params.stop), params.include_stop_str_in_output) if params.stop else None
+        )
+        self.text = ""
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+
+    def take(self, sample: Sampled) -> None:
+        """Append a sampled token and its text, and see whether that ends the choice.
+
+        A row that could not be sampled ends it with "abort", and the cause as `stop_reason`.
+        """
+        if sample.error is not None:
+            self.end("abort", sample.error)
+            return
+        token = sample.token_id
+        self.sequence.append(token)
+        if sample.logprobs is not None:
+            self.logprobs.append(sample.logprobs)
+        if token in self.ends:
+            named = token in self.params.stop_token_ids
+            if named and self.params.include_stop_str_in_output:
+                self._show(self.detokenizer.push(token))
+            self.end("stop", token if named else None)
+            return
+        self._show(self.detokenizer.push(token))
+        if self.finish_reason is None and len(self.sequence.token_ids) >= self.limit:
+            self.end("length")
+
+    def end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        """Release the text that was held back and close the choice."""
+        self._show(self.detokenizer.finish())
+        if self.stops is not None:
+            self.text += self.stops.flush()
+        if self.finish_reason is None:
+            self.finish_reason, self.stop_reason = reason, stop_reason
+
+    def _show(self, piece: str) -> None:
+        # Stop strings are not looked for in the first min_tokens tokens.
+        if self.stops is not None and self.sequence.generated > self.params.min_tokens:
+            piece = self.stops.push(piece)
+            if self.stops.matched is not None and self.finish_reason is None:
+                self.finish_reason, self.stop_reason = "stop", self.stops.matched
+        self.text += piece
+
+    def output(self) -> CompletionOutput:
+        tokens = tuple(self.sequence.token_ids[self.sequence.prompt_length :])
+        logprobs = tuple(self.logprobs) if self.params.logprobs is not None else None
+        return CompletionOutput(self.index, self.text, tokens, self.finish_reason, self.stop_reason, logprobs)
+
+
+class _Request:
+    """A request under way."""
+
+    __slots__ = ("arrived_s", "choices", "finished_s", "first_token_s", "id", "prompt", "stream", "tokens")
+
+    def __init__(
+        self, request_id: str, prompt: str | None, tokens: tuple[int, ...], stream: bool, arrived_s: float
+    ) -> None:
+        self.id = request_id
+        self.prompt = prompt
+        self.tokens = tokens
+        self.stream = stream
+        self.arrived_s = arrived_s
+        self.first_token_s: float | None = None
+        self.finished_s: float | None = None
+        self.choices: list[_Choice] = []
+
+    def output(self) -> RequestOutput:
+        metrics = RequestMetrics(self.arrived_s, self.first_token_s, self.finished_s)
+        outputs = tuple(choice.output() for choice in self.choices)
+        finished = self.finished_s is not None
+        return RequestOutput(self.id, self.prompt, self.tokens, outputs, finished, metrics)

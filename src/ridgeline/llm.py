@@ -1,0 +1,198 @@
+"""`LLM`, the Python API for scripts: batches, conversations, streams."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from ridgeline.config import EngineConfig
+from ridgeline.loading import Message, Prompt, load_engine, text_of
+from ridgeline.types import EngineDeadError, Request, RequestError, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from ridgeline.engine import EngineStats
+    from ridgeline.model.tokenizer import Tokenizer
+
+
+class LLM:
+    """A model that is loaded and ready. Safe to use from several threads; a context manager, or `close` it.
+
+    `options` are the fields of EngineConfig. Raises ConfigError, CheckpointError or CapacityError.
+    """
+
+    def __init__(self, model: str = "smollm2", **options: Any) -> None:
+        self._loaded = load_engine(EngineConfig.from_options({"model": model, **options}))
+        self._lock = threading.RLock()
+        self._ids = itertools.count()
+        self._latest: dict[str, RequestOutput | None] = {}
+        self._closed = False
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue one prompt, or many as one batch; results in input order.
+
+        A prompt is a text or a list of token ids. `params` is for all prompts, or one for each. Raises
+        RequestError when one of them cannot be served, before any is started.
+        """
+        several = _prompts(prompts)
+        return self._run([text_of(p) for p in several], [self._loaded.tokens_of(p) for p in several], params)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or many as one batch. A message is `{"role": ..., "content": ...}`."""
+        tokens = [self._loaded.chat_tokens(chat) for chat in _chats(messages)]
+        return self._run([None] * len(tokens), tokens, params)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Continue one prompt, yielding its state each time it has grown; the last one is `finished`.
+
+        Closing the iterator early aborts the request.
+        """
+        yield from self._stream(text_of(prompt), self._loaded.tokens_of(prompt), params)
+
+    def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Answer one conversation, as `stream` does."""
+        yield from self._stream(None, self._loaded.chat_tokens(messages), params)
+
+    @property
+    def config(self) -> EngineConfig:
+        """The settings, with nothing left to choose."""
+        return self._loaded.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._loaded.tokenizer
+
+    @property
+    def sampling_defaults(self) -> SamplingParams:
+        """What applies where no parameters are given."""
+        return self._loaded.sampling_defaults
+
+    @property
+    def stats(self) -> EngineStats:
+        """Steps, time and work so far."""
+        return self._loaded.engine.stats
+
+    def close(self) -> None:
+        """Free the model. Idempotent; requests under way are aborted."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._loaded.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(
+        self,
+        texts: Sequence[str | None],
+        tokens: Sequence[tuple[int, ...]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[RequestOutput]:
+        each = self._params_for(params, len(tokens))
+        with self._requests(texts, tokens, each, stream=False) as ids:
+            while True:
+                with self._lock:
+                    results = [self._latest[request_id] for request_id in ids]
+                    finished = [result for result in results if result is not None and result.finished]
+                    if len(finished) == len(ids):
+                        return finished
+                    self._step()
+
+    def _stream(
+        self, text: str | None, tokens: tuple[int, ...], params: SamplingParams | None
+    ) -> Iterator[RequestOutput]:
+        each = self._params_for(params, 1)
+        with self._requests([text], [tokens], each, stream=True) as (request_id,):
+            finished = False
+            while not finished:
+                with self._lock:
+                    output = self._latest[request_id]
+                    if output is None:
+                        self._step()
+                        continue
+                    self._latest[request_id] = None
+                finished = output.finished
+                yield output
+
+    def _step(self) -> None:
+        """One step for everybody: other threads' requests and open streams advance as well."""
+        self._check_open()
+        for output in self._loaded.engine.step():
+            self._latest[output.request_id] = output
+
+    @contextmanager
+    def _requests(
+        self,
+        texts: Sequence[str | None],
+        tokens: Sequence[tuple[int, ...]],
+        params: Sequence[SamplingParams],
+        stream: bool,
+    ) -> Iterator[list[str]]:
+        """Requests that live as long as the block; what is unfinished at its end is aborted."""
+        ids = [f"{next(self._ids)}" for _ in tokens]
+        engine = self._loaded.engine
+        try:
+            with self._lock:
+                self._check_open()
+                for request_id, text, prompt, each in zip(ids, texts, tokens, params, strict=True):
+                    engine.add(Request(request_id, prompt, each), text, stream)
+                    self._latest[request_id] = None
+            yield ids
+        finally:
+            with self._lock:
+                for request_id in ids:
+                    engine.abort(request_id)
+                    self._latest.pop(request_id, None)
+
+    def _params_for(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or self.sampling_defaults] * count
+        if len(params) != count:
+            raise RequestError(
+                f"{len(params)} sampling parameters for {count} prompts; accepted: 1 or {count}"
+            )
+        return list(params)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineDeadError("model is closed; accepted: requests before close()")
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as many. A list that begins with a number is one prompt of token ids."""
+    if isinstance(prompts, str):
+        return [prompts]
+    one = [token for token in prompts if isinstance(token, int)]
+    several = [prompt for prompt in prompts if not isinstance(prompt, int)]
+    if one and several:
+        raise RequestError("prompts mix token ids with prompts; accepted: texts, or lists of token ids")
+    return [one] if one else several
+
+
+def _chats(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
+    """One conversation or many, as many."""
+    one = [message for message in messages if isinstance(message, Mapping)]
+    several = [chat for chat in messages if not isinstance(chat, Mapping)]
+    if one and several:
+        raise RequestError("messages mix messages with conversations; accepted: a list of either")
+    return [one] if one else several
