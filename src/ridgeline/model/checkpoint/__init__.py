@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ridgeline.model.checkpoint.files import Checkpoint, TensorInfo, contained, reading, shown
 from ridgeline.model.checkpoint.gguf import read_gguf
-from ridgeline.model.checkpoint.safetensors import read_safetensors
+from ridgeline.model.checkpoint.safetensors import INDEX_NAME, read_safetensors
 from ridgeline.types import CheckpointError
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
@@ -26,7 +26,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             path.stat()
             return _open_file(path)
         files = sorted(entry for entry in path.iterdir() if entry.is_file())
-    if any(file.suffix == ".safetensors" for file in files):
+    if any(file.suffix == ".safetensors" or file.name == INDEX_NAME for file in files):
         if (path / "config.json").exists():
             return read_safetensors(path)
         raise CheckpointError(f"{path} has safetensors but no config.json; accepted: a folder with both")

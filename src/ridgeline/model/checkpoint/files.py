@@ -229,13 +229,13 @@ def reading(path: Path) -> Iterator[None]:
 def read_file(path: Path, limit_bytes: int) -> bytes:
     """A whole regular file of at most `limit_bytes`. CheckpointError otherwise, or when it is missing."""
     with reading(path):
-        if not stat.S_ISREG(path.stat().st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path} is not a file; accepted: a regular file")
+        if status.st_size > limit_bytes:
+            raise CheckpointError(f"{path} has {status.st_size} bytes; accepted: up to {limit_bytes}")
         with path.open("rb") as file:
-            content = file.read(limit_bytes + 1)
-        if len(content) > limit_bytes:
-            raise CheckpointError(f"{path} is over {limit_bytes} bytes; accepted: up to that size")
-        return content
+            return file.read(status.st_size)
 
 
 def parse_json_object(content: bytes, path: Path, what: str) -> dict[str, Any]:
