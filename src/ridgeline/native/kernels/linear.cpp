@@ -1,0 +1,114 @@
+// Linear layers: pairs of tiles times blocks of rows, with bias, gate, activation and quantisation in one pass.
+#include "linear.h"
+
+#include "rows.h"
+#include "vector_math.h"
+
+RIDGELINE_BEGIN
+
+namespace {
+
+// How a launch is cut into units. It decides who computes what, never how.
+struct Cut {
+  int64_t pairs;           // of output tiles, over all parts
+  int64_t pairs_per_unit;  // neighbours in memory, so that few rows read long runs
+  int64_t rows_per_unit;
+  int64_t pair_units, units;
+};
+
+Cut cut(const LinearLaunch& launch, int64_t rows, int threads) {
+  constexpr int64_t kRowsPerUnit = 64, kUnitsPerWorker = 8;
+  Cut c{};
+  for (const LinearPart& part : launch.parts) c.pairs += (tile_count(part.matrix.rows) + 1) / 2;
+  c.rows_per_unit = rows < kRowsPerUnit ? rows : kRowsPerUnit;
+  const int64_t row_units = (rows + c.rows_per_unit - 1) / c.rows_per_unit;
+  const int64_t wanted = c.pairs * row_units / (kUnitsPerWorker * threads);
+  c.pairs_per_unit = wanted < 1 ? 1 : wanted > 8 ? 8 : wanted;
+  c.pair_units = (c.pairs + c.pairs_per_unit - 1) / c.pairs_per_unit;
+  c.units = c.pair_units * row_units;
+  return c;
+}
+
+struct PairInput {
+  const LinearLaunch& launch;
+  const LinearPart& part;
+  int64_t pair;
+};
+
+void multiply_pair(const PairInput& in, const MatrixView& matrix, int64_t row, int tokens, float* y) {
+  const bool quantised = is_quantised(matrix.storage);
+  const int64_t row_bytes = quantised ? in.launch.x8.stride : in.launch.x32.stride * int64_t(sizeof(float));
+  const uint8_t* x = quantised ? in.launch.x8.data : reinterpret_cast<const uint8_t*>(in.launch.x32.data);
+  const size_t bytes = tile_bytes(matrix.storage, matrix.cols);
+  for (int half = 0; half < 2; ++half) {
+    const int64_t tile = 2 * in.pair + half;
+    if (tile < tile_count(matrix.rows)) {
+      multiply_tile(matrix.storage, {matrix.data + tile * bytes, x + row * row_bytes, row_bytes, matrix.cols}, tokens,
+                    y + half * kTileRows);
+    } else {
+      for (int t = 0; t < tokens; ++t) store(y + t * kResultStride + half * kTileRows, zero());
+    }
+  }
+}
+
+RIDGELINE_INLINE vfloat add_bias(vfloat y, const float* bias, int64_t column, int64_t rows) {
+  return bias == nullptr ? y : y + load(first_lanes(int(rows - column)), bias + column);
+}
+
+void finish_pair(const PairInput& in, const StepView& step, int64_t row, int tokens, const float* y, const float* gate) {
+  const LinearPart& part = in.part;
+  const int64_t column = in.pair * kResultStride, width = part.matrix.rows;
+  const A8Layout layout = a8_layout(part.matrix.rows);
+  for (int t = 0; t < tokens; ++t) {
+    vfloat v[2];
+    for (int half = 0; half < 2; ++half) {
+      const int64_t c = column + half * kTileRows;
+      v[half] = add_bias(load(y + t * kResultStride + half * kTileRows), part.bias, c, width);
+      if (gate != nullptr) {
+        const vfloat g = add_bias(load(gate + t * kResultStride + half * kTileRows), part.gate_bias, c, width);
+        v[half] = activate(part.activation, g) * v[half];
+      } else {
+        v[half] = activate(part.activation, v[half]);
+      }
+    }
+    if (part.out.a8.data != nullptr) {
+      quantise_group(v[0], v[1], part.out.a8.data + (row + t) * part.out.a8.stride, layout, int(in.pair));
+      continue;
+    }
+    float* out = part.out.f32.data != nullptr ? part.out.f32.data + (row + t) * part.out.f32.stride
+                                              : step.logits + (row + t) * step.vocabulary;
+    store_f32(out + column, int(width - column), v[0], part.out.accumulate);
+    store_f32(out + column + kTileRows, int(width - column) - kTileRows, v[1], part.out.accumulate);
+  }
+}
+
+void run_pair(const PairInput& in, const StepView& step, int64_t row_begin, int64_t row_end) {
+  alignas(64) float y[kMaxTokens * kResultStride], gate[kMaxTokens * kResultStride];
+  for (int64_t row = row_begin; row < row_end; row += kMaxTokens) {
+    const int tokens = int(row_end - row < kMaxTokens ? row_end - row : kMaxTokens);
+    multiply_pair(in, in.part.matrix, row, tokens, y);
+    if (in.part.gate.data != nullptr) multiply_pair(in, in.part.gate, row, tokens, gate);
+    finish_pair(in, step, row, tokens, y, in.part.gate.data != nullptr ? gate : nullptr);
+  }
+}
+
+}  // namespace
+
+void linear(const LinearLaunch& launch, const StepView& step, Worker& worker) {
+  const int64_t rows = launch.outputs_only ? step.outputs : step.rows;
+  if (rows == 0) return;
+  const Cut c = cut(launch, rows, worker.team->threads());
+  for_units(*worker.team, worker.index, c.units, [&](int64_t unit) {
+    const int64_t row_begin = unit / c.pair_units * c.rows_per_unit;
+    const int64_t row_end = row_begin + c.rows_per_unit < rows ? row_begin + c.rows_per_unit : rows;
+    int64_t first = unit % c.pair_units * c.pairs_per_unit, count = c.pairs_per_unit;
+    for (const LinearPart& part : launch.parts) {
+      const int64_t pairs = (tile_count(part.matrix.rows) + 1) / 2;
+      for (; first < pairs && count > 0; ++first, --count) run_pair({launch, part, first}, step, row_begin, row_end);
+      if (count == 0) break;
+      first -= pairs;
+    }
+  });
+}
+
+RIDGELINE_END

@@ -1,0 +1,132 @@
+// Kernels at a row's place in its sequence: embedding, and rope with the write of K and V into their page.
+#include "rows.h"
+
+RIDGELINE_BEGIN
+
+namespace {
+
+float widen_f16(const uint16_t* p) {
+  uint16_t lane[16] = {*p};
+  float wide[16];
+  store(wide, load_f16(lane));
+  return wide[0];
+}
+
+// Values of one group of a row of a quantised matrix: float(code - zero point) * scale (+ minimum).
+void unpack_group(const MatrixView& matrix, const uint8_t* tile, int lane, int group, float* out) {
+  const int groups = group_count(matrix.cols);
+  const auto* scales = reinterpret_cast<const uint16_t*>(tile) + lane;
+  const uint8_t* codes = tile + code_offset(matrix.storage, groups) + group * group_code_bytes(matrix.storage);
+  const float scale = widen_f16(scales + size_t(group) * kTileRows);
+  if (matrix.storage == Storage::q8_0) {
+    for (int i = 0; i < kGroup; ++i) {
+      out[i] = float(int(codes[i / 4 * 64 + lane * 4 + i % 4]) - 128) * scale;
+    }
+    return;
+  }
+  const bool has_minimum = matrix.storage == Storage::q4_1;
+  const float minimum = has_minimum ? widen_f16(scales + size_t(groups + group) * kTileRows) : 0.0f;
+  for (int i = 0; i < kGroup; ++i) {
+    const int byte = codes[i / 8 * 64 + lane * 4 + i % 4], code = i % 8 < 4 ? byte & 15 : byte >> 4;
+    out[i] = has_minimum ? float(code) * scale + minimum : float(code - 8) * scale;
+  }
+}
+
+// Columns [column, column + 32) of a row; those beyond the matrix are left alone.
+void unpack_columns(const MatrixView& matrix, int64_t row, int column, float* out) {
+  const uint8_t* tile = matrix.data + row / kTileRows * tile_bytes(matrix.storage, matrix.cols);
+  const int lane = int(row % kTileRows);
+  if (is_quantised(matrix.storage)) return unpack_group(matrix, tile, lane, column / kGroup, out);
+  for (int i = 0; i < kGroup && column + i < matrix.cols; ++i) {
+    std::memcpy(out + i, tile + (size_t(column + i) * kTileRows + lane) * 4, 4);
+  }
+}
+
+}  // namespace
+
+void embed(const EmbedLaunch& launch, const StepView& step, Worker& worker) {
+  const Target out{launch.out, {}, launch.accumulate};
+  const int32_t* ids = launch.by_position ? step.positions : step.tokens;
+  for_rows(worker, step.rows, 1, [&](int64_t row) {
+    write_row(out, row, launch.matrix.cols, [&](int column, vfloat& a, vfloat& b) {
+      float values[kGroup] = {};
+      unpack_columns(launch.matrix, ids[row], column, values);
+      a = load(values) * splat(launch.scale);
+      b = load(values + 16) * splat(launch.scale);
+    });
+  });
+}
+
+void unpack_row(const MatrixView& matrix, int64_t row, float* out) {
+  for (int column = 0; column < matrix.cols; column += kGroup) unpack_columns(matrix, row, column, out + column);
+}
+
+namespace {
+
+void rms_norm_head(float* head, int head_dim, const float* weight, float eps) {
+  vfloat acc = zero();
+  for (int d = 0; d < head_dim; d += 16) {
+    const vfloat x = load(first_lanes(head_dim - d), head + d);
+    acc = fma(x, x, acc);
+  }
+  const vfloat factor = splat(1.0f / __builtin_sqrtf(reduce_add(acc) / float(head_dim) + eps));
+  for (int d = 0; d < head_dim; d += 16) {
+    const vmask m = first_lanes(head_dim - d);
+    store(m, head + d, load(m, head + d) * factor * load(m, weight + d));
+  }
+}
+
+// Turns the pairs (i, i + rotary_dim / 2).
+void rotate_head(float* head, int rotary_dim, const float* cos, const float* sin) {
+  const int half = rotary_dim / 2;
+  for (int d = 0; d < half; d += 16) {
+    const vmask m = first_lanes(half - d);
+    const vfloat a = load(m, head + d), b = load(m, head + half + d), c = load(m, cos + d), s = load(m, sin + d);
+    store(m, head + d, a * c - b * s);
+    store(m, head + half + d, b * c + a * s);
+  }
+}
+
+void store_key(const float* head, int head_dim, uint16_t* page, int slot) {
+  alignas(64) uint16_t values[kMaxHeadDim];
+  for (int d = 0; d < head_dim; d += 16) store_bf16(first_lanes(head_dim - d), values + d, load(first_lanes(head_dim - d), head + d));
+  for (int pair = 0; pair < head_dim / 2; ++pair) std::memcpy(page + (pair * kPageTokens + slot) * 2, values + 2 * pair, 4);
+}
+
+void store_value(const float* head, int head_dim, uint16_t* page, int slot) {
+  uint16_t* out = page + page_values(head_dim) / 2 + size_t(slot) * head_dim;
+  for (int d = 0; d < head_dim; d += 16) {
+    const vmask m = first_lanes(head_dim - d);
+    store_bf16(m, out + d, load(m, head + d));
+  }
+}
+
+void rope_store_row(const RopeStoreLaunch& launch, const StepView& step, int64_t row) {
+  const int head_dim = launch.head_dim, slot = step.slots[row];
+  const float* cos = launch.cos == nullptr ? nullptr : launch.cos + row * (launch.rotary_dim / 2);
+  const float* sin = launch.sin == nullptr ? nullptr : launch.sin + row * (launch.rotary_dim / 2);
+  for (int h = 0; h < launch.heads; ++h) {
+    float* q = launch.q.data + row * launch.q.stride + int64_t(h) * head_dim;
+    if (launch.q_norm != nullptr) rms_norm_head(q, head_dim, launch.q_norm, launch.eps);
+    if (cos != nullptr) rotate_head(q, launch.rotary_dim, cos, sin);
+  }
+  const int segment = step.segment_begin[step.row_sequence[row] + 1] - 1;
+  const int32_t* table = step.tables + launch.group * step.pages + step.table_begin[segment];
+  uint16_t* page = launch.pool + int64_t(table[slot / kPageTokens]) * launch.kv_heads * int64_t(page_values(head_dim));
+  for (int h = 0; h < launch.kv_heads; ++h, page += page_values(head_dim)) {
+    alignas(64) float k[kMaxHeadDim];
+    std::memcpy(k, launch.k.data + row * launch.k.stride + int64_t(h) * head_dim, size_t(head_dim) * 4);
+    if (launch.k_norm != nullptr) rms_norm_head(k, head_dim, launch.k_norm, launch.eps);
+    if (cos != nullptr) rotate_head(k, launch.rotary_dim, cos, sin);
+    store_key(k, head_dim, page, slot % kPageTokens);
+    store_value(launch.v.data + row * launch.v.stride + int64_t(h) * head_dim, head_dim, page, slot % kPageTokens);
+  }
+}
+
+}  // namespace
+
+void rope_store(const RopeStoreLaunch& launch, const StepView& step, Worker& worker) {
+  for_rows(worker, step.rows, 1, [&](int64_t row) { rope_store_row(launch, step, row); });
+}
+
+RIDGELINE_END

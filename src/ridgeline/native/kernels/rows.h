@@ -1,0 +1,62 @@
+// Reading and writing rows: the rule of A8 quantisation, and storing two vectors to any target.
+#pragma once
+
+#include "../launch.h"
+#include "../team.h"
+#include "simd.h"
+
+RIDGELINE_BEGIN
+
+constexpr float kInverse127 = 1.0f / 127.0f;
+
+// One group of an A8 row from 32 values: scale = amax / 127, codes rounded to nearest even.
+RIDGELINE_INLINE void quantise_group(vfloat a, vfloat b, uint8_t* row, const A8Layout& layout, int group) {
+  const float largest = reduce_max(max(abs(a), abs(b)));
+  const float scale = largest * kInverse127;
+  const vfloat inverse = splat(largest > 0.0f ? 127.0f / largest : 0.0f);
+  const vint lowest = isplat(-127), highest = isplat(127);
+  const vint first = min(max(to_int(a * inverse), lowest), highest);
+  const vint second = min(max(to_int(b * inverse), lowest), highest);
+  int8_t* codes = reinterpret_cast<int8_t*>(row) + size_t(group) * kGroup;
+  store_codes(codes, first);
+  store_codes(codes + 16, second);
+  const int32_t sum = reduce_add(add(first, second));
+  const float scaled_sum = scale * float(sum);
+  std::memcpy(row + layout.scales + 4 * size_t(group), &scale, 4);
+  std::memcpy(row + layout.sums + 4 * size_t(group), &sum, 4);
+  std::memcpy(row + layout.scaled_sums + 4 * size_t(group), &scaled_sum, 4);
+}
+
+RIDGELINE_INLINE void store_f32(float* p, int count, vfloat a, bool accumulate) {
+  const vmask m = first_lanes(count);
+  store(m, p, accumulate ? load(m, p) + a : a);
+}
+
+// Writes one row of `width` values, 32 at a time: values(column, first, second) fills two vectors, with zeros
+// beyond the width.
+template <class Values>
+RIDGELINE_INLINE void write_row(const Target& out, int64_t row, int width, Values&& values) {
+  const A8Layout layout = a8_layout(width);
+  for (int column = 0; column < width; column += kGroup) {
+    vfloat a, b;
+    values(column, a, b);
+    if (out.a8.data != nullptr) {
+      quantise_group(a, b, out.a8.data + row * out.a8.stride, layout, column / kGroup);
+    } else {
+      float* p = out.f32.data + row * out.f32.stride + column;
+      store_f32(p, width - column, a, out.accumulate);
+      store_f32(p + 16, width - column - 16, b, out.accumulate);
+    }
+  }
+}
+
+// Calls f(row) for every row, in chunks that the team's workers take.
+template <class F>
+RIDGELINE_INLINE void for_rows(const Worker& worker, int64_t rows, int64_t chunk, F&& f) {
+  for (int64_t unit = worker.index; unit * chunk < rows; unit = worker.team->next()) {
+    const int64_t end = (unit + 1) * chunk < rows ? (unit + 1) * chunk : rows;
+    for (int64_t row = unit * chunk; row < end; ++row) f(row);
+  }
+}
+
+RIDGELINE_END

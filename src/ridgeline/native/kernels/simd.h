@@ -1,0 +1,26 @@
+// Sixteen lanes of float32 or int32 under one set of names, whatever the instruction set. A backend defines
+//   vfloat, vint, vmask                           values of 16 lanes
+//   kMaxTokens, kMaxQueries                       rows in a register tile of the linear and attention kernels
+//   first_lanes(n), lanes(from, to)               masks; n, from and to are clamped to 0..16
+//   zero, splat, load, store                      float32; with a mask, other lanes are neither read nor written
+//   + - * / min max abs sqrt fma round_even       float32; fma may round twice where the hardware has none
+//   less, select, reduce_add, reduce_max          reductions have one fixed order
+//   izero, isplat, iload, add, sub, shift_left    int32
+//   to_int, to_float, times_power_of_two          to_int rounds to nearest even
+//   load_f16, load_bf16, bf16_bits                16 values of a half format; bf16 rounds to nearest even
+//   low_nibbles, high_nibbles, dot                64 unsigned bytes times four signed ones per lane, exact
+//   store_codes                                   16 int32 as int8, saturated
+//   prefetch
+// Every function is inlined: a kernel's object file must hold no code that another ISA level could link to.
+#pragma once
+
+#include "../layout.h"
+
+#define RIDGELINE_BEGIN namespace ridgeline { namespace RIDGELINE_ISA {
+#define RIDGELINE_END }}
+
+#if defined(__AVX512VNNI__)
+#include "simd_avx512.h"
+#else
+#include "simd_portable.h"
+#endif

@@ -1,0 +1,28 @@
+// The kernels of one ISA level, gathered.
+#include "../launch.h"
+#include "simd.h"
+
+#define RIDGELINE_TEXT(x) #x
+#define RIDGELINE_NAME(x) RIDGELINE_TEXT(x)
+
+RIDGELINE_BEGIN
+
+void embed(const EmbedLaunch&, const StepView&, Worker&);
+void norm(const NormLaunch&, const StepView&, Worker&);
+void quantise(const QuantiseLaunch&, const StepView&, Worker&);
+void add(const AddLaunch&, const StepView&, Worker&);
+void activate(const ActivateLaunch&, const StepView&, Worker&);
+void linear(const LinearLaunch&, const StepView&, Worker&);
+void softcap(const SoftcapLaunch&, const StepView&, Worker&);
+void rope_store(const RopeStoreLaunch&, const StepView&, Worker&);
+void attention(const AttentionLaunch&, const StepView&, Worker&);
+size_t attention_scratch_bytes(const AttentionLaunch&);
+void unpack_row(const MatrixView&, int64_t, float*);
+void quantise_rows(const float*, int64_t, int32_t, uint8_t*);
+double peak_ops(int format, int64_t iterations);
+
+extern const Kernels kernels;
+const Kernels kernels = {RIDGELINE_NAME(RIDGELINE_ISA), embed,     norm,      quantise, add, activate, linear, softcap,
+                         rope_store, attention, attention_scratch_bytes, unpack_row, quantise_rows, peak_ops};
+
+RIDGELINE_END

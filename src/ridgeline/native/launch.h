@@ -1,0 +1,135 @@
+// What a tape holds: one record per kernel call with its pointers bound, and the table of kernels that run them.
+// Pointers are borrowed; the owner of the tape keeps the arrays alive.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "layout.h"
+#include "step.h"
+
+namespace ridgeline {
+
+class Team;
+
+// A thread's view of the launch that it takes part in. Units of work are handed out as numbers from 0;
+// who gets which changes from run to run and must not change any result.
+struct Worker {
+  int index;
+  Team* team;
+  uint8_t* scratch;  // 64-byte aligned, as large as the tape's launches asked for
+};
+
+enum class Activation : uint8_t { none, silu, gelu_tanh, gelu };
+
+struct F32Rows {
+  float* data = nullptr;
+  int64_t stride = 0;  // floats
+};
+struct A8Rows {
+  uint8_t* data = nullptr;
+  int64_t stride = 0;  // bytes
+};
+
+// Where rows of results go: float32, quantised to A8, or the step's logits (neither pointer set).
+struct Target {
+  F32Rows f32;
+  A8Rows a8;
+  bool accumulate = false;
+};
+
+struct MatrixView {
+  const uint8_t* data = nullptr;
+  Storage storage = Storage::f32;
+  int32_t rows = 0, cols = 0;
+};
+
+struct EmbedLaunch {
+  MatrixView matrix;
+  F32Rows out;
+  float scale;
+  bool by_position, accumulate;
+};
+struct NormLaunch {
+  F32Rows x;
+  Target out;
+  int32_t width;
+  float eps;
+  const float *weight, *bias;
+  bool layer, gather;
+};
+struct QuantiseLaunch {
+  F32Rows x;
+  A8Rows out;
+  int32_t width;
+  bool gather;
+};
+struct AddLaunch {
+  F32Rows x, out;
+  int32_t width;
+};
+struct ActivateLaunch {
+  F32Rows x, times;
+  Target out;
+  int32_t width;
+  Activation activation;
+};
+struct LinearPart {
+  MatrixView matrix, gate;  // gate.data is null where there is none
+  const float *bias, *gate_bias;
+  Target out;
+  Activation activation;
+};
+struct LinearLaunch {
+  F32Rows x32;
+  A8Rows x8;
+  int32_t cols;
+  bool outputs_only;
+  std::vector<LinearPart> parts;
+};
+struct SoftcapLaunch {
+  int32_t width;
+  float cap;
+};
+struct RopeStoreLaunch {
+  F32Rows q, k, v;
+  uint16_t* pool;
+  int64_t pool_pages;
+  int32_t group, heads, kv_heads, head_dim, rotary_dim;
+  const float *cos, *sin;  // (max_rows, rotary_dim / 2) or null
+  const float *q_norm, *k_norm;
+  float eps;
+};
+struct AttentionLaunch {
+  F32Rows q;
+  Target out;
+  const uint16_t* pool;
+  int64_t pool_pages;
+  int32_t group, heads, kv_heads, head_dim, window;
+  float scale;
+};
+
+// Kernels of one ISA level. Every worker of the team calls the same kernel and takes units from the team.
+struct Kernels {
+  const char* name;
+  void (*embed)(const EmbedLaunch&, const StepView&, Worker&);
+  void (*norm)(const NormLaunch&, const StepView&, Worker&);
+  void (*quantise)(const QuantiseLaunch&, const StepView&, Worker&);
+  void (*add)(const AddLaunch&, const StepView&, Worker&);
+  void (*activate)(const ActivateLaunch&, const StepView&, Worker&);
+  void (*linear)(const LinearLaunch&, const StepView&, Worker&);
+  void (*softcap)(const SoftcapLaunch&, const StepView&, Worker&);
+  void (*rope_store)(const RopeStoreLaunch&, const StepView&, Worker&);
+  void (*attention)(const AttentionLaunch&, const StepView&, Worker&);
+  size_t (*attention_scratch_bytes)(const AttentionLaunch&);
+  void (*unpack_row)(const MatrixView&, int64_t row, float* out);
+  void (*quantise_rows)(const float* x, int64_t rows, int32_t width, uint8_t* out);
+  double (*peak_ops)(int format, int64_t iterations);
+};
+
+// Levels that this machine runs, best first, and the kernels of one of them (null if it has none).
+std::vector<const Kernels*> available_kernels();
+const Kernels* find_kernels(const char* name);
+
+}  // namespace ridgeline

@@ -1,0 +1,71 @@
+// Memory layouts that packing, kernels and the Python side share. This is their only description.
+//
+// Packed matrix: tiles of 16 output rows, one after the other. Missing rows of the last tile are zeros.
+//   quantised tile: scales [groups][16] float16, then (Q4_1) minima [groups][16] float16, padded to 64 bytes;
+//     then the codes, group after group, each a sequence of 64-byte chunks. Byte r*4+i of a chunk belongs to
+//     row r, so that a chunk is 16 lanes of four inputs.
+//       W4: chunk j of 4: input 8j+i in the low nibble, input 8j+4+i in the high one.
+//       W8: chunk j of 8: input 4j+i as an unsigned byte (code + 128).
+//   float32 tile: for each input 16 floats.
+// A8 row: int8 codes [groups*32], float32 scales [groups], int32 sums of codes [groups], float32 scale*sum
+//   [groups]; rows are a multiple of 64 bytes apart.
+// KV page of one head: K as [head_dim/2][16 slots][2], then V as [16 slots][head_dim], bfloat16.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ridgeline {
+
+#define RIDGELINE_INLINE static inline __attribute__((always_inline))
+
+constexpr int kTileRows = 16;
+constexpr int kGroup = 32;
+constexpr int kPageTokens = 16;
+constexpr int kMaxHeadDim = 512;
+constexpr size_t kLineBytes = 64;
+
+enum class Storage : uint8_t { q4_0, q4_1, q8_0, f32, f16, bf16 };
+
+RIDGELINE_INLINE constexpr bool is_quantised(Storage s) { return s <= Storage::q8_0; }
+RIDGELINE_INLINE constexpr size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+RIDGELINE_INLINE constexpr int tile_count(int rows) { return (rows + kTileRows - 1) / kTileRows; }
+RIDGELINE_INLINE constexpr int group_count(int cols) { return (cols + kGroup - 1) / kGroup; }
+
+// Bytes of the codes of one group of a tile.
+RIDGELINE_INLINE constexpr size_t group_code_bytes(Storage s) {
+  return size_t(kTileRows * kGroup) / (s == Storage::q8_0 ? 1 : 2);
+}
+// Offset of the codes in a quantised tile: the scale plane and, for Q4_1, the plane of minima.
+RIDGELINE_INLINE constexpr size_t code_offset(Storage s, int groups) {
+  return round_up(size_t(groups) * kTileRows * sizeof(uint16_t) * (s == Storage::q4_1 ? 2 : 1), kLineBytes);
+}
+RIDGELINE_INLINE constexpr size_t tile_bytes(Storage s, int cols) {
+  if (!is_quantised(s)) return size_t(cols) * kTileRows * sizeof(float);
+  return code_offset(s, group_count(cols)) + size_t(group_count(cols)) * group_code_bytes(s);
+}
+// Bytes of a row of a GGUF tensor; cols is a multiple of 32 where the storage is quantised.
+RIDGELINE_INLINE constexpr size_t file_row_bytes(Storage s, int cols) {
+  switch (s) {
+    case Storage::q4_0: return size_t(cols) / kGroup * 18;
+    case Storage::q4_1: return size_t(cols) / kGroup * 20;
+    case Storage::q8_0: return size_t(cols) / kGroup * 34;
+    case Storage::f32: return size_t(cols) * 4;
+    default: return size_t(cols) * 2;
+  }
+}
+
+// Where the arrays of an A8 row lie.
+struct A8Layout {
+  int groups;
+  size_t scales, sums, scaled_sums, row_bytes;
+};
+RIDGELINE_INLINE constexpr A8Layout a8_layout(int width) {
+  const size_t groups = size_t(group_count(width)), plane = groups * 4, codes = groups * kGroup;
+  return {int(groups), codes, codes + plane, codes + 2 * plane, round_up(codes + 3 * plane, kLineBytes)};
+}
+
+// Values of one head's page; the offset of V is half of it.
+RIDGELINE_INLINE constexpr size_t page_values(int head_dim) { return size_t(2) * kPageTokens * head_dim; }
+
+}  // namespace ridgeline

@@ -1,0 +1,59 @@
+// A packed matrix as Python holds it.
+#pragma once
+
+#include <string>
+
+#include "arrays.h"
+#include "launch.h"
+
+namespace ridgeline {
+
+inline constexpr std::pair<const char*, Storage> kStorages[] = {
+    {"Q4_0", Storage::q4_0}, {"Q4_1", Storage::q4_1}, {"Q8_0", Storage::q8_0},
+    {"F32", Storage::f32},   {"F16", Storage::f16},   {"BF16", Storage::bf16},
+};
+
+inline Storage storage_named(const std::string& name) {
+  for (const auto& [known, storage] : kStorages) {
+    if (name == known) return storage;
+  }
+  refuse("storage", "'" + name + "'", "Q4_0, Q4_1, Q8_0, F32, F16 or BF16");
+}
+
+// Checked sizes of a matrix: its tiles take `packed_bytes`.
+struct MatrixShape {
+  Storage storage;
+  int32_t rows, cols;
+  size_t packed_bytes;
+
+  MatrixShape(const std::string& storage_name, int64_t rows_, int64_t cols_) : storage(storage_named(storage_name)) {
+    constexpr int64_t kLargest = 1 << 30;
+    if (rows_ < 1 || rows_ > kLargest) refuse("rows", std::to_string(rows_), "1 to " + std::to_string(kLargest));
+    if (cols_ < 1 || cols_ > kLargest) refuse("cols", std::to_string(cols_), "1 to " + std::to_string(kLargest));
+    if (is_quantised(storage) && cols_ % kGroup != 0) {
+      refuse("cols", std::to_string(cols_), "a multiple of 32 for " + storage_name);
+    }
+    rows = int32_t(rows_);
+    cols = int32_t(cols_);
+    packed_bytes = size_t(tile_count(rows)) * tile_bytes(storage, cols);
+  }
+};
+
+class Matrix {
+ public:
+  Matrix(nb::object packed, const std::string& storage_name, int64_t rows, int64_t cols)
+      : shape_(storage_name, rows, cols), storage_name_(storage_name), packed_(packed, "packed", 1) {
+    packed_.expect(0, int64_t(shape_.packed_bytes), "packed");
+    packed_.expect_aligned(kLineBytes, "packed");
+  }
+  const MatrixShape& shape() const { return shape_; }
+  const std::string& storage_name() const { return storage_name_; }
+  MatrixView view() const { return {packed_.data(), shape_.storage, shape_.rows, shape_.cols}; }
+
+ private:
+  MatrixShape shape_;
+  std::string storage_name_;
+  Array<uint8_t> packed_;
+};
+
+}  // namespace ridgeline

@@ -1,0 +1,176 @@
+// The extension `ridgeline.native._native`: bindings only. Its stub, `_native.pyi`, documents it.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <memory>
+
+#include "bind.h"
+#include "memory.h"
+#include "pack.h"
+#include "probe.h"
+#include "tape.h"
+
+namespace ridgeline {
+
+const Kernels& kernels_named(const std::string& isa) {
+  if (const Kernels* kernels = find_kernels(isa.c_str())) return *kernels;
+  std::string known;
+  for (const Kernels* level : available_kernels()) known += (known.empty() ? "" : ", ") + std::string(level->name);
+  refuse("isa", "'" + isa + "'", known);
+}
+
+namespace {
+
+using namespace nb::literals;
+using Bytes = nb::ndarray<nb::numpy, uint8_t>;
+using Floats = nb::ndarray<nb::numpy, float>;
+
+constexpr int64_t kLargestWidth = 1 << 30;
+
+// A NumPy array over memory that it owns.
+template <class T>
+nb::ndarray<nb::numpy, T> numpy_array(std::initializer_list<size_t> shape) {
+  size_t bytes = sizeof(T);
+  for (const size_t n : shape) bytes *= n;
+  auto memory = std::make_unique<Memory>(bytes);
+  T* data = reinterpret_cast<T*>(memory->data());
+  nb::capsule owner(memory.release(), [](void* p) noexcept { delete static_cast<Memory*>(p); });
+  return nb::ndarray<nb::numpy, T>(data, shape, owner);
+}
+
+int checked_width(int64_t width) {
+  if (width < 1 || width > kLargestWidth) {
+    refuse("width", std::to_string(width), "1 to " + std::to_string(kLargestWidth));
+  }
+  return int(width);
+}
+
+nb::object pack(nb::object data, const std::string& storage, int64_t cols, Team& team, nb::object out) {
+  const Array<uint8_t> source(data, "data", 2);
+  const MatrixShape shape(storage, source.size(0), cols);
+  source.expect(1, int64_t(file_row_bytes(shape.storage, shape.cols)), "data");
+  nb::object target = out.is_none() ? nb::cast(numpy_array<uint8_t>({shape.packed_bytes})) : out;
+  const Array<uint8_t> packed(target, "out", 1, Access::write);
+  packed.expect(0, int64_t(shape.packed_bytes), "out");
+  packed.expect_aligned(kLineBytes, "out");
+  nb::gil_scoped_release release;
+  pack_matrix(source.data(), shape.storage, shape.rows, shape.cols, packed.data(), team);
+  return target;
+}
+
+Floats unpack_row(const Matrix& matrix, int64_t row) {
+  if (row < 0 || row >= matrix.shape().rows) {
+    refuse("row", std::to_string(row), "0 to " + std::to_string(matrix.shape().rows - 1));
+  }
+  Floats values = numpy_array<float>({size_t(matrix.shape().cols)});
+  available_kernels().back()->unpack_row(matrix.view(), row, values.data());
+  return values;
+}
+
+Bytes quantise(nb::object x, const std::string& isa) {
+  const Array<float> values(x, "x", 2);
+  const int width = checked_width(values.size(1));
+  Bytes out = numpy_array<uint8_t>({size_t(values.size(0)), a8_layout(width).row_bytes});
+  const FloatState state;
+  kernels_named(isa).quantise_rows(values.data(), values.size(0), width, out.data());
+  return out;
+}
+
+Floats dequantise_a8(nb::object a8, int64_t width) {
+  const Array<uint8_t> rows(a8, "a8", 2);
+  const A8Layout layout = a8_layout(checked_width(width));
+  rows.expect(1, int64_t(layout.row_bytes), "a8");
+  Floats out = numpy_array<float>({size_t(rows.size(0)), size_t(width)});
+  for (int64_t r = 0; r < rows.size(0); ++r) {
+    const uint8_t* row = rows.data() + size_t(r) * layout.row_bytes;
+    for (int64_t c = 0; c < width; ++c) {
+      float scale;
+      std::memcpy(&scale, row + layout.scales + size_t(c / kGroup) * 4, 4);
+      out.data()[r * width + c] = float(int8_t(row[c])) * scale;
+    }
+  }
+  return out;
+}
+
+void copy_page(nb::object pool, int64_t source, int64_t target) {
+  const Array<uint16_t> pages(pool, "pool", 3, Access::write);
+  for (const auto& [name, page] : {std::pair{"source", source}, std::pair{"target", target}}) {
+    if (page < 0 || page >= pages.size(0)) {
+      refuse(name, std::to_string(page), "0 to " + std::to_string(pages.size(0) - 1));
+    }
+  }
+  const int64_t values = pages.size(1) * pages.size(2);
+  std::memmove(pages.data() + target * values, pages.data() + source * values, size_t(values) * sizeof(uint16_t));
+}
+
+std::vector<std::pair<std::string, double>> probe_read(Team& team, int64_t bytes, double seconds) {
+  constexpr int64_t kLeast = 1 << 20;
+  if (bytes < kLeast) refuse("working_set_bytes", std::to_string(bytes), "at least " + std::to_string(kLeast));
+  if (!(seconds >= 0.0 && seconds <= 60.0)) refuse("seconds", std::to_string(seconds), "0 to 60");
+  nb::gil_scoped_release release;
+  return measure_read(team, size_t(bytes), seconds);
+}
+
+double probe_peak(Team& team, const std::string& isa, const std::string& format) {
+  const int number = format == "int8" ? 0 : format == "bf16" ? 1 : format == "fp32" ? 2 : -1;
+  if (number < 0) refuse("format", "'" + format + "'", "int8, bf16 or fp32");
+  const Kernels& kernels = kernels_named(isa);
+  nb::gil_scoped_release release;
+  return measure_peak(team, kernels, number);
+}
+
+std::shared_ptr<Team> make_team(int64_t threads) {
+  constexpr int64_t kMost = 4096;
+  if (threads < 1 || threads > kMost) refuse("threads", std::to_string(threads), "1 to " + std::to_string(kMost));
+  return std::make_shared<Team>(int(threads));
+}
+
+}  // namespace
+}  // namespace ridgeline
+
+NB_MODULE(_native, m) {
+  using namespace ridgeline;
+  m.attr("PAGE_TOKENS") = kPageTokens;
+  nb::class_<Team>(m, "Team")
+      .def(nb::new_(&make_team), "threads"_a)
+      .def_prop_ro("threads", &Team::threads)
+      .def("close", &Team::close, nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<Matrix>(m, "Matrix")
+      .def(nb::init<nb::object, const std::string&, int64_t, int64_t>(), "packed"_a, "storage"_a, "rows"_a, "cols"_a)
+      .def_prop_ro("rows", [](const Matrix& x) { return x.shape().rows; })
+      .def_prop_ro("cols", [](const Matrix& x) { return x.shape().cols; })
+      .def_prop_ro("storage", &Matrix::storage_name)
+      .def_prop_ro("nbytes", [](const Matrix& x) { return x.shape().packed_bytes; })
+      .def("unpack_row", &unpack_row, "row"_a);
+  m.def("isa_levels", [] {
+    std::vector<std::string> names;
+    for (const Kernels* level : available_kernels()) names.emplace_back(level->name);
+    return names;
+  });
+  m.def(
+      "allocate",
+      [](int64_t size_bytes) {
+        if (size_bytes < 0) refuse("size_bytes", std::to_string(size_bytes), "0 or more");
+        return numpy_array<uint8_t>({size_t(size_bytes)});
+      },
+      "size_bytes"_a);
+  m.def(
+      "packed_bytes",
+      [](const std::string& storage, int64_t rows, int64_t cols) {
+        return MatrixShape(storage, rows, cols).packed_bytes;
+      },
+      "storage"_a, "rows"_a, "cols"_a);
+  m.def("pack", &pack, "data"_a, "storage"_a, "cols"_a, "team"_a, "out"_a = nb::none());
+  m.def("a8_row_bytes", [](int64_t width) { return a8_layout(checked_width(width)).row_bytes; }, "width"_a);
+  m.def("quantise", &quantise, "x"_a, "isa"_a);
+  m.def("dequantise_a8", &dequantise_a8, "a8"_a, "width"_a);
+  m.def("copy_page", &copy_page, "pool"_a, "source"_a, "target"_a);
+  m.def("probe_read", &probe_read, "team"_a, "working_set_bytes"_a, "seconds"_a);
+  m.def("probe_peak", &probe_peak, "team"_a, "isa"_a, "format"_a);
+  bind_tape(m);
+}

@@ -1,0 +1,14 @@
+// Repacking of GGUF blocks into tiles.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+#include "team.h"
+
+namespace ridgeline {
+
+// Fills the tiles of a (rows, cols) matrix from its rows in the file's format.
+void pack_matrix(const uint8_t* data, Storage storage, int32_t rows, int32_t cols, uint8_t* out, Team& team);
+
+}  // namespace ridgeline

@@ -1,0 +1,107 @@
+#include "tape.h"
+
+#include <algorithm>
+#include <chrono>
+
+namespace ridgeline {
+namespace {
+
+template <class... F>
+struct Overloaded : F... {
+  using F::operator()...;
+};
+
+void cut_blocks(const StepView& step, std::vector<RowBlock>& blocks) {
+  blocks.clear();
+  for (int32_t s = 0; s < step.sequences; ++s) {
+    const int32_t end = step.sequence_row_begin[s + 1];
+    for (int32_t row = step.sequence_row_begin[s]; row < end; row += kBlockRows) {
+      blocks.push_back({s, row, std::min(kBlockRows, end - row)});
+    }
+  }
+}
+
+double now_s() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+Tape::Tape(std::shared_ptr<Team> team, const Kernels& kernels, int32_t max_rows)
+    : team_(std::move(team)), kernels_(kernels) {
+  needs_.max_rows = max_rows;
+}
+
+void Tape::collect(const AnyLaunch& launch) {
+  const auto use = [&](GroupUse g) {
+    if (std::find(needs_.groups.begin(), needs_.groups.end(), g) == needs_.groups.end()) needs_.groups.push_back(g);
+  };
+  std::visit(Overloaded{
+                 [&](const EmbedLaunch& l) {
+                   int32_t& limit = l.by_position ? needs_.position_ids : needs_.token_ids;
+                   limit = std::min(limit, l.matrix.rows);
+                 },
+                 [&](const LinearLaunch& l) {
+                   for (const LinearPart& part : l.parts) {
+                     const bool logits = part.out.f32.data == nullptr && part.out.a8.data == nullptr;
+                     if (logits) needs_.logits_width = std::max(needs_.logits_width, part.matrix.rows);
+                   }
+                 },
+                 [&](const SoftcapLaunch& l) { needs_.logits_width = std::max(needs_.logits_width, l.width); },
+                 [&](const RopeStoreLaunch& l) { use({l.group, 0, l.pool_pages, true}); },
+                 [&](const AttentionLaunch& l) {
+                   use({l.group, l.window, l.pool_pages, false});
+                   scratch_bytes_ = std::max(scratch_bytes_, kernels_.attention_scratch_bytes(l));
+                 },
+                 [](const auto&) {},
+             },
+             launch);
+}
+
+void Tape::append(std::string name, AnyLaunch launch) {
+  std::lock_guard lock(running_);
+  collect(launch);
+  launches_.push_back(std::move(launch));
+  names_.push_back(std::move(name));
+  scratch_.clear();
+}
+
+void Tape::launch(const AnyLaunch& launch, const StepView& step, Worker& worker) const {
+  std::visit(Overloaded{
+                 [&](const EmbedLaunch& l) { kernels_.embed(l, step, worker); },
+                 [&](const NormLaunch& l) { kernels_.norm(l, step, worker); },
+                 [&](const QuantiseLaunch& l) { kernels_.quantise(l, step, worker); },
+                 [&](const AddLaunch& l) { kernels_.add(l, step, worker); },
+                 [&](const ActivateLaunch& l) { kernels_.activate(l, step, worker); },
+                 [&](const LinearLaunch& l) { kernels_.linear(l, step, worker); },
+                 [&](const SoftcapLaunch& l) { kernels_.softcap(l, step, worker); },
+                 [&](const RopeStoreLaunch& l) { kernels_.rope_store(l, step, worker); },
+                 [&](const AttentionLaunch& l) { kernels_.attention(l, step, worker); },
+             },
+             launch);
+}
+
+void Tape::run(StepView step, int64_t logits_rows, std::vector<double>* seconds) {
+  std::lock_guard lock(running_);
+  check_step(step, logits_rows, needs_);
+  while (scratch_.size() < size_t(team_->threads())) scratch_.emplace_back(scratch_bytes_);
+  cut_blocks(step, blocks_);
+  step.blocks = blocks_.data();
+  step.block_count = int32_t(blocks_.size());
+  if (seconds != nullptr) seconds->reserve(launches_.size());
+  team_->run([&](int index) {
+    Worker worker{index, team_.get(), scratch_[size_t(index)].data()};
+    const bool timed = index == 0 && seconds != nullptr;
+    double start = timed ? now_s() : 0.0;
+    for (const AnyLaunch& any : launches_) {
+      launch(any, step, worker);
+      team_->barrier();
+      if (!timed) continue;
+      const double end = now_s();
+      seconds->push_back(end - start);
+      start = end;
+    }
+  });
+}
+
+}  // namespace ridgeline

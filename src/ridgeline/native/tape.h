@@ -1,0 +1,66 @@
+// A tape of kernel launches and the run of one step over it.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "launch.h"
+#include "memory.h"
+#include "team.h"
+
+namespace ridgeline {
+
+using AnyLaunch = std::variant<EmbedLaunch, NormLaunch, QuantiseLaunch, AddLaunch, ActivateLaunch, LinearLaunch,
+                               SoftcapLaunch, RopeStoreLaunch, AttentionLaunch>;
+
+// How launches use the page tables of a group.
+struct GroupUse {
+  int32_t group, window;
+  int64_t pool_pages;
+  bool writes;
+  bool operator==(const GroupUse&) const = default;
+};
+
+// What a step must satisfy, collected from the launches.
+struct StepNeeds {
+  int32_t max_rows = 0;
+  int32_t token_ids = INT32_MAX;     // token ids are below this
+  int32_t position_ids = INT32_MAX;  // positions are below this
+  int32_t logits_width = 0;
+  std::vector<GroupUse> groups;
+};
+
+// Throws std::invalid_argument with one line. Afterwards no index of the step leads a kernel out of its arrays.
+void check_step(const StepView& step, int64_t logits_rows, const StepNeeds& needs);
+
+class Tape {
+ public:
+  Tape(std::shared_ptr<Team> team, const Kernels& kernels, int32_t max_rows);
+
+  const Kernels& kernels() const { return kernels_; }
+  int32_t max_rows() const { return needs_.max_rows; }
+  const std::vector<std::string>& names() const { return names_; }
+
+  void append(std::string name, AnyLaunch launch);
+  // Checks the step and runs it on the team; with `seconds`, also times each launch.
+  void run(StepView step, int64_t logits_rows, std::vector<double>* seconds);
+
+ private:
+  void collect(const AnyLaunch& launch);
+  void launch(const AnyLaunch& launch, const StepView& step, Worker& worker) const;
+
+  std::shared_ptr<Team> team_;
+  const Kernels& kernels_;
+  StepNeeds needs_;
+  std::vector<AnyLaunch> launches_;
+  std::vector<std::string> names_;
+  std::vector<RowBlock> blocks_;
+  size_t scratch_bytes_ = 0;
+  std::vector<Memory> scratch_;  // one per worker
+  std::mutex running_;           // guards blocks_ and scratch_
+};
+
+}  // namespace ridgeline
