@@ -1,4 +1,4 @@
-"""NumPy meanings of what the C++ kernels do, in float64 where rounding is not the point, and arrays for them."""
+"""NumPy meanings of what the C++ kernels do, in float64 where rounding is not at stake."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def a8_values(x: Floats) -> Floats:
     """What an A8 buffer holds for x."""
     codes, scales = quantise_a8(x)
     values = codes.astype(np.float32) * scales[:, :, None]
-    return values.reshape(len(x), -1)[:, : x.shape[1]]
+    return values.reshape(len(x), codes.shape[1] * 32)[:, : x.shape[1]]
 
 
 def _erf(x: NDArray[np.float64]) -> NDArray[np.float64]:

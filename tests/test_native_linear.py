@@ -125,7 +125,9 @@ def test_quantise_follows_the_rule_exactly(isa: str, width: int) -> None:
 
 @pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize(("rows", "cols", "outputs"), [(1, 32, 1), (3, 64, 17), (8, 576, 64), (9, 96, 40), (40, 160, 50)])
+@pytest.mark.parametrize(
+    ("rows", "cols", "outputs"), [(1, 32, 1), (3, 64, 17), (8, 576, 64), (9, 96, 40), (40, 160, 50)]
+)
 def test_linear_is_the_product(isa: str, storage: str, rows: int, cols: int, outputs: int) -> None:
     rng = np.random.default_rng(rows * cols)
     x, weights = normal(rng, rows, cols), normal(rng, outputs, cols)

@@ -187,7 +187,7 @@ class Tape:
 
     def linear(self, x: _Buffer, parts: Sequence[Part], outputs_only: bool = False) -> None:
         """All parts share x: A8 for quantised matrices, float32 for the others. `outputs_only`: run over as
-        many rows as the step has outputs (the buffers hold gathered rows); parts that write logits need it."""
+        many rows as the step has outputs (buffers hold gathered rows), as parts that write logits must."""
 
     def softcap(self, width: int, cap: float) -> None:
         """logits = cap * tanh(logits / cap)."""

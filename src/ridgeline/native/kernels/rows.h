@@ -9,9 +9,17 @@ RIDGELINE_BEGIN
 
 constexpr float kInverse127 = 1.0f / 127.0f;
 
+// The largest magnitude of 32 values. As integers, so that a NaN counts as the largest and shows in the scale.
+RIDGELINE_INLINE float largest_magnitude(vfloat a, vfloat b) {
+  const int32_t largest = reduce_max(max(bits(abs(a)), bits(abs(b))));
+  float magnitude;
+  std::memcpy(&magnitude, &largest, 4);
+  return magnitude;
+}
+
 // One group of an A8 row from 32 values: scale = amax / 127, codes rounded to nearest even.
 RIDGELINE_INLINE void quantise_group(vfloat a, vfloat b, uint8_t* row, const A8Layout& layout, int group) {
-  const float largest = reduce_max(max(abs(a), abs(b)));
+  const float largest = largest_magnitude(a, b);
   const float scale = largest * kInverse127;
   const vfloat inverse = splat(largest > 0.0f ? 127.0f / largest : 0.0f);
   const vint lowest = isplat(-127), highest = isplat(127);
