@@ -20,7 +20,7 @@ from ridgeline.model.rewrite import with_precision
 from ridgeline.model.weights import Weights
 from ridgeline.types import Segment, SequenceRows, Step
 
-PAGES = 32
+PAGES = 64
 MAX_ROWS = 128
 
 

@@ -12,7 +12,7 @@ from running import load, load_program
 from tiny_models import TinyModel
 
 from ridgeline.execution.cpu.lower import lower
-from ridgeline.execution.lowering import Footprint, Launch, WorkModel, check_lowering, launch_work
+from ridgeline.execution.lowering import Footprint, Launch, WorkModel, borders, check_lowering, launch_work
 from ridgeline.model.program import Program, StepLoad
 from ridgeline.precision.formats import FORMATS
 from ridgeline.types import Work
@@ -64,6 +64,11 @@ def test_checker_finds_what_is_wrong(tiny: Tiny) -> None:
         check_lowering(program, [*launches[:2], early, *launches[3:]])
 
 
+def total_work(program: Program, launches: list[Launch], load: StepLoad) -> Work:
+    crossed = zip(launches, borders(program, launches), strict=True)
+    return sum((launch_work(launch, border, load, FOOTPRINT) for launch, border in crossed), Work())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_work_is_linear_and_keeps_the_arithmetic(tiny: Tiny, family: str) -> None:
     program, launches = launches_of(tiny, family)
@@ -73,7 +78,7 @@ def test_work_is_linear_and_keeps_the_arithmetic(tiny: Tiny, family: str) -> Non
         rows = int(random.integers(5, 50))
         pairs, slots = (tuple(random.integers(1, 999, len(program.groups)).tolist()) for _ in range(2))
         load_ = StepLoad(rows, outputs, pairs, slots)
-        summed = sum((launch_work(launch, program, load_, FOOTPRINT) for launch in launches), Work())
+        summed = total_work(program, launches, load_)
         assert model.at(load_) == summed
         assert summed.ops == program.work(load_).ops
 
@@ -82,9 +87,7 @@ def test_fusion_moves_fewer_bytes(tiny: Tiny) -> None:
     program, launches = launches_of(tiny)
     unfused = [Launch((op,), ()) for op in program.operations]
     load_ = StepLoad(16, 16, (136,), (16,))
-    moved = [
-        sum(launch_work(x, program, load_, FOOTPRINT).bytes for x in some) for some in (launches, unfused)
-    ]
+    moved = [total_work(program, some, load_).bytes for some in (launches, unfused)]
     assert moved[0] < moved[1]
 
 

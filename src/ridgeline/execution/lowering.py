@@ -20,19 +20,29 @@ class Launch:
     covers: tuple[Operation, ...]
     overwrites: tuple[tuple[Value, Value], ...]
 
-    @property
-    def reads(self) -> tuple[Value, ...]:
-        """Values that come from outside, in order of first use."""
-        made = {op.out.name for op in self.covers}
-        values = {v.name: v for op in self.covers for v in op.inputs if v.name not in made}
-        return tuple(values.values())
 
-    def writes(self, program: Program) -> tuple[Value, ...]:
-        """Values that somebody outside reads, or that the program ends in."""
-        inside = {id(op) for op in self.covers}
-        outside = {v.name for op in program.operations if id(op) not in inside for v in op.inputs}
-        outside.add(program.output.name)
-        return tuple(op.out for op in self.covers if op.out.name in outside)
+@dataclass(frozen=True, slots=True)
+class Border:
+    """What crosses a launch: values that come from outside, and those that somebody outside reads."""
+
+    reads: tuple[Value, ...]
+    writes: tuple[Value, ...]
+
+
+def borders(program: Program, launches: Sequence[Launch]) -> tuple[Border, ...]:
+    """The border of each launch. The program's output leaves the launch that makes it."""
+    readers: dict[str, set[int]] = {program.output.name: {0}}
+    for op in program.operations:
+        for value in op.inputs:
+            readers.setdefault(value.name, set()).add(id(op))
+    found = []
+    for launch in launches:
+        inside = {id(op) for op in launch.covers}
+        made = {op.out.name for op in launch.covers}
+        reads = {v.name: v for op in launch.covers for v in op.inputs if v.name not in made}
+        writes = [op.out for op in launch.covers if readers.get(op.out.name, set()) - inside]
+        found.append(Border(tuple(reads.values()), tuple(writes)))
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +56,11 @@ class Footprint:
     slot_bytes: Callable[[int], int]
 
 
-def launch_work(launch: Launch, program: Program, load: StepLoad, footprint: Footprint) -> Work:
+def launch_work(launch: Launch, border: Border, load: StepLoad, footprint: Footprint) -> Work:
     """Arithmetic of the covered operations and bytes that the launch moves."""
     work = sum((op.work(load) for op in launch.covers), Work())
-    read = sum(load.rows_of(v) * footprint.value_row_bytes(v) for v in launch.reads)
-    written = sum(load.rows_of(v) * footprint.value_row_bytes(v) for v in launch.writes(program))
+    read = sum(load.rows_of(v) * footprint.value_row_bytes(v) for v in border.reads)
+    written = sum(load.rows_of(v) * footprint.value_row_bytes(v) for v in border.writes)
     for op in launch.covers:
         if isinstance(op, Embed):
             read += load.rows * footprint.weight_row_bytes(op.table.name)
@@ -81,24 +91,24 @@ class WorkModel:
     @classmethod
     def of(cls, program: Program, launches: Sequence[Launch], footprint: Footprint) -> WorkModel:
         groups = len(program.groups)
+        crossed = tuple(zip(launches, borders(program, launches), strict=True))
         none = (0,) * groups
 
-        def work(
-            rows: int = 0, outputs: int = 0, pairs: tuple[int, ...] = none, slots: tuple[int, ...] = none
-        ) -> Work:
-            load = StepLoad(rows, outputs, pairs, slots)
-            return sum((launch_work(launch, program, load, footprint) for launch in launches), Work())
+        def work(rows: int, outputs: int, pairs: Sequence[int] = none, slots: Sequence[int] = none) -> Work:
+            load = StepLoad(rows, outputs, tuple(pairs), tuple(slots))
+            return sum((launch_work(launch, border, load, footprint) for launch, border in crossed), Work())
 
-        fixed, one = work(), work(outputs=1)
-        per_output = work(outputs=2) - one
-        units = [tuple(int(g == h) for h in range(groups)) for g in range(groups)]
+        one = work(1, 0)
+        per_row = work(2, 0) - one
+        per_output = work(1, 2) - work(1, 1)
+        units = [[int(g == h) for h in range(groups)] for g in range(groups)]
         return cls(
-            fixed=fixed,
-            per_row=work(rows=1) - fixed,
-            if_outputs=one - fixed - per_output,
+            fixed=one - per_row,
+            per_row=per_row,
+            if_outputs=work(1, 1) - one - per_output,
             per_output=per_output,
-            per_pair=tuple(work(pairs=unit) - fixed for unit in units),
-            per_slot=tuple(work(slots=unit) - fixed for unit in units),
+            per_pair=tuple(work(1, 0, pairs=unit) - one for unit in units),
+            per_slot=tuple(work(1, 0, slots=unit) - one for unit in units),
         )
 
     def at(self, load: StepLoad) -> Work:
@@ -116,20 +126,17 @@ def check_lowering(program: Program, launches: Sequence[Launch]) -> None:
     _covered_once(program.operations, [op for launch in launches for op in launch.covers])
     ready = {"tokens", "positions"}
     gone: set[str] = set()
-    for launch in launches:
-        for value in launch.reads:
-            if value.name not in ready or value.name in gone:
-                raise ValueError(
-                    f"{value.name} is read {'after it was overwritten' if value.name in gone else 'early'}"
-                )
-        written = {v.name for v in launch.writes(program)}
+    for launch, border in zip(launches, borders(program, launches), strict=True):
+        reads, writes = ({v.name for v in values} for values in (border.reads, border.writes))
+        for name in reads - (ready - gone):
+            raise ValueError(f"{name} is read {'after it was overwritten' if name in gone else 'early'}")
         for new, old in launch.overwrites:
-            if new.name not in written or old.name not in {v.name for v in launch.reads}:
+            if new.name not in writes or old.name not in reads:
                 raise ValueError(
                     f"{new.name} takes over {old.name}, which its launch does not read and rewrite"
                 )
             gone.add(old.name)
-        ready |= written
+        ready |= writes
 
 
 def _covered_once(operations: Iterable[Operation], covered: Sequence[Operation]) -> None:

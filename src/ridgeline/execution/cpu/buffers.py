@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ridgeline.execution.cpu.launches import CpuLaunch
+from ridgeline.execution.lowering import borders
 from ridgeline.model.program import Program, Value
 from ridgeline.native import a8_row_bytes, allocate
 from ridgeline.types import ByteArray, Float32Array
@@ -30,12 +31,13 @@ def assign_buffers(
     A value that overwrites another has the other's buffer. Buffers are shared by values whose lives do
     not overlap, so their number does not grow with the layers.
     """
-    last_read = {v.name: i for i, launch in enumerate(launches) for v in launch.reads}
+    crossing = borders(program, launches)
+    last_read = {v.name: i for i, border in enumerate(crossing) for v in border.reads}
     buffers: dict[str, Buffer | None] = {}
     free: dict[tuple[str, int], list[Buffer]] = {}
-    for index, launch in enumerate(launches):
+    for index, (launch, border) in enumerate(zip(launches, crossing, strict=True)):
         inherited = {new.name: old.name for new, old in launch.overwrites}
-        for value in launch.writes(program):
+        for value in border.writes:
             if value.kind == "kv":
                 continue
             if _is_logits(value, program):
@@ -45,7 +47,7 @@ def assign_buffers(
             else:
                 pool = free.get((value.kind, value.width))
                 buffers[value.name] = pool.pop() if pool else _new_buffer(value, max_rows)
-        for value in launch.reads:
+        for value in border.reads:
             buffer = buffers.get(value.name)
             if last_read[value.name] == index and buffer is not None and value.name not in inherited.values():
                 free.setdefault((value.kind, value.width), []).append(buffer)
