@@ -1,9 +1,9 @@
 """An executor without a model: it checks what the engine asks of it, and answers from the whole context.
 
-It keeps real paged memory, one array per memory group, in which a slot holds the token written to it and
-its position. Each step it checks that every slot that a row can see holds what that sequence wrote there,
-and derives the row's logits from what it read. Tokens therefore depend on the whole visible history, and a
-page that was lost, shared, or read through a stale table shows up as an error or as different tokens.
+It keeps real paged memory, one array per memory group, in which a slot holds the token written to it, its
+position, and a hash of all tokens up to it. Each step it checks that every slot that a row can see continues
+the chain of that sequence's own tokens, and derives the row's logits from what it read. A page that was
+lost, shared, or read through a stale table is an error here, or makes different tokens.
 """
 
 from __future__ import annotations
@@ -18,10 +18,19 @@ from ridgeline.cache.kv import KVCache
 from ridgeline.config import PAGE_TOKENS
 from ridgeline.engine import Engine, ModelFacts
 from ridgeline.scheduling.scheduler import Scheduler
-from ridgeline.types import Float32Array, Step, StepResult, Work
+from ridgeline.types import Float32Array, SequenceRows, Step, StepResult, Work
 
-POISON = -1
-_MIX = np.uint64(0x9E3779B97F4A7C15)
+_SLOT = np.dtype([("token", np.int64), ("position", np.int64), ("chain", np.uint64)])
+_POISON = np.array((-1, -1, 0xDEAD), _SLOT)
+_ROOT = 0x243F6A8885A308D3
+_OFFSETS = 2**13
+
+
+def _chained(chain: Any, token: Any) -> Any:
+    """A hash of a prefix from the hash of the prefix before it."""
+    with np.errstate(over="ignore"):
+        mixed = (np.uint64(chain) ^ np.uint64(token) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        return mixed ^ mixed >> np.uint64(29)
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class FakeFuture:
 
 class FakeExecutor:
     """`windows[g]` and `pages[g]` describe memory group g; `edit(logits, tokens)` may change a row's logits,
-    given the tokens that its sequence has written so far."""
+    given the tokens that it sees in group 0."""
 
     def __init__(
         self,
@@ -48,11 +57,19 @@ class FakeExecutor:
         self.vocabulary = vocabulary
         self.max_rows = max_rows
         self.edit = edit
-        self.memory = [np.full((count, PAGE_TOKENS, 2), POISON, np.int64) for count in pages]
+        self.memory = [np.full((count, PAGE_TOKENS), _POISON, _SLOT) for count in pages]
         self.steps: list[Step] = []
-        self.closed = False
         self.fail: Exception | None = None
+        self.closed = False
         self._logits = np.zeros((0, vocabulary), np.float32)
+        noise = np.random.default_rng(1)
+        self._noise = (noise.standard_normal((2, _OFFSETS + vocabulary)) * 2).astype(np.float32)
+
+    def load(self, weights: Any) -> None:
+        """There are none."""
+
+    def compile(self, program: Any) -> str:
+        return "handle"
 
     def run(self, handle: Any, step: Step) -> FakeFuture:
         assert handle == "handle"
@@ -60,96 +77,114 @@ class FakeExecutor:
         assert 0 < step.rows <= self.max_rows, f"{step.rows} rows in a step of at most {self.max_rows}"
         if self.fail is not None:
             raise self.fail
-        self._logits.fill(np.nan)  # logits of the previous step may no longer be read
+        self._logits.fill(np.nan)  # logits of the step before may no longer be read
         self.steps.append(step)
-        self._write(step)
-        rows: list[Float32Array] = []
+        written: set[tuple[int, int, int]] = set()
         for sequence in step.sequences:
-            outputs = set(sequence.outputs)
-            assert list(sequence.outputs) == sorted(outputs)
-            for row in range(len(sequence.tokens)):
-                logits = self._attend(sequence, sequence.start + row)
-                if row in outputs:
-                    rows.append(logits)
+            self._write(sequence, written)
+        for sequence in step.sequences:
+            self._check(sequence)
+        rows = [self._answer(s, s.start + row) for s in step.sequences for row in s.outputs]
         self._logits = np.array(rows, np.float32).reshape(len(rows), self.vocabulary)
-        work = Work(int8_ops=step.rows, read_bytes=1)
-        return FakeFuture(StepResult(self._logits, 0.001, work))
+        return FakeFuture(StepResult(self._logits, 0.001, Work(int8_ops=step.rows, read_bytes=1)))
 
-    def transfer(self, copies: Sequence[Any]) -> None:
-        for copy in copies:
-            self.memory[copy.group][copy.target] = self.memory[copy.group][copy.source]
+    def transfer(self, moves: Sequence[Any]) -> None:
+        for move in moves:
+            self.memory[move.group][move.target] = self.memory[move.group][move.source]
 
     def close(self) -> None:
         self.closed = True
 
-    def _write(self, step: Step) -> None:
-        written: set[tuple[int, int, int]] = set()
-        for sequence in step.sequences:
-            (segment,) = sequence.segments
-            assert segment.length == sequence.start + len(sequence.tokens)
-            assert len({len(table) for table in segment.tables}) <= 1
-            assert len(segment.tables) == len(self.memory)
-            for group, table in enumerate(segment.tables):
-                for slot, token in enumerate(sequence.tokens, start=sequence.start):
-                    place = (group, table[slot // PAGE_TOKENS], slot % PAGE_TOKENS)
-                    assert place not in written, "two rows write one slot"
-                    assert 0 <= token < self.vocabulary
-                    written.add(place)
-                    page = self.memory[group][place[1]]
-                    if slot % PAGE_TOKENS == 0:
-                        page[:] = POISON  # a page that is begun anew holds nothing of its last owner
-                    page[place[2]] = (token, slot)
-
-    def _attend(self, sequence: Any, slot: int) -> Float32Array:
-        """Logits of the row in `slot`: a hash chain over the tokens that each group lets it see."""
+    def _write(self, sequence: SequenceRows, written: set[tuple[int, int, int]]) -> None:
         (segment,) = sequence.segments
-        state = np.uint64(slot)
-        history: list[int] = []
-        for group, window in enumerate(self.windows):
-            first = 0 if window is None else max(0, slot - window + 1)
-            slots = np.arange(first, slot + 1)
-            table = np.array(segment.tables[group], np.int64)
-            seen = self.memory[group][table[slots // PAGE_TOKENS], slots % PAGE_TOKENS]
-            assert (seen[:, 1] == slots).all(), (
-                f"slots {slots[seen[:, 1] != slots]} of group {group} hold others"
+        assert segment.length == sequence.start + len(sequence.tokens)
+        assert len(segment.tables) == len(self.memory)
+        assert {len(table) for table in segment.tables} == {-(-segment.length // PAGE_TOKENS)}
+        assert list(sequence.outputs) == sorted(set(sequence.outputs))
+        for group, table in enumerate(segment.tables):
+            chain = self._chain_at(group, table, sequence.start - 1)
+            for slot, token in enumerate(sequence.tokens, start=sequence.start):
+                assert 0 <= token < self.vocabulary
+                page, offset = table[slot // PAGE_TOKENS], slot % PAGE_TOKENS
+                assert (group, page, offset) not in written, "two rows write one slot"
+                written.add((group, page, offset))
+                if offset == 0:
+                    self.memory[group][page] = _POISON  # what the last owner left must not matter
+                chain = _chained(chain, token)
+                self.memory[group][page, offset] = (token, slot, chain)
+
+    def _chain_at(self, group: int, table: Sequence[int], slot: int) -> Any:
+        return (
+            self.memory[group][table[slot // PAGE_TOKENS], slot % PAGE_TOKENS]["chain"]
+            if slot >= 0
+            else _ROOT
+        )
+
+    def _visible(self, sequence: SequenceRows, group: int, first_row: int, slot: int) -> Any:
+        window = self.windows[group]
+        first = 0 if window is None else max(0, first_row - window + 1)
+        slots = np.arange(first, slot + 1)
+        table = np.array(sequence.segments[0].tables[group], np.int64)
+        return slots, self.memory[group][table[slots // PAGE_TOKENS], slots % PAGE_TOKENS]
+
+    def _check(self, sequence: SequenceRows) -> None:
+        """What the rows see must be one unbroken chain of this sequence's own tokens."""
+        for group in range(len(self.memory)):
+            slots, seen = self._visible(sequence, group, sequence.start, sequence.segments[0].length - 1)
+            assert (seen["position"] == slots).all(), f"group {group}: a slot holds another position"
+            follows = _chained(seen["chain"][:-1], seen["token"][1:])
+            assert (seen["chain"][1:] == follows).all(), (
+                f"group {group}: a slot holds another sequence's token"
             )
-            with np.errstate(over="ignore"):
-                keyed = (seen[:, 0].astype(np.uint64) + np.uint64(1)) * (
-                    slots.astype(np.uint64) * _MIX | np.uint64(1)
-                )
-                state = np.bitwise_xor.reduce(keyed ^ (keyed >> np.uint64(31))) ^ state * _MIX
-            if window is None:
-                history = seen[:, 0].tolist()
-        noise = np.random.Generator(np.random.PCG64(int(state)))
-        logits = (noise.standard_normal(self.vocabulary) * 3).astype(np.float32)
+            own = seen["token"][len(seen) - len(sequence.tokens) :]
+            assert own.tolist() == list(sequence.tokens)
+
+    def _answer(self, sequence: SequenceRows, slot: int) -> Float32Array:
+        """Logits of the row in `slot`, from the tokens that it sees in each group and their places."""
+        state = np.uint64(slot)
+        with np.errstate(over="ignore"):
+            for group in range(len(self.memory)):
+                slots, seen = self._visible(sequence, group, slot, slot)
+                hashed = _chained(slots.astype(np.uint64) * np.uint64(0xD1342543DE82EF95), seen["token"])
+                state = _chained(state, np.bitwise_xor.reduce(hashed))
+        first, second = int(state) % _OFFSETS, int(state >> np.uint64(32)) % _OFFSETS
+        logits = (
+            self._noise[0, first : first + self.vocabulary]
+            + self._noise[1, second : second + self.vocabulary]
+        )
         if self.edit is not None:
-            self.edit(logits, history)
+            self.edit(logits, self._visible(sequence, 0, slot, slot)[1]["token"].tolist())
         return logits
 
 
 class FakeDetokenizer:
-    """Token t reads as the letter number t, so texts can be compared; U+2026 for what was held back."""
+    """Token t reads as one letter; token 0 joins the letter after it, and is held back until then."""
 
-    def __init__(self, skip_special_tokens: bool) -> None:
-        self.skip_special_tokens = skip_special_tokens
+    def __init__(self, skip_special_tokens: bool = True) -> None:
+        self._held = ""
 
     def push(self, token_id: int) -> str:
-        return chr(0x100 + token_id)
+        if token_id == 0:
+            self._held += letter(0)
+            return ""
+        text, self._held = self._held + letter(token_id), ""
+        return text
 
     def finish(self) -> str:
-        return ""
+        text, self._held = self._held, ""
+        return text
+
+
+def letter(token_id: int) -> str:
+    """What the fake detokenizer makes of a token."""
+    return chr(0x21 + token_id)
 
 
 def make_engine(executor: FakeExecutor, **settings: Any) -> Engine:
     """An engine on a fake executor. Settings: max_num_seqs, max_num_batched_tokens, max_model_len,
-    end_token_ids, begin_token_id, seed, detokenizer."""
+    end_token_ids, begin_token_id, seed."""
     cache = KVCache(executor.windows, tuple(len(memory) for memory in executor.memory))
-    scheduler = Scheduler(cache, settings.get("max_num_seqs", 8), settings.get("max_num_batched_tokens", 64))
-    model = ModelFacts(
-        vocabulary_size=executor.vocabulary,
-        max_model_len=settings.get("max_model_len", 512),
-        end_token_ids=frozenset(settings.get("end_token_ids", ())),
-        begin_token_id=settings.get("begin_token_id"),
-    )
-    detokenizer = settings.get("detokenizer", FakeDetokenizer)
-    return Engine(executor, "handle", scheduler, model, detokenizer, settings.get("seed"))
+    scheduler = Scheduler(cache, settings.pop("max_num_seqs", 8), settings.pop("max_num_batched_tokens", 64))
+    seed = settings.pop("seed", None)
+    model = ModelFacts(executor.vocabulary, settings.pop("max_model_len", 512), **settings)
+    return Engine(executor, "handle", scheduler, model, FakeDetokenizer, seed)

@@ -25,6 +25,7 @@ from ridgeline.types import (
 
 if TYPE_CHECKING:
     from ridgeline.engine import EngineStats
+    from ridgeline.loading import LoadedModel
     from ridgeline.model.tokenizer import Tokenizer
 
 
@@ -73,6 +74,11 @@ class AsyncLLM:
         """End a request; its reader gets a last output with the reason "abort". Unknown ids are ignored."""
         with suppress(EngineDeadError):
             self._send(partial(self._abort, request_id))
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The parts that the model is made of; they belong to this object."""
+        return self._loaded
 
     @property
     def config(self) -> EngineConfig:

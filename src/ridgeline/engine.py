@@ -98,8 +98,8 @@ class Engine:
         self.model = model
         self.scheduler = scheduler
         self.stats = EngineStats()
-        self._executor = executor
-        self._handle = handle
+        self.executor = executor
+        self.handle = handle
         self._detokenizer = detokenizer
         self._seed = seed
         self._sampler = Sampler()
@@ -115,7 +115,7 @@ class Engine:
         if not self.has_work:
             return []
         plan = self.scheduler.schedule(time.perf_counter())
-        future = self._executor.run(self._handle, plan.step)
+        future = self.executor.run(self.handle, plan.step)
         sampled = self._sampler.finish(future, plan)
         return self._commit(plan, future.result(), sampled)
 
@@ -127,7 +127,7 @@ class Engine:
         """Drop all requests and close the executor."""
         for request_id in list(self._requests):
             self.abort(request_id)
-        self._executor.close()
+        self.executor.close()
 
     # ------------------------------------------------------------------------- requests come and go
 

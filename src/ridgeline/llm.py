@@ -15,6 +15,7 @@ from ridgeline.types import EngineDeadError, Request, RequestError, RequestOutpu
 
 if TYPE_CHECKING:
     from ridgeline.engine import EngineStats
+    from ridgeline.loading import LoadedModel
     from ridgeline.model.tokenizer import Tokenizer
 
 
@@ -65,6 +66,11 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Answer one conversation, as `stream` does."""
         yield from self._stream(None, self._loaded.chat_tokens(messages), params)
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The parts that the model is made of; they belong to this object."""
+        return self._loaded
 
     @property
     def config(self) -> EngineConfig:

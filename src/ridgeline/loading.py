@@ -64,9 +64,10 @@ def load_engine(config: EngineConfig) -> LoadedModel:
     from ridgeline.execution.base import Limits
     from ridgeline.model.build import decoder
     from ridgeline.model.catalog import resolve
-    from ridgeline.model.chat_template import ChatTemplate, generation_defaults
+    from ridgeline.model.chat_template import ChatTemplate
     from ridgeline.model.checkpoint import open_checkpoint
     from ridgeline.model.families import read_spec
+    from ridgeline.model.generation_defaults import generation_defaults
     from ridgeline.model.rewrite import with_precision
     from ridgeline.model.tokenizer import Tokenizer
     from ridgeline.model.weights import Weights

@@ -4,22 +4,25 @@ Every draw is addressed: the seed is the key of a counter-based generator, and (
 choice, purpose) its counter. A token's noise is therefore the same whatever else is in the batch, was
 computed before, or was preempted, and only the tokens that can still win need theirs computed.
 
-The generator is Philox4x32-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
-From bits to noise, in this order, so that any device gives the same float32:
+The generator is Philox4x64-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011),
+as NumPy has it in C. From bits to noise, in this order, so that any device gives the same float32:
 
-1. key = (seed mod 2³², seed div 2³²); counter = (token id div 4, position, choice, purpose);
-2. k = word (token id mod 4) of the block, its upper 24 bits;
+1. key = (seed, 0) and counter = (1 + token id div 8, position, choice, purpose), 64 bits each; the block
+   is four words of 64 bits, read as eight of 32, the lower half of a word first;
+2. k = the upper 24 bits of half-word (token id mod 8);
 3. u = (k + ½) · 2⁻²⁴ in float64, which is exact and never 0 or 1;
 4. g = −ln(−ln u) in float64, rounded to the nearest multiple of 2⁻²⁰, then to float32.
 
 The grid in step 4 makes the result independent of the library that computes the logarithm: over all 2²⁴
-values of k, g stays at least 94 half-ulps away from a rounding boundary of the grid.
+values of k, g stays at least 90 · 2⁻⁵³ · (1 + |g|) away from a rounding boundary of the grid.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from ridgeline.types import Float32Array
 
@@ -28,57 +31,86 @@ TARGET = 0
 SEED = 1
 """Purpose: deriving the seed of a request from the engine's."""
 
-_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
-_WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64)
-_LOW = np.uint64(0xFFFFFFFF)
-_SHIFT = np.uint64(32)
-_ROUNDS = 10
+BITS = 24
+_BLOCK_TOKENS = 8
+_BLOCK_WORDS = 4
+_JUMP_BLOCKS = 100
+"""Blocks that are generated rather than jumped over: a jump costs about as much as this many."""
 _GRID = 2.0**20
 
 
-def philox4x32(counter: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Ten rounds over blocks: counter (4, N) and key (2, N or 1), 32 bits in each value, give (4, N)."""
-    even, odd = counter[::2], counter[1::2]
-    for _ in range(_ROUNDS):
-        product = even * _MULTIPLIERS
-        even = ((product >> _SHIFT)[::-1] ^ odd ^ key) & _LOW
-        odd = (product & _LOW)[::-1]
-        key = (key + _WEYL) & _LOW
-    return np.stack((even[0], odd[0], even[1], odd[1]))
+@dataclass(frozen=True, slots=True)
+class Address:
+    """What a draw is for: a request's seed (0 to 2⁶⁴−1), which of its choices, and the token's position."""
+
+    seed: int
+    choice: int
+    position: int
+    purpose: int = TARGET
 
 
-def gumbel(
-    seed: ArrayLike, choice: ArrayLike, position: ArrayLike, purpose: int, token_ids: ArrayLike
-) -> Float32Array:
-    """Standard Gumbel noise of each token id, float32 (N,).
+class NoiseSource:
+    """Bits by address. It remembers nothing between calls; it is kept only because it is slow to make."""
 
-    `seed` (64 bits), `choice` and `position` are numbers, or arrays that pair with `token_ids`.
-    """
-    tokens = np.asarray(token_ids, np.uint64)
-    seeds = np.atleast_1d(np.asarray(seed, np.uint64))
-    counter = np.empty((4, tokens.size), np.uint64)
-    counter[0] = tokens >> np.uint64(2)
-    counter[1] = np.asarray(position, np.uint64)
-    counter[2] = np.asarray(choice, np.uint64)
-    counter[3] = purpose
-    blocks = philox4x32(counter, np.stack((seeds & _LOW, seeds >> _SHIFT)))
-    words = np.take_along_axis(blocks, (tokens & np.uint64(3)).astype(np.intp)[None], axis=0)[0]
-    return gumbel_from_bits(words >> np.uint64(8))
+    __slots__ = ("_philox",)
+
+    def __init__(self) -> None:
+        self._philox = np.random.Philox(key=np.zeros(2, np.uint64))
+
+    def bits(self, address: Address, token_ids: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """The number k of each token, uint32 (N,), for token ids (N,) in ascending order."""
+        blocks = token_ids // _BLOCK_TOKENS
+        if not blocks.size:
+            return np.empty(0, np.uint32)
+        runs = np.flatnonzero(np.diff(blocks) > _JUMP_BLOCKS) + 1
+        first = blocks[np.concatenate(([0], runs))]
+        count = blocks[np.concatenate((runs - 1, [blocks.size - 1]))] - first + 1
+        halves = self._halves(address, first.tolist(), count.tolist())
+        # Where each run begins among the generated blocks, spread over the tokens of the run.
+        skipped = first - np.concatenate(([0], np.cumsum(count)[:-1]))
+        if runs.size:
+            skipped = skipped[np.searchsorted(runs, np.arange(blocks.size), side="right")]
+        bits: NDArray[np.uint32] = halves[token_ids - skipped * _BLOCK_TOKENS] >> np.uint32(32 - BITS)
+        return bits
+
+    def _halves(self, address: Address, first: list[int], count: list[int]) -> NDArray[np.uint32]:
+        """All half-words of the blocks `first[i]` … `first[i] + count[i] − 1`, one run after the other."""
+        self._philox.state = {
+            "bit_generator": "Philox",
+            # NumPy steps the counter before it makes a block, so block b comes at counter 1 + b.
+            "state": {
+                "counter": np.array([0, address.position, address.choice, address.purpose], np.uint64),
+                "key": np.array([address.seed, 0], np.uint64),
+            },
+            "buffer": np.zeros(_BLOCK_WORDS, np.uint64),
+            "buffer_pos": _BLOCK_WORDS,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        here, words = 0, []
+        for begin, length in zip(first, count, strict=True):
+            if begin > here:
+                self._philox.advance(begin - here)
+            words.append(self._philox.random_raw(_BLOCK_WORDS * length))
+            here = begin + length
+        whole = words[0] if len(words) == 1 else np.concatenate(words)
+        halves: NDArray[np.uint32] = whole.astype("<u8", copy=False).view("<u4")
+        return halves
 
 
-def gumbel_from_bits(bits: NDArray[np.uint64]) -> Float32Array:
-    """Steps 3 and 4 above, for 24-bit numbers."""
-    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-24
+def gumbel(bits: NDArray[np.uint32]) -> Float32Array:
+    """Steps 3 and 4 above: standard Gumbel noise, float32, for 24-bit numbers."""
+    uniform = (bits.astype(np.float64) + 0.5) * 2.0**-BITS
     noise = -np.log(-np.log(uniform))
     return (np.rint(noise * _GRID) / _GRID).astype(np.float32)
 
 
+def gumbel_bound(bits: int) -> np.float32:
+    """The noise of 24-bit number `bits`, which no smaller number exceeds."""
+    return np.float32(gumbel(np.array([bits], np.uint32))[0])
+
+
 def derived_seed(seed: int, arrival: int) -> int:
     """The 64-bit seed of the request that arrived as number `arrival` at an engine seeded with `seed`."""
-    counter = np.array([[arrival & 0xFFFFFFFF], [arrival >> 32], [0], [SEED]], np.uint64)
-    words = philox4x32(counter, np.array([[seed & 0xFFFFFFFF], [seed >> 32 & 0xFFFFFFFF]], np.uint64))
-    return int(words[0, 0]) | int(words[1, 0]) << 32
-
-
-GUMBEL_MIN, GUMBEL_MAX = (float(g) for g in gumbel_from_bits(np.array([0, 2**24 - 1], np.uint64)))
-"""The bounds of the noise: it lies in [−2.853, 17.329]."""
+    low, high = NoiseSource()._halves(Address(seed % 2**64, 0, arrival, SEED), [0], [1])[:2]
+    return int(low) | int(high) << 32

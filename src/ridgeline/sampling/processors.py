@@ -27,6 +27,9 @@ from ridgeline.types import Float32Array, SamplingParams
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing by them leaves nothing but the largest logit."""
 
+_GROUPS = 1024
+"""Groups into which a row is dealt to bound its largest values from below."""
+
 Ids = NDArray[np.int64]
 
 
@@ -193,12 +196,11 @@ def top_p(p: float) -> Filter:
     """
 
     def narrow(candidates: Candidates) -> Candidates:
-        logits = candidates.logits
-        weights = np.exp(logits - logits.max()).astype(np.float64)
-        total = float(weights.sum())
-        likely = np.flatnonzero(weights >= (1 - p) * total / weights.size)
-        ranked = likely[np.argsort(-logits[likely], kind="stable")]
-        mass = np.cumsum(weights[ranked])
+        weights = np.exp(candidates.logits - candidates.logits.max())
+        total = float(weights.sum(dtype=np.float64))
+        likely = np.flatnonzero(weights >= np.float32((1 - p) * total / weights.size))
+        ranked = likely[np.argsort(-candidates.logits[likely], kind="stable")]
+        mass = np.cumsum(weights[ranked], dtype=np.float64)
         kept = int(np.searchsorted(mass, p * total)) + 1
         return _kept(candidates, np.sort(ranked[:kept]))
 
@@ -223,7 +225,19 @@ def largest(values: Float32Array, count: int) -> Ids:
     """Places of the `count` largest values, ascending; among equals the first ones. Never sorts them all."""
     if count >= values.size:
         return np.arange(values.size)
-    bound = np.partition(values, values.size - count)[values.size - count]
+    places = None
+    if values.size >= 4 * _GROUPS and 2 * count <= _GROUPS:
+        # That many groups have a maximum of at least `bound`, hence at least that many values reach it.
+        whole = values[: values.size // _GROUPS * _GROUPS]
+        bound = _nth_largest(whole.reshape(-1, _GROUPS).max(axis=0), count)
+        places = np.flatnonzero(values >= bound)
+        values = values[places]
+    bound = _nth_largest(values, count)
     above = np.flatnonzero(values > bound)
     equal = np.flatnonzero(values == bound)[: count - above.size]
-    return np.sort(np.concatenate((above, equal)))
+    chosen = np.sort(np.concatenate((above, equal)))
+    return chosen if places is None else places[chosen]
+
+
+def _nth_largest(values: Float32Array, n: int) -> np.float32:
+    return np.float32(np.partition(values, values.size - n)[values.size - n])

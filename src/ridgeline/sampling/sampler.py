@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ridgeline.sampling import noise
+from ridgeline.sampling.noise import BITS, Address, NoiseSource, gumbel, gumbel_bound
 from ridgeline.sampling.processors import (
     GREEDY_BELOW,
     Adjuster,
@@ -23,8 +26,11 @@ from ridgeline.types import Float32Array, SamplingParams, StepFuture, TokenLogpr
 
 _PRUNE_ABOVE = 256
 """Candidates beyond which it pays to find out first which of them can still win."""
-_HEAD_WIDTH = 2.0
+_HEAD_WIDTH = np.float32(2)
 """Logits this close to the best are drawn first; the best of those bounds the rest."""
+_USUAL_BITS = 2**BITS - 2 ** (BITS - 8)
+_USUAL_NOISE, _MOST_NOISE = gumbel_bound(_USUAL_BITS), gumbel_bound(2**BITS - 1)
+"""The noise of all but one token in 256 is at most 5.54, and none is above 17.33."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +80,24 @@ class Chooser:
             logits = adjust(logits, self.history)
         return logits
 
+    def address(self, position: int) -> Address:
+        """Where the noise of the token at `position` comes from."""
+        return Address(self.seed, self.choice, position)
+
     def candidates(self, logits: Float32Array) -> Candidates:
-        """What may be drawn from an adjusted row."""
-        candidates = Candidates(np.arange(logits.size), logits)
-        for narrow in self.filters:
-            candidates = narrow(candidates)
+        """What may be drawn from an adjusted row; nothing, when the temperature makes its logits overflow."""
+        candidates = Candidates(_vocabulary(logits.size), logits)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found out by the caller
+            for narrow in self.filters:
+                candidates = narrow(candidates)
         return candidates
+
+
+@functools.lru_cache(maxsize=4)
+def _vocabulary(size: int) -> NDArray[np.int64]:
+    ids = np.arange(size)
+    ids.setflags(write=False)
+    return ids
 
 
 class SampledRow(Protocol):
@@ -97,17 +115,6 @@ class SamplingPlan(Protocol):
     def sampled(self) -> Sequence[SampledRow]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Draw:
-    """A row whose token is drawn at random."""
-
-    row: int
-    seed: int
-    choice: int
-    position: int
-    candidates: Candidates
-
-
 class Sampler:
     """Chooses the tokens of a step: argmax of the processed logits, plus keyed Gumbel noise if not greedy.
 
@@ -115,95 +122,62 @@ class Sampler:
     own sequence. No result depends on the other rows.
     """
 
+    def __init__(self) -> None:
+        self._noise = NoiseSource()
+
     def finish(self, future: StepFuture, plan: SamplingPlan) -> list[Sampled]:
         """Wait for the step and choose a token for each of `plan.sampled`, in their order."""
         logits = future.result().logits
         rows = plan.sampled
         if len(rows) != len(logits):
             raise ValueError(f"{len(logits)} rows of logits for {len(rows)} sequences")
-        if all(row.chooser.plain for row in rows):
-            best = logits.argmax(axis=1) if len(rows) else []
-            return [_checked(logits[i], int(token)) for i, token in enumerate(best)]
-        sampled: list[Sampled] = []
-        draws: list[_Draw] = []
-        for i, row in enumerate(rows):
-            sampled.append(_choose(logits[i], row, i, draws))
-        for draw, token in zip(draws, _drawn(draws), strict=True):
-            sampled[draw.row] = Sampled(token)
-        return [
-            _with_logprobs(s, row.chooser, logits[i])
-            for i, (s, row) in enumerate(zip(sampled, rows, strict=True))
-        ]
+        if rows and all(row.chooser.plain for row in rows):
+            return [_checked(logits[i], token) for i, token in enumerate(logits.argmax(axis=1).tolist())]
+        return [self._choose(logits[i], row) for i, row in enumerate(rows)]
+
+    def _choose(self, logits: Float32Array, row: SampledRow) -> Sampled:
+        chooser = row.chooser
+        adjusted = chooser.adjusted(logits)
+        sampled = _checked(adjusted, int(adjusted.argmax()))  # also finds rows that cannot be sampled
+        if not chooser.greedy and sampled.error is None:
+            candidates = chooser.candidates(adjusted)
+            if not candidates.ids.size:
+                return Sampled(
+                    sampled.token_id, error="logits over temperature overflow; accepted: finite numbers"
+                )
+            sampled = Sampled(self._draw(candidates, chooser.address(len(row.token_ids))))
+        if chooser.logprobs is None or sampled.error is not None:
+            return sampled
+        return Sampled(sampled.token_id, token_logprobs(logits, sampled.token_id, chooser.logprobs))
+
+    def _draw(self, candidates: Candidates, address: Address) -> int:
+        """Gumbel-max (Maddison et al., "A* Sampling", 2014): a token with the candidates' probabilities."""
+        ids, logits = candidates.ids, candidates.logits
+        bits = self._noise.bits(address, ids)
+        if ids.size > _PRUNE_ABOVE:
+            able = _able_to_win(logits, bits)
+            ids, logits, bits = ids[able], logits[able], bits[able]
+        return int(ids[(logits + gumbel(bits)).argmax()])
 
 
-def _choose(logits: Float32Array, row: SampledRow, index: int, draws: list[_Draw]) -> Sampled:
-    """The greedy choice, which also finds rows that cannot be sampled; a random one is queued in `draws`."""
-    chooser = row.chooser
-    adjusted = chooser.adjusted(logits)
-    greedy = _checked(adjusted, int(adjusted.argmax()))
-    if not chooser.greedy and greedy.error is None:
-        candidates = chooser.candidates(adjusted)
-        if not candidates.ids.size:
-            return Sampled(
-                greedy.token_id, error="logits over temperature overflow; accepted: finite numbers"
-            )
-        draws.append(_Draw(index, chooser.seed, chooser.choice, len(row.token_ids), candidates))
-    return greedy
+def _able_to_win(logits: Float32Array, bits: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """Places that can hold the largest sum of logit and noise, found with two bounds on the noise.
+
+    Rounded addition is monotonic: what does not reach the best sum of a few with its bound cannot win.
+    """
+    head = np.flatnonzero(logits >= logits.max() - _HEAD_WIDTH)
+    best = (logits[head] + gumbel(bits[head])).max()
+    usual = np.flatnonzero(logits + _USUAL_NOISE >= best)
+    rare = np.flatnonzero(bits > _USUAL_BITS)
+    rare = rare[logits[rare] + _MOST_NOISE >= best]
+    return np.union1d(usual, rare)
 
 
 def _checked(logits: Float32Array, best: int) -> Sampled:
     # argmax returns the place of a NaN if there is one, so one look at the winner checks the whole row.
-    if np.isfinite(logits[best]):
+    if math.isfinite(logits[best]):
         return Sampled(best)
     return Sampled(best, error=f"largest logit is {logits[best]}; accepted: a finite number")
-
-
-def _drawn(draws: Sequence[_Draw]) -> list[int]:
-    """Gumbel-max for each draw (Maddison et al., "A* Sampling", 2014); the noise of all is made at once."""
-    large = [i for i, draw in enumerate(draws) if draw.candidates.ids.size > _PRUNE_ABOVE]
-    survivors = [draw.candidates for draw in draws]
-    heads = [_near_best(survivors[i]) for i in large]
-    for i, perturbed in zip(large, _perturbed([draws[i] for i in large], heads), strict=True):
-        # Rounded addition is monotonic: what cannot reach the bound with the largest noise cannot win.
-        everyone = survivors[i]
-        reach = everyone.logits + np.float32(noise.GUMBEL_MAX)
-        survivors[i] = _subset(everyone, reach >= perturbed.max())
-    noisy = _perturbed(draws, survivors)
-    return [int(s.ids[values.argmax()]) for s, values in zip(survivors, noisy, strict=True)]
-
-
-def _near_best(candidates: Candidates) -> Candidates:
-    return _subset(candidates, candidates.logits >= candidates.logits.max() - np.float32(_HEAD_WIDTH))
-
-
-def _subset(candidates: Candidates, mask: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Candidates:
-    return Candidates(candidates.ids[mask], candidates.logits[mask])
-
-
-def _perturbed(draws: Sequence[_Draw], sets: Sequence[Candidates]) -> list[Float32Array]:
-    """Logits plus noise, float32, for each set of candidates."""
-    if not draws:
-        return []
-    sizes = [s.ids.size for s in sets]
-
-    def spread(values: list[int]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-        return np.repeat(np.array(values, np.uint64), sizes)
-
-    ids = np.concatenate([s.ids for s in sets])
-    noisy = np.concatenate([s.logits for s in sets]) + noise.gumbel(
-        spread([d.seed for d in draws]),
-        spread([d.choice for d in draws]),
-        spread([d.position for d in draws]),
-        noise.TARGET,
-        ids,
-    )
-    return np.split(noisy, np.cumsum(sizes)[:-1])
-
-
-def _with_logprobs(sampled: Sampled, chooser: Chooser, logits: Float32Array) -> Sampled:
-    if chooser.logprobs is None or sampled.error is not None:
-        return sampled
-    return Sampled(sampled.token_id, token_logprobs(logits, sampled.token_id, chooser.logprobs))
 
 
 def token_logprobs(logits: Float32Array, token_id: int, top: int) -> TokenLogprobs:
