@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -216,13 +217,17 @@ def _check(name: HubName, file: HubFile, path: Path, progress: Progress) -> None
 def _hub_errors(repo: str) -> Iterator[Path]:
     """One line for whatever the hub's library raises; gives the folder that it keeps the repository in."""
     from huggingface_hub import constants, errors
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
     bars, verbosity = not are_progress_bars_disabled(), hub_logging.get_verbosity()
     disable_progress_bars()
-    hub_logging.set_verbosity_error()
+    hub_logging.set_verbosity(logging.ERROR)
     try:
         yield folder
     except (CapacityError, CheckpointError, FetchError):
