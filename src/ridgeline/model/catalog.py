@@ -121,11 +121,10 @@ def pull(name: str, progress: Progress = silent) -> Path:
 
 def list_models() -> list[CachedModel]:
     """Every model that was pulled, by name."""
-    found = [
-        (entry.name, path, (path,)) for entry in CATALOG.values() if (path := _cached(entry)) is not None
-    ]
-    found += [(record.name, record.path, record.files) for record in hub.all_records()]
-    return [_cached_model(*model) for model in sorted(found)]
+    files = {entry.name: path for entry in CATALOG.values() if (path := _cached(entry)) is not None}
+    found = [_cached_model(name, path, (path,)) for name, path in files.items()]
+    found += [_cached_model(record.name, record.path, record.files) for record in hub.all_records()]
+    return sorted(found, key=lambda model: model.name)
 
 
 def remove(name: str) -> None:
