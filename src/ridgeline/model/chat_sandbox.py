@@ -29,6 +29,7 @@ _MAX_TIME_S = 10.0
 _MAX_WIDTH = 10_000
 _MAX_INTEGER_BITS = 1 << 16
 _STEP = 64  # the least charge, so that a budget is about a million steps
+_CALL = 512  # of a call, which takes longer
 
 
 class TemplateLimitError(TemplateError):
@@ -110,7 +111,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             named = [value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars")]
             _charge_text_function(method.__name__, text, [*args, *named])
         result = super().call(context, function, *args, **kwargs)
-        current_budget.get().charge(len(result) if isinstance(result, Sized) else 0)
+        current_budget.get().charge(_CALL + (len(result) if isinstance(result, Sized) else 0))
         return result
 
 

@@ -209,10 +209,15 @@ def unused_character(text: str) -> str:
 def _encoding(library: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
     try:
         return library.encode(text, add_special_tokens=False)
+    except TypeError:
+        # Also the library's word for a string that UTF-8 cannot hold.
+        if not isinstance(text, str):
+            raise
+    try:
+        text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(
-            f"text has a lone surrogate at character {error.start}; accepted: text that is valid Unicode"
-        ) from None
+        at = error.start
+    raise RequestError(f"text has a lone surrogate at character {at}; accepted: text that is valid Unicode")
 
 
 def _ids(library: tokenizers.Tokenizer, text: str) -> list[int]:
