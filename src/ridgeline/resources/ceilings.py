@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,16 @@ class Ceilings:
         """Whether the measurements took long enough to compare others with."""
         return self.seconds_each >= FULL_PROBE_S
 
+    def best_with(self, other: Ceilings) -> Ceilings:
+        """The higher rate of each kind: whatever else ran on the machine only makes measurements slower."""
+        rates = {name: max(getattr(self, name), getattr(other, name)) for name in _RATES}
+        return replace(self, **rates)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+_RATES = tuple(f.name for f in fields(Ceilings) if f.name.endswith("_per_s"))
 
 
 def load_ceilings(threads: int | None = None, isa: str | None = None) -> Ceilings | None:
@@ -59,7 +67,7 @@ def load_ceilings(threads: int | None = None, isa: str | None = None) -> Ceiling
         ceilings = Ceilings(**content)
     except (OSError, ValueError, TypeError):
         return None  # not measured, or a damaged file: measuring again mends both
-    rates = [getattr(ceilings, f.name) for f in fields(Ceilings) if f.name.endswith("_per_s")]
+    rates = [getattr(ceilings, name) for name in _RATES]
     if not all(isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0 for rate in rates):
         return None
     known = ceilings.read_bytes_per_s > 0 and ceilings.fp32_flops_per_s > 0

@@ -16,7 +16,7 @@ def cache_dir() -> Path:
     """
     chosen = os.environ.get("RIDGELINE_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return Path(chosen).expanduser().absolute()
     import platformdirs
 
     return platformdirs.user_cache_path("ridgeline", appauthor=False)

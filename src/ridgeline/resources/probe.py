@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from ridgeline.resources.ceilings import FULL_PROBE_S, Ceilings, load_ceilings, save_ceilings
@@ -14,14 +15,18 @@ from ridgeline.resources.machine import (
 )
 from ridgeline.types import CapacityError
 
-QUICK_PROBE_S = 0.1
+QUICK_PROBE_S = 0.05
+BESIDE_PROBE_S = 0.1
+"""Seconds for each measurement beside a benchmark, which is measured before and after it."""
+
 _MIN_WORKING_SET_BYTES = 128 << 20
+_MAX_WORKING_SET_BYTES = 1 << 30
 
 
 def working_set_bytes() -> int:
     """How much memory the read test walks through: enough that caches hardly help, at most half of what
     is free. Raises CapacityError when even that is too little."""
-    wanted = max(4 * last_level_cache_bytes(), _MIN_WORKING_SET_BYTES)
+    wanted = min(max(4 * last_level_cache_bytes(), _MIN_WORKING_SET_BYTES), _MAX_WORKING_SET_BYTES)
     free = free_memory_bytes()
     if free < 2 * _MIN_WORKING_SET_BYTES:
         need = 2 * _MIN_WORKING_SET_BYTES >> 20
@@ -41,7 +46,7 @@ def read_bandwidth(threads: int, seconds: float = FULL_PROBE_S) -> dict[str, flo
 
 
 def measure(threads: int | None = None, isa: str | None = None, seconds: float = FULL_PROBE_S) -> Ceilings:
-    """Measure this machine's ceilings; takes some six times `seconds`. The best access pattern counts."""
+    """Measure this machine's ceilings, `seconds` for each access pattern, of which the best counts."""
     from ridgeline.native import Team, probe_peak
 
     threads = threads or usable_cores()
@@ -66,20 +71,23 @@ def measure(threads: int | None = None, isa: str | None = None, seconds: float =
 
 
 def full_ceilings(threads: int | None = None, isa: str | None = None, force: bool = False) -> Ceilings:
-    """The full measurements, from the cache unless there are none or `force` asks for fresh ones."""
+    """The full measurements, from the cache unless there are none or `force` asks for fresh ones.
+
+    Raises CapacityError when there is too little memory to measure.
+    """
     cached = None if force else load_ceilings(threads, isa)
     if cached is not None and cached.full:
         return cached
-    ceilings = measure(threads, isa)
-    save_ceilings(ceilings)
-    return ceilings
+    return _measured(threads, isa, FULL_PROBE_S)
 
 
 def quick_ceilings(threads: int | None = None, isa: str | None = None) -> Ceilings:
-    """The cached ceilings, or quick measurements (under a second), which are then cached."""
-    cached = load_ceilings(threads, isa)
-    if cached is not None:
-        return cached
-    ceilings = measure(threads, isa, QUICK_PROBE_S)
-    save_ceilings(ceilings)
+    """The cached ceilings, or quick measurements, which are then kept. Raises CapacityError."""
+    return load_ceilings(threads, isa) or _measured(threads, isa, QUICK_PROBE_S)
+
+
+def _measured(threads: int | None, isa: str | None, seconds: float) -> Ceilings:
+    ceilings = measure(threads, isa, seconds)
+    with suppress(CapacityError):  # where nothing can be written, the next process measures again
+        save_ceilings(ceilings)
     return ceilings

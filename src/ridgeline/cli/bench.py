@@ -1,0 +1,85 @@
+"""`ridgeline bench`: tokens per second beside what the machine could do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from ridgeline.cli import options
+from ridgeline.cli.options import flag, given
+from ridgeline.cli.output import console, print_json, table
+from ridgeline.cli.progress import fetch
+
+if TYPE_CHECKING:
+    from ridgeline.resources.ceilings import Ceilings
+
+PromptTokens = Annotated[int, flag("prompt-tokens", "Tokens of each prompt.", "-p")]
+OutputTokens = Annotated[int, flag("output-tokens", "Tokens to decode for each sequence.", "-n")]
+Batch = Annotated[int, flag("batch", "Sequences at once.", "-b")]
+Repeats = Annotated[int, flag("repeats", "Rounds; the median counts.", "-r")]
+
+
+def bench(
+    model: options.Model = None,
+    prompt_tokens: PromptTokens = 512,
+    output_tokens: OutputTokens = 128,
+    batch: Batch = 1,
+    repeats: Repeats = 5,
+    weights: options.WeightFormat = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+    json: options.Json = False,
+) -> None:
+    """Measure prefill and decode. The last line of --json is one JSON object."""
+    from ridgeline.apps.benchmark import Workload, measure, summary
+    from ridgeline.config import EngineConfig
+    from ridgeline.loading import load_engine
+    from ridgeline.resources import probe
+
+    workload = Workload(prompt_tokens, output_tokens, batch)
+    room = EngineConfig()
+    config = EngineConfig(
+        **given(model=model, weights=weights, threads=threads, device=device),
+        max_num_seqs=max(batch, room.max_num_seqs),
+        max_num_batched_tokens=max(2 * batch, room.max_num_batched_tokens),
+    )
+    fetch(model)
+    loaded = load_engine(config)
+    try:
+        # Other tenants share the memory: what the machine gives now counts, not what it gave some day.
+        before = probe.measure(loaded.config.threads, seconds=probe.BESIDE_PROBE_S)
+        rounds = measure(loaded.engine, workload, loaded.config.max_num_batched_tokens, repeats)
+    finally:
+        loaded.engine.close()
+    ceilings = probe.measure(loaded.config.threads, seconds=probe.BESIDE_PROBE_S).best_with(before)
+    settled = loaded.config
+    result = {
+        "model": settled.model,
+        "weights": settled.weights,
+        **summary(rounds, workload, ceilings),
+    }
+    if json:
+        print_json(result)
+    else:
+        _show(result, ceilings)
+
+
+def _show(result: dict[str, Any], ceilings: Ceilings) -> None:
+    shown = table(
+        "", "tokens/s", "spread", "memory", "arithmetic", right=("tokens/s", "memory", "arithmetic")
+    )
+    shares = {"prefill": ("prefill_mbu", "mfu"), "decode": ("mbu", "decode_mfu")}
+    for phase, (memory, arithmetic) in shares.items():
+        low, high = result[f"{phase}_spread"]
+        speed = f"{result[f'{phase}_tokens_per_s']:.1f}"
+        shown.add_row(
+            phase, speed, f"{low:.1f}–{high:.1f}", f"{result[memory]:.0%}", f"{result[arithmetic]:.0%}"
+        )
+    console().print(shown)
+    console().print(
+        f"{result['batch']} × ({result['prompt_tokens']} prompt + {result['output_tokens']} output tokens), "
+        f"median of {result['repeats']}; shares of {ceilings.read_bytes_per_s / 1e9:.1f} GB/s read, "
+        f"{ceilings.int8_ops_per_s / 1e9:.0f} Gop/s int8, {ceilings.fp32_flops_per_s / 1e9:.0f} Gflop/s fp32 "
+        f"({ceilings.threads} threads, {ceilings.isa})",
+        style="dim",
+        soft_wrap=True,
+    )

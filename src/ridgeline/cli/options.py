@@ -1,0 +1,46 @@
+"""The flags that several verbs share. A flag's environment twin and its name come from one rule."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+
+def flag(name: str, text: str, *short: str, **more: Any) -> Any:
+    """A typer option `--name` with the environment twin RIDGELINE_NAME."""
+    variable = "RIDGELINE_" + name.upper().replace("-", "_")
+    return typer.Option(f"--{name}", *short, envvar=variable, show_envvar=False, help=text, **more)
+
+
+Model = Annotated[
+    str | None,
+    flag("model", "Catalog name, path, or hf.co/<org>/<repo>[:<file or quant>] (default: smollm2).", "-m"),
+]
+Device = Annotated[str | None, flag("device", "Where to run: auto, cpu or reference.")]
+Threads = Annotated[int | None, flag("threads", "CPU threads (default: one per usable core).", "-t")]
+WeightFormat = Annotated[
+    str | None,
+    flag("weights", "Format of linear layers: auto, W8A8-g32, W4A8-g32, W32A32."),
+]
+MaxModelLen = Annotated[
+    int | None,
+    flag("max-model-len", "Most tokens of prompt and answer (default: the model's)."),
+]
+MaxTokens = Annotated[
+    int | None, flag("max-tokens", "Most tokens to answer with (default: to the end of the context).", "-n")
+]
+System = Annotated[str | None, flag("system", "System prompt.")]
+Temperature = Annotated[
+    float | None, flag("temperature", "0 takes the likeliest token (default: the model's).")
+]
+TopP = Annotated[float | None, flag("top-p", "Sample from the likeliest tokens of this total probability.")]
+TopK = Annotated[int | None, flag("top-k", "Sample from this many of the likeliest tokens; 0 is off.")]
+MinP = Annotated[float | None, flag("min-p", "Drop tokens below this share of the best probability.")]
+Seed = Annotated[int | None, flag("seed", "Makes the answer repeatable.")]
+Json = Annotated[bool, flag("json", "Print JSON.")]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that the user gave a value."""
+    return {name: value for name, value in options.items() if value is not None}

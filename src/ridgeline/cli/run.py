@@ -1,0 +1,157 @@
+"""`ridgeline run`: one question, one answer on standard output."""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import sys
+from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ridgeline.cli import options
+from ridgeline.cli.options import given
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ridgeline.cli.figures import Figures
+    from ridgeline.llm import LLM
+    from ridgeline.types import RequestOutput, SamplingParams
+
+Prompt = Annotated[
+    str | None,
+    typer.Argument(help="What to ask; `-` or a pipe reads it from standard input.", show_default=False),
+]
+_PATIENCE_S = 2.0
+_UNADVISED: dict[str, Any] = {"temperature": 0.2, "top_p": 0.9}
+"""Sampling for a person who reads the answer, where the model's makers recommend nothing: the plain
+distribution of a small model wanders. The values are those on SmolLM2's model card."""
+
+
+def run(
+    prompt: Prompt = None,
+    model: options.Model = None,
+    system: options.System = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    seed: options.Seed = None,
+    weights: options.WeightFormat = None,
+    max_model_len: options.MaxModelLen = None,
+    threads: options.Threads = None,
+    device: options.Device = None,
+) -> None:
+    """Answer PROMPT, streamed to standard output. A model without a chat template continues it instead."""
+    text = read_prompt(prompt)
+    sampling = given(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
+    )
+    engine = given(model=model, weights=weights, max_model_len=max_model_len, threads=threads, device=device)
+    from ridgeline.types import SamplingParams
+
+    SamplingParams(**sampling)  # a mistake is told before the model is loaded
+    from ridgeline.cli.progress import fetch
+    from ridgeline.llm import LLM
+
+    fetch(model)
+    with LLM(**engine) as llm:
+        figures = answer(llm, text, system, sampling)
+        used_threads = llm.config.threads
+    # The model is gone by now, so that measuring an unknown machine takes no memory on top of it.
+    from ridgeline.cli.figures import known_ceilings
+    from ridgeline.cli.output import note
+
+    note(figures.line(known_ceilings(used_threads, measure=True)))
+
+
+def answer(llm: LLM, text: str, system: str | None, sampling: dict[str, Any]) -> Figures:
+    """Stream one answer to standard output; nothing else is written there."""
+    from ridgeline.cli.figures import Figures
+
+    params = sampling_params(llm, sampling)
+    before = llm.stats.decode.work
+    shown, last = 0, None
+    with closing(_outputs(llm, text, system, params)) as outputs:
+        for last in outputs:
+            grown = last.outputs[0].text
+            sys.stdout.write(grown[shown:])
+            sys.stdout.flush()
+            shown = len(grown)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    assert last is not None
+    return Figures.of(last, before, llm.stats.decode.work)
+
+
+def sampling_params(llm: LLM, sampling: dict[str, Any]) -> SamplingParams:
+    """What the checkpoint recommends, else `_UNADVISED`, changed by what the user gave.
+
+    A chat model answers until it has ended.
+    """
+    from ridgeline.types import SamplingParams
+
+    defaults = llm.sampling_defaults
+    if defaults == SamplingParams():
+        defaults = replace(defaults, **_UNADVISED)
+    if llm.loaded.chat_template is not None:
+        defaults = replace(defaults, max_tokens=None)
+    return replace(defaults, **sampling)
+
+
+def _outputs(llm: LLM, text: str, system: str | None, params: SamplingParams) -> Iterator[RequestOutput]:
+    if llm.loaded.chat_template is None and system is None:
+        return llm.stream(text, params)
+    opening = [{"role": "system", "content": system}] if system else []
+    return llm.stream_chat([*opening, {"role": "user", "content": text}], params)
+
+
+def read_prompt(argument: str | None) -> str:
+    """The prompt: the argument, standard input, or both, input first. Raises RequestError for none."""
+    from ridgeline.types import RequestError
+
+    parts = [_clean(argument)] if argument is not None and argument != "-" else []
+    descriptor = _input_descriptor()
+    if descriptor is not None and (argument == "-" or _is_piped(descriptor)):
+        if parts:
+            _be_patient(descriptor)
+        parts.insert(0, sys.stdin.buffer.read().decode("utf-8", "replace").rstrip("\n"))
+    text = "\n\n".join(part for part in parts if part)
+    if not text:
+        raise RequestError("prompt is empty; accepted: a text, or `-` and a text on standard input")
+    return text
+
+
+def _input_descriptor() -> int | None:
+    """Standard input's descriptor; None where the process was started without one."""
+    try:
+        return sys.stdin.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _clean(argument: str) -> str:
+    """The argument's bytes as text; what is not UTF-8 in them is replaced."""
+    return os.fsencode(argument).decode("utf-8", "replace")
+
+
+def _is_piped(descriptor: int) -> bool:
+    """Whether somebody redirected a file or a pipe here; a terminal and /dev/null are neither."""
+    try:
+        mode = os.fstat(descriptor).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _be_patient(descriptor: int) -> None:
+    """Tell a user who waits why: a pipe that stays open and silent keeps the prompt from being complete."""
+    from ridgeline.cli.output import note
+
+    if not select.select([descriptor], [], [], _PATIENCE_S)[0]:
+        note("waiting for the end of standard input, which is part of the prompt (</dev/null leaves it out)")
