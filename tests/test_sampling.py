@@ -90,6 +90,7 @@ def test_bits_of_a_token_do_not_depend_on_which_others_are_asked_for(ids: list[i
     together = source.bits(address, np.array(sorted(ids), np.int64))
     alone = [int(source.bits(address, np.array([i]))[0]) for i in sorted(ids)]
     assert together.tolist() == alone
+    assert together.tolist() == source.all_bits(address, 200_001)[sorted(ids)].tolist()
 
 
 def test_every_part_of_an_address_changes_the_noise() -> None:
@@ -452,10 +453,13 @@ def naive_stop(text: str, stops: Sequence[str], include: bool) -> tuple[str, str
 
 @given(
     text=st.text("ab", max_size=40),
-    stops=st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3),
+    stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3),
     cuts=st.lists(st.integers(0, 40), max_size=10),
     include=st.booleans(),
 )
+@example(text="aaab", stops=["aab"], cuts=[], include=False)
+@example(text="abababba", stops=["ababba", "bbb"], cuts=[3], include=True)
+@example(text="aabaab", stops=["aabaaa", "baab"], cuts=[2, 4], include=False)
 @settings(max_examples=300)
 def test_stop_strings_are_found_and_never_shown(
     text: str, stops: list[str], cuts: list[int], include: bool

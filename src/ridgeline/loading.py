@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ridgeline.config import EngineConfig
-from ridgeline.types import ConfigError, RequestError, SamplingParams
+from ridgeline.types import CapacityError, ConfigError, RequestError, SamplingParams
 
 if TYPE_CHECKING:
     from ridgeline.engine import Engine
@@ -18,9 +19,15 @@ if TYPE_CHECKING:
     from ridgeline.model.spec import ModelSpec
     from ridgeline.model.tokenizer import Tokenizer
     from ridgeline.model.weights import Weights
+    from ridgeline.resources.memory import Ledger
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+
+_BUFFERS = 8
+"""Activations that an executor may hold at once, as multiples of the program's widest."""
+_SHORTEST_CONTEXT = 256
+"""A context that nobody asked for is not made shorter than this to fit the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,34 +80,35 @@ def load_engine(config: EngineConfig) -> LoadedModel:
     from ridgeline.model.weights import Weights
     from ridgeline.scheduling.scheduler import Scheduler
 
-    checkpoint = open_checkpoint(resolve(config.model))
-    try:
+    with ExitStack() as on_failure, closing(open_checkpoint(resolve(config.model))) as checkpoint:
         spec = read_spec(checkpoint)
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
+        template = ChatTemplate.from_checkpoint(checkpoint, tokenizer)
+        defaults = SamplingParams(**generation_defaults(checkpoint))
         canonical = decoder(spec)
         weights = Weights(spec, canonical, checkpoint, config.weights)
         program = with_precision(canonical, weights.formats)
-        config = settled(config, spec)
-        pages = pool_pages(config, program, weights)
-        executor = make_executor(config, Limits(config.max_num_batched_tokens, pages))
+        config, pages = settled(config, spec, program, weights)
+        executor = make_executor(config, Limits(config.max_num_batched_tokens, pages, config.kv_format))
+        on_failure.callback(executor.close)
         executor.load(weights)
         handle = executor.compile(program)
-        template = ChatTemplate.from_checkpoint(checkpoint, tokenizer)
-        defaults = SamplingParams(**generation_defaults(checkpoint))
-    finally:
-        checkpoint.close()
+        on_failure.pop_all()
+    assert config.max_model_len is not None
     cache = KVCache(tuple(group.window for group in program.groups), pages)
     scheduler = Scheduler(cache, config.max_num_seqs, config.max_num_batched_tokens)
-    context = config.max_model_len or spec.context
-    facts = ModelFacts(spec.vocabulary, context, tokenizer.eos_ids, tokenizer.bos_id)
+    facts = ModelFacts(spec.vocabulary, config.max_model_len, tokenizer.eos_ids, tokenizer.bos_id)
     engine = Engine(executor, handle, scheduler, facts, tokenizer.detokenizer, config.seed)
     return LoadedModel(config, engine, tokenizer, template, defaults)
 
 
-def settled(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
-    """The config with nothing left to choose but the size of the KV pool, which is the ledger's.
+def settled(
+    config: EngineConfig, spec: ModelSpec, program: Program, weights: Weights
+) -> tuple[EngineConfig, tuple[int, ...]]:
+    """The config with nothing left to choose, and the pages in the pool of each memory group.
 
-    Raises ConfigError when `max_model_len` is beyond what the model can do.
+    A context that was not asked for is the model's, halved until one sequence of it fits the memory.
+    Raises ConfigError when the model cannot do what was asked, CapacityError when the memory cannot.
     """
     from ridgeline.resources.machine import usable_cores
 
@@ -108,32 +116,44 @@ def settled(config: EngineConfig, spec: ModelSpec) -> EngineConfig:
     asked = config.max_model_len
     if asked is not None and asked > longest:
         raise ConfigError(f"max_model_len is {asked}; accepted: up to {longest}, the model's context")
-    return replace(
+    kv_format = "KV32" if config.weights == "W32A32" else "KV16"
+    config = replace(
         config,
         device="cpu" if config.device == "auto" else config.device,
+        kv_format=kv_format if config.kv_format == "auto" else config.kv_format,
         threads=config.threads or usable_cores(),
         max_model_len=asked or longest,
     )
+    while True:
+        try:
+            ledger = memory_ledger(config, program, weights)
+        except CapacityError:
+            context = (config.max_model_len or 0) // 2
+            if asked is not None or context < _SHORTEST_CONTEXT:
+                raise
+            config = replace(config, max_model_len=context)
+            continue
+        return replace(config, kv_cache_memory_bytes=ledger.kv_bytes), ledger.pages
 
 
-def pool_pages(config: EngineConfig, program: Program, weights: Weights) -> tuple[int, ...]:
-    """Pages in the pool of each memory group, from the memory that is free beside the weights."""
-    from ridgeline.execution.base import Limits, page_bytes
+def memory_ledger(config: EngineConfig, program: Program, weights: Weights) -> Ledger:
+    """Where the memory goes for a config that names its context, KV format and device."""
+    from ridgeline.execution.base import page_bytes
     from ridgeline.resources.machine import free_memory_bytes
     from ridgeline.resources.memory import Demand, KVGroup, plan_memory
 
-    kv_format = Limits(1, ()).kv_format
-    widest = max(op.out.width for op in program.operations if not op.out.selected)
+    assert config.max_model_len is not None
+    row_bytes = 4 * max(op.out.width for op in program.operations if not op.out.selected)
     demand = Demand(
         weights_bytes=sum(_weight_bytes(weight, weights, config.device) for weight in program.weights()),
-        activation_bytes=8 * widest * 4 * config.max_num_batched_tokens
+        activation_bytes=_BUFFERS * row_bytes * config.max_num_batched_tokens
         + 4 * program.output.width * config.max_num_seqs,
-        groups=tuple(KVGroup(page_bytes(group, kv_format), group.window) for group in program.groups),
-        max_model_len=config.max_model_len or 1,
+        groups=tuple(KVGroup(page_bytes(g, config.kv_format), g.window) for g in program.groups),
+        max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
     )
-    return plan_memory(demand, free_memory_bytes(), config.kv_cache_memory_bytes).pages
+    return plan_memory(demand, free_memory_bytes(), config.kv_cache_memory_bytes)
 
 
 def _weight_bytes(weight: Weight, weights: Weights, device: str) -> int:

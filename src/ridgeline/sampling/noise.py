@@ -37,6 +37,7 @@ _BLOCK_WORDS = 4
 _JUMP_BLOCKS = 100
 """Blocks that are generated rather than jumped over: a jump costs about as much as this many."""
 _GRID = 2.0**20
+_DROPPED = np.uint32(32 - BITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,10 @@ class NoiseSource:
     def __init__(self) -> None:
         self._philox = np.random.Philox(key=np.zeros(2, np.uint64))
 
+    def all_bits(self, address: Address, vocabulary: int) -> NDArray[np.uint32]:
+        """The number k of every token id below `vocabulary`, uint32 (vocabulary,)."""
+        return self._halves(address, [0], [-(-vocabulary // _BLOCK_TOKENS)])[:vocabulary] >> _DROPPED
+
     def bits(self, address: Address, token_ids: NDArray[np.int64]) -> NDArray[np.uint32]:
         """The number k of each token, uint32 (N,), for token ids (N,) in ascending order."""
         blocks = token_ids // _BLOCK_TOKENS
@@ -70,7 +75,7 @@ class NoiseSource:
         skipped = first - np.concatenate(([0], np.cumsum(count)[:-1]))
         if runs.size:
             skipped = skipped[np.searchsorted(runs, np.arange(blocks.size), side="right")]
-        bits: NDArray[np.uint32] = halves[token_ids - skipped * _BLOCK_TOKENS] >> np.uint32(32 - BITS)
+        bits: NDArray[np.uint32] = halves[token_ids - skipped * _BLOCK_TOKENS] >> _DROPPED
         return bits
 
     def _halves(self, address: Address, first: list[int], count: list[int]) -> NDArray[np.uint32]:

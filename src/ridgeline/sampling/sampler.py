@@ -153,7 +153,8 @@ class Sampler:
     def _draw(self, candidates: Candidates, address: Address) -> int:
         """Gumbel-max (Maddison et al., "A* Sampling", 2014): a token with the candidates' probabilities."""
         ids, logits = candidates.ids, candidates.logits
-        bits = self._noise.bits(address, ids)
+        everything = ids is _vocabulary(ids.size)
+        bits = self._noise.all_bits(address, ids.size) if everything else self._noise.bits(address, ids)
         if ids.size > _PRUNE_ABOVE:
             able = _able_to_win(logits, bits)
             ids, logits, bits = ids[able], logits[able], bits[able]
