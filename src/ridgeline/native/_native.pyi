@@ -8,7 +8,7 @@ Buffers of activations:
            hold anything.
   A8       uint8 (max_rows, a8_row_bytes(width)), 64-byte aligned: int8 codes in groups of 32 with, per group,
            a scale, the sum of the codes and scale times that sum.
-KV pool of a layer: uint16 (bfloat16 bits), (pages, kv_heads, 2 * PAGE_TOKENS * head_dim).
+KV pool of a layer: uint16 (bfloat16 bits) or float32, (pages, kv_heads, 2 * PAGE_TOKENS * head_dim).
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _Buffer: TypeAlias = NDArray[np.float32] | NDArray[np.uint8]
+_Pool: TypeAlias = NDArray[np.uint16] | NDArray[np.float32]
 
 PAGE_TOKENS: int
 """Slots in a KV page."""
@@ -48,7 +49,7 @@ def quantise(x: NDArray[np.float32], isa: str) -> NDArray[np.uint8]:
 def dequantise_a8(a8: NDArray[np.uint8], width: int) -> NDArray[np.float32]:
     """Codes times scales of an A8 buffer: (rows, width)."""
 
-def copy_page(pool: NDArray[np.uint16], source: int, target: int) -> None:
+def copy_page(pool: _Pool, source: int, target: int) -> None:
     """Copy one page of one layer's KV pool."""
 
 def probe_read(team: Team, working_set_bytes: int, seconds: float) -> list[tuple[str, float]]:
@@ -197,7 +198,7 @@ class Tape:
         q: NDArray[np.float32],
         k: NDArray[np.float32],
         v: NDArray[np.float32],
-        pool: NDArray[np.uint16],
+        pool: _Pool,
         group: int,
         heads: int,
         kv_heads: int,
@@ -217,7 +218,7 @@ class Tape:
         self,
         q: NDArray[np.float32],
         out: _Buffer,
-        pool: NDArray[np.uint16],
+        pool: _Pool,
         group: int,
         heads: int,
         kv_heads: int,

@@ -66,6 +66,17 @@ class Array {
     return *this;
   }
 
+  // Whether `object` is an array of this item type, of whatever shape.
+  static bool holds(nb::handle object) {
+    Array probe;
+    if (PyObject_GetBuffer(object.ptr(), &probe.buffer_, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    probe.held_ = true;
+    return probe.is_item_type();
+  }
+
   explicit operator bool() const { return held_; }
   T* data() const { return held_ ? static_cast<T*>(buffer_.buf) : nullptr; }
   int64_t size(int dimension) const { return buffer_.shape[dimension]; }

@@ -179,7 +179,7 @@ class PyTape {
     launch.q = f32(q, "q", heads * head_dim);
     launch.k = f32(k, "k", kv_heads * head_dim, Access::read);
     launch.v = f32(v, "v", kv_heads * head_dim, Access::read);
-    launch.pool = pages(pool, kv_heads, head_dim, Access::write, launch.pool_pages);
+    launch.pool = pages(pool, kv_heads, head_dim, Access::write);
     launch.group = int32_t(group);
     launch.heads = int32_t(heads);
     launch.kv_heads = int32_t(kv_heads);
@@ -208,7 +208,7 @@ class PyTape {
     }
     launch.q = f32(q, "q", heads * head_dim, Access::read);
     launch.out = target(out, "out", heads * head_dim, false);
-    launch.pool = pages(pool, kv_heads, head_dim, Access::read, launch.pool_pages);
+    launch.pool = pages(pool, kv_heads, head_dim, Access::read);
     launch.group = int32_t(group);
     launch.heads = int32_t(heads);
     launch.kv_heads = int32_t(kv_heads);
@@ -266,13 +266,19 @@ class PyTape {
     return floats_.back().data();
   }
 
-  uint16_t* pages(nb::handle object, int64_t kv_heads, int64_t head_dim, Access access, int64_t& count) {
-    Array<uint16_t> array(object, "pool", 3, access);
+  KvPool pages(nb::handle object, int64_t kv_heads, int64_t head_dim, Access access) {
+    if (Array<float>::holds(object)) return pages(wide_pools_, object, kv_heads, head_dim, access);
+    return pages(pools_, object, kv_heads, head_dim, access);
+  }
+
+  template <class T>
+  static KvPool pages(std::vector<Array<T>>& kept, nb::handle object, int64_t kv_heads, int64_t head_dim,
+                      Access access) {
+    Array<T> array(object, "pool", 3, access);
     array.expect(1, kv_heads, "pool");
     array.expect(2, int64_t(page_values(int(head_dim))), "pool");
-    count = array.size(0);
-    pools_.push_back(std::move(array));
-    return pools_.back().data();
+    kept.push_back(std::move(array));
+    return {kept.back().data(), kept.back().size(0), std::is_same_v<T, float>};
   }
 
   static void check_heads(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t group) {
@@ -317,6 +323,7 @@ class PyTape {
   std::vector<Array<float>> floats_;
   std::vector<Array<uint8_t>> bytes_;
   std::vector<Array<uint16_t>> pools_;
+  std::vector<Array<float>> wide_pools_;
   std::vector<std::shared_ptr<Matrix>> matrices_;
 };
 

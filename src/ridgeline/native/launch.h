@@ -8,18 +8,9 @@
 
 #include "layout.h"
 #include "step.h"
+#include "team.h"
 
 namespace ridgeline {
-
-class Team;
-
-// A thread's view of the launch that it takes part in. Units of work are handed out as numbers from 0;
-// who gets which changes from run to run and must not change any result.
-struct Worker {
-  int index;
-  Team* team;
-  uint8_t* scratch;  // 64-byte aligned, as large as the tape's launches asked for
-};
 
 enum class Activation : uint8_t { none, silu, gelu_tanh, gelu };
 
@@ -92,10 +83,15 @@ struct SoftcapLaunch {
   int32_t width;
   float cap;
 };
+// A layer's keys and values, page after page (layout.h): bfloat16, or float32 where `wide`.
+struct KvPool {
+  void* data;
+  int64_t pages;
+  bool wide;
+};
 struct RopeStoreLaunch {
   F32Rows q, k, v;
-  uint16_t* pool;
-  int64_t pool_pages;
+  KvPool pool;
   int32_t group, heads, kv_heads, head_dim, rotary_dim;
   const float *cos, *sin;  // (max_rows, rotary_dim / 2) or null
   const float *q_norm, *k_norm;
@@ -104,13 +100,12 @@ struct RopeStoreLaunch {
 struct AttentionLaunch {
   F32Rows q;
   Target out;
-  const uint16_t* pool;
-  int64_t pool_pages;
+  KvPool pool;
   int32_t group, heads, kv_heads, head_dim, window;
   float scale;
 };
 
-// Kernels of one ISA level. Every worker of the team calls the same kernel and takes units from the team.
+// Kernels of one ISA level. Every worker calls the same kernel, which is one phase (Worker::for_units).
 struct Kernels {
   const char* name;
   void (*embed)(const EmbedLaunch&, const StepView&, Worker&);

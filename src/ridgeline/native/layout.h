@@ -1,9 +1,12 @@
 // Memory layouts that packing, kernels and the Python side share. This is their only description.
 //
-// Packed matrix: tiles of 16 output rows, one after the other. Missing rows of the last tile are zeros.
-//   quantised tile: scales [groups][16] float16, then (Q4_1) minima [groups][16] float16, padded to 64 bytes;
-//     then the codes, group after group, each a sequence of 64-byte chunks. Byte r*4+i of a chunk belongs to
-//     row r, so that a chunk is 16 lanes of four inputs.
+// Packed matrix: tiles of 16 output rows, one after the other, each one run of memory that is read from its
+// start to its end. Missing rows of the last tile are zeros.
+//   quantised tile: blocks of a 64-byte header and the codes that belong to it. Q4_1 has a block per group of 32
+//     inputs, its header 16 scales and 16 minima in float16; the others a block per two groups, its header 16
+//     scales of the first group and 16 of the second. Where the groups are odd, the last block has one.
+//     The codes of a group are 64-byte chunks; byte r*4+i of a chunk belongs to row r, so that a chunk is 16
+//     lanes of four inputs.
 //       W4: chunk j of 4: input 8j+i in the low nibble, input 8j+4+i in the high one.
 //       W8: chunk j of 8: input 4j+i as an unsigned byte (code + 128).
 //   float32 tile: for each input 16 floats.
@@ -36,13 +39,21 @@ RIDGELINE_INLINE constexpr int group_count(int cols) { return (cols + kGroup - 1
 RIDGELINE_INLINE constexpr size_t group_code_bytes(Storage s) {
   return size_t(kTileRows * kGroup) / (s == Storage::q8_0 ? 1 : 2);
 }
-// Offset of the codes in a quantised tile: the scale plane and, for Q4_1, the plane of minima.
-RIDGELINE_INLINE constexpr size_t code_offset(Storage s, int groups) {
-  return round_up(size_t(groups) * kTileRows * sizeof(uint16_t) * (s == Storage::q4_1 ? 2 : 1), kLineBytes);
+// Where a group of a quantised tile has its scales and its codes; minima follow the scales.
+struct GroupPlace {
+  size_t scales, codes;
+};
+RIDGELINE_INLINE constexpr GroupPlace group_place(Storage s, int group) {
+  if (s == Storage::q4_1) {
+    const size_t block = size_t(group) * (kLineBytes + group_code_bytes(s));
+    return {block, block + kLineBytes};
+  }
+  const size_t block = size_t(group / 2) * (kLineBytes + 2 * group_code_bytes(s)), second = size_t(group % 2);
+  return {block + second * kLineBytes / 2, block + kLineBytes + second * group_code_bytes(s)};
 }
 RIDGELINE_INLINE constexpr size_t tile_bytes(Storage s, int cols) {
   if (!is_quantised(s)) return size_t(cols) * kTileRows * sizeof(float);
-  return code_offset(s, group_count(cols)) + size_t(group_count(cols)) * group_code_bytes(s);
+  return group_place(s, group_count(cols) - 1).codes + group_code_bytes(s);
 }
 // Bytes of a row of a GGUF tensor; cols is a multiple of 32 where the storage is quantised.
 RIDGELINE_INLINE constexpr size_t file_row_bytes(Storage s, int cols) {

@@ -97,15 +97,20 @@ Floats dequantise_a8(nb::object a8, int64_t width) {
   return out;
 }
 
-void copy_page(nb::object pool, int64_t source, int64_t target) {
-  const Array<uint16_t> pages(pool, "pool", 3, Access::write);
+template <class T>
+void copy_page_of(nb::object pool, int64_t source, int64_t target) {
+  const Array<T> pages(pool, "pool", 3, Access::write);
   for (const auto& [name, page] : {std::pair{"source", source}, std::pair{"target", target}}) {
     if (page < 0 || page >= pages.size(0)) {
       refuse(name, std::to_string(page), "0 to " + std::to_string(pages.size(0) - 1));
     }
   }
   const int64_t values = pages.size(1) * pages.size(2);
-  std::memmove(pages.data() + target * values, pages.data() + source * values, size_t(values) * sizeof(uint16_t));
+  std::memmove(pages.data() + target * values, pages.data() + source * values, size_t(values) * sizeof(T));
+}
+
+void copy_page(nb::object pool, int64_t source, int64_t target) {
+  Array<float>::holds(pool) ? copy_page_of<float>(pool, source, target) : copy_page_of<uint16_t>(pool, source, target);
 }
 
 std::vector<std::pair<std::string, double>> probe_read(Team& team, int64_t bytes, double seconds) {

@@ -39,10 +39,11 @@ void place_bytes(const uint8_t* codes, uint8_t* group, int lane) {
 void pack_quantised_row(const uint8_t* row, Storage storage, int32_t cols, int lane, uint8_t* tile) {
   const int groups = group_count(cols);
   const size_t block_bytes = file_row_bytes(storage, kGroup);
-  uint8_t* codes = tile + code_offset(storage, groups);
-  for (int g = 0; g < groups; ++g, row += block_bytes, codes += group_code_bytes(storage)) {
-    std::memcpy(tile + (size_t(g) * kTileRows + lane) * 2, row, 2);
-    if (storage == Storage::q4_1) std::memcpy(tile + (size_t(groups + g) * kTileRows + lane) * 2, row + 2, 2);
+  for (int g = 0; g < groups; ++g, row += block_bytes) {
+    const GroupPlace place = group_place(storage, g);
+    uint8_t *scale = tile + place.scales + size_t(lane) * 2, *codes = tile + place.codes;
+    std::memcpy(scale, row, 2);
+    if (storage == Storage::q4_1) std::memcpy(scale + kTileRows * 2, row + 2, 2);
     if (storage == Storage::q8_0) {
       place_bytes(row + 2, codes, lane);
     } else {
@@ -78,8 +79,8 @@ void pack_float_row(const uint8_t* row, Storage storage, int32_t cols, int lane,
 
 void pack_matrix(const uint8_t* data, Storage storage, int32_t rows, int32_t cols, uint8_t* out, Team& team) {
   const size_t row_bytes = file_row_bytes(storage, cols), bytes = tile_bytes(storage, cols);
-  team.run([&](int worker) {
-    for_units(team, worker, tile_count(rows), [&](int64_t t) {
+  team.run(1, [&](int index) {
+    Worker{&team, index}.for_units(tile_count(rows), [&](int64_t t) {
       uint8_t* tile = out + size_t(t) * bytes;
       const int64_t first = t * kTileRows;
       if (rows - first < kTileRows) std::memset(tile, 0, bytes);

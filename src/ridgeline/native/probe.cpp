@@ -49,9 +49,9 @@ double read_pass(Team& team, const Memory& memory, const Pattern& pattern) {
   // Pieces are taken as workers get free, as the kernels do, so that a slow core does not set the pace.
   const size_t piece = size_t(1) << 20, pieces = memory.bytes() / piece;
   const double start = now_s();
-  team.run([&](int worker) {
+  team.run(1, [&](int index) {
     uint64_t sum = 0;
-    for_units(team, worker, int64_t(pieces), [&](int64_t i) {
+    Worker{&team, index}.for_units(int64_t(pieces), [&](int64_t i) {
       const uint8_t* p = memory.data() + size_t(i) * piece;
       sum += read_streams(p, p + piece, pattern.streams, pattern.ahead_bytes);
     });
@@ -79,13 +79,17 @@ std::vector<std::pair<std::string, double>> measure_read(Team& team, size_t byte
 
 double measure_peak(Team& team, const Kernels& kernels, int format) {
   constexpr double kRunSeconds = 0.05;
-  constexpr int kRuns = 4;
+  constexpr int kRuns = 4, kUnitsPerWorker = 16;
   double best = 0.0;
-  int64_t iterations = 10'000;
+  int64_t iterations = 1'000;
   for (int run = 0; run < kRuns;) {
-    std::vector<double> operations(size_t(team.threads()));
+    std::vector<double> operations(size_t(team.threads()) * kUnitsPerWorker);
     const double start = now_s();
-    team.run([&](int worker) { operations[size_t(worker)] = kernels.peak_ops(format, iterations); });
+    team.run(1, [&](int index) {
+      Worker{&team, index}.for_units(int64_t(operations.size()), [&](int64_t unit) {
+        operations[size_t(unit)] = kernels.peak_ops(format, iterations);
+      });
+    });
     const double elapsed = now_s() - start;
     double total = 0.0;
     for (const double o : operations) total += o;

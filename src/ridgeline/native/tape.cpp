@@ -48,9 +48,9 @@ void Tape::collect(const AnyLaunch& launch) {
                    }
                  },
                  [&](const SoftcapLaunch& l) { needs_.logits_width = std::max(needs_.logits_width, l.width); },
-                 [&](const RopeStoreLaunch& l) { use({l.group, 0, l.pool_pages, true}); },
+                 [&](const RopeStoreLaunch& l) { use({l.group, 0, l.pool.pages, true}); },
                  [&](const AttentionLaunch& l) {
-                   use({l.group, l.window, l.pool_pages, false});
+                   use({l.group, l.window, l.pool.pages, false});
                    scratch_bytes_ = std::max(scratch_bytes_, kernels_.attention_scratch_bytes(l));
                  },
                  [](const auto&) {},
@@ -89,13 +89,12 @@ void Tape::run(StepView step, int64_t logits_rows, std::vector<double>* seconds)
   step.blocks = blocks_.data();
   step.block_count = int32_t(blocks_.size());
   if (seconds != nullptr) seconds->reserve(launches_.size());
-  team_->run([&](int index) {
-    Worker worker{index, team_.get(), scratch_[size_t(index)].data()};
+  team_->run(int(launches_.size()), [&](int index) {
+    Worker worker{team_.get(), index, 0, scratch_[size_t(index)].data()};
     const bool timed = index == 0 && seconds != nullptr;
     double start = timed ? now_s() : 0.0;
     for (const AnyLaunch& any : launches_) {
       launch(any, step, worker);
-      team_->barrier();
       if (!timed) continue;
       const double end = now_s();
       seconds->push_back(end - start);

@@ -12,10 +12,13 @@
 namespace ridgeline {
 namespace {
 
-// Longer than a barrier between balanced workers takes, shorter than a scheduler's time slice by far.
-constexpr int64_t kBarrierSpinNs = 50'000;
-// Between two steps the caller samples and schedules; waking a sleeper costs about as much as this.
-constexpr int64_t kIdleSpinNs = 100'000;
+// Longer than balanced workers wait for each other. Whoever waits longer sleeps, because the one that is waited
+// for may need this very core.
+constexpr int64_t kPhaseSpinNs = 20'000;
+// Between two steps the caller samples and schedules.
+constexpr int64_t kIdleSpinNs = 50'000;
+
+constexpr uint32_t kOpen = 1u << 31;
 
 void pause() {
 #if defined(__x86_64__)
@@ -51,7 +54,6 @@ FloatState::~FloatState() {
 }
 
 Team::Team(int threads) : threads_(threads), owner_process_(getpid()) {
-  units_ = threads_;
   workers_.reserve(size_t(threads_ - 1));
   try {
     for (int worker = 1; worker < threads_; ++worker) workers_.emplace_back([this, worker] { work(worker); });
@@ -68,8 +70,9 @@ void Team::close() {
   if (closed_) return;
   closed_ = true;
   task_ = nullptr;
-  job_.fetch_add(1, std::memory_order_release);
-  job_.notify_all();
+  gate_.store(kOpen);
+  job_.fetch_add(1);
+  wake();
   for (auto& worker : workers_) {
     if (owner_process_ == getpid()) {
       worker.join();
@@ -79,50 +82,87 @@ void Team::close() {
   }
 }
 
-void Team::run(void (*task)(void*, int), void* argument) {
+void Team::run(int phases, void (*task)(void*, int), void* argument) {
   std::lock_guard lock(mutex_);
   if (closed_) throw std::runtime_error("the team is closed");
   if (owner_process_ != getpid()) throw std::runtime_error("the team's threads stayed in the parent of this fork");
+  if (phases > phase_capacity_) {
+    words_.reset(new Word[size_t(phases) * size_t(threads_ + 1)]);
+    phase_capacity_ = phases;
+  }
+  ++epoch_;
   task_ = task;
   argument_ = argument;
-  job_.fetch_add(1, std::memory_order_release);
-  job_.notify_all();
-  const FloatState state;
-  task(argument, 0);
-  barrier();
+  gate_.store(kOpen);
+  job_.fetch_add(1);
+  wake();
+  {
+    const FloatState state;
+    task(argument, 0);
+  }
+  // Nobody may still use the task or its argument when this returns.
+  gate_.fetch_and(~kOpen);
+  await([this] { return gate_.load() == 0; }, kPhaseSpinNs);
 }
 
-void Team::barrier() {
-  const uint32_t phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    units_.store(threads_, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-    phase_.notify_all();
-  } else {
-    await_change(phase_, phase, kBarrierSpinNs);
+// Joins the run of the moment; false if it is over.
+bool Team::enter() {
+  uint32_t gate = gate_.load();
+  while ((gate & kOpen) != 0) {
+    if (gate_.compare_exchange_weak(gate, gate + 1)) return true;
   }
+  return false;
 }
 
 void Team::work(int worker) {
   const FloatState state;
-  for (uint32_t seen = 0;; ++seen) {
-    await_change(job_, seen, kIdleSpinNs);
+  for (uint32_t seen = 0;;) {
+    await([&] { return job_.load() != seen; }, kIdleSpinNs);
+    seen = job_.load();
+    if (!enter()) continue;
     if (task_ == nullptr) return;
     task_(argument_, worker);
-    barrier();
+    if (gate_.fetch_sub(1) == 1) wake();
   }
 }
 
-void Team::await_change(std::atomic<uint32_t>& word, uint32_t seen, int64_t spin_ns) {
+void Team::finish_phase(int phase, int64_t done_by_me, int64_t count) {
+  std::atomic<uint64_t>& word = words_[size_t(phase) * size_t(threads_ + 1) + size_t(threads_)].value;
+  const uint64_t complete = uint64_t(epoch_) << 32 | uint64_t(count);
+  if (done_by_me > 0) {
+    uint64_t seen = word.load(std::memory_order_relaxed), next;
+    do {
+      next = uint64_t(epoch_) << 32 | ((seen >> 32 == epoch_ ? uint32_t(seen) : 0) + uint64_t(done_by_me));
+    } while (!word.compare_exchange_weak(seen, next));
+    if (next == complete) return wake();
+  }
+  if (count > 0) await([&] { return word.load() == complete; }, kPhaseSpinNs);
+}
+
+// What is waited for is changed before sleepers_ is read here, and checked after sleepers_ was raised there: all
+// of it sequentially consistent, so that no change is slept through.
+void Team::wake() {
+  if (sleepers_.load() == 0) return;
+  pulse_.fetch_add(1);
+  pulse_.notify_all();
+}
+
+template <class Ready>
+void Team::await(Ready ready, int64_t spin_ns) {
   const int64_t start = now_ns();
   do {
     for (int i = 0; i < 64; ++i) {
-      if (word.load(std::memory_order_acquire) != seen) return;
+      if (ready()) return;
       pause();
     }
   } while (now_ns() - start < spin_ns);
-  while (word.load(std::memory_order_acquire) == seen) word.wait(seen, std::memory_order_acquire);
+  sleepers_.fetch_add(1);
+  for (;;) {
+    const uint32_t pulse = pulse_.load();
+    if (ready()) break;
+    pulse_.wait(pulse);
+  }
+  sleepers_.fetch_sub(1);
 }
 
 }  // namespace ridgeline

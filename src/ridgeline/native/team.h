@@ -1,10 +1,13 @@
-// A persistent team of threads. The caller is worker 0; the others sleep between runs.
+// A persistent team of threads that walk the same phases of work. The caller is worker 0; the others sleep
+// between runs.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace ridgeline {
@@ -22,6 +25,23 @@ class FloatState {
   uint64_t saved_;
 };
 
+class Team;
+
+// A thread's place in a run.
+struct Worker {
+  Team* team;
+  int index;
+  int phase = 0;               // calls of for_units so far; all workers make the same calls
+  uint8_t* scratch = nullptr;  // the worker's own, for whoever runs the team
+
+  // The next phase: calls f(unit) for units 0 to count - 1, each once, by whichever worker comes to it, and
+  // returns when all are done. Who computes what changes from run to run and must not change any result.
+  template <class F>
+  void for_units(int64_t count, F&& f);
+};
+
+// A phase ends when its units are done, not when all workers have come: a thread that the system does not let
+// run delays the others only if it holds a unit, and one that sleeps through a run is not waited for.
 class Team {
  public:
   explicit Team(int threads);
@@ -32,41 +52,73 @@ class Team {
   int threads() const { return threads_; }
   void close();
 
-  // Calls task(argument, worker) once on every worker and returns when all have. Runs are serialised.
-  // Throws std::runtime_error on a closed team or in a forked child, which has no threads.
-  void run(void (*task)(void*, int), void* argument);
+  // Calls task(argument, worker) on worker 0 and on those that come in time; at most `phases` phases. A worker
+  // may be called twice. Runs are serialised. Throws std::runtime_error on a closed team or in a forked child,
+  // which has no threads.
+  void run(int phases, void (*task)(void*, int), void* argument);
   template <class F>
-  void run(F&& f) {
-    run([](void* f_, int worker) { (*static_cast<std::remove_reference_t<F>*>(f_))(worker); }, &f);
+  void run(int phases, F&& f) {
+    run(phases, [](void* p, int worker) { (*static_cast<std::remove_reference_t<F>*>(p))(worker); }, &f);
   }
 
-  // For use inside a task, by all workers alike.
-  void barrier();
-  // The next unit of work since the last barrier. A worker's first unit is its own index, without asking.
-  __attribute__((always_inline)) int64_t next() { return units_.fetch_add(1, std::memory_order_relaxed); }
-
  private:
+  friend struct Worker;
+
+  // Both kinds count units, in the low half, of the run whose number is in the high half; a word of an older
+  // run counts as 0, so nothing is reset between runs. One cache line each.
+  struct alignas(64) Word {
+    std::atomic<uint64_t> value{0};
+  };
+
+  // The first unit of a worker's own run of units; that of `threads_` is the end.
+  __attribute__((always_inline)) int64_t run_begin(int worker, int64_t count) const {
+    return count * worker / threads_;
+  }
+  // Takes one of `limit` units; -1 if none is left.
+  __attribute__((always_inline)) int64_t take(std::atomic<uint64_t>& word, int64_t limit) const {
+    uint64_t seen = word.load(std::memory_order_relaxed);
+    for (;;) {
+      const int64_t taken = (seen >> 32) == epoch_ ? int64_t(uint32_t(seen)) : 0;
+      if (taken >= limit) return -1;
+      const uint64_t next = uint64_t(epoch_) << 32 | uint64_t(taken + 1);
+      if (word.compare_exchange_weak(seen, next, std::memory_order_relaxed)) return taken;
+    }
+  }
+  void finish_phase(int phase, int64_t done_by_me, int64_t count);
   void work(int worker);
-  static void await_change(std::atomic<uint32_t>& word, uint32_t seen, int64_t spin_ns);
+  bool enter();
+  template <class Ready>
+  void await(Ready ready, int64_t spin_ns);
+  void wake();
 
   const int threads_;
   const int64_t owner_process_;
   std::mutex mutex_;
   bool closed_ = false;
+  uint32_t epoch_ = 0;
   void (*task_)(void*, int) = nullptr;
   void* argument_ = nullptr;
+  std::unique_ptr<Word[]> words_;  // per phase: units taken of each worker's run, then units done
+  int phase_capacity_ = 0;
   std::vector<std::thread> workers_;
-  // One cache line each: all of them are written while others spin.
   alignas(128) std::atomic<uint32_t> job_{0};
-  alignas(128) std::atomic<uint32_t> phase_{0};
-  alignas(128) std::atomic<int> arrived_{0};
-  alignas(128) std::atomic<int64_t> units_{0};
+  alignas(128) std::atomic<uint32_t> gate_{0};  // bit 31: open; below: workers inside
+  alignas(128) std::atomic<uint32_t> sleepers_{0};
+  std::atomic<uint32_t> pulse_{0};  // what sleepers wait on; changes when any of their conditions may hold
 };
 
-// for (int64_t unit = first; unit < count; unit = team.next()), as kernels write it.
 template <class F>
-inline __attribute__((always_inline)) void for_units(Team& team, int worker, int64_t count, F&& f) {
-  for (int64_t unit = worker; unit < count; unit = team.next()) f(unit);
+__attribute__((always_inline)) inline void Worker::for_units(int64_t count, F&& f) {
+  const int threads = team->threads_;
+  int64_t done = 0;
+  // A worker starts with its own run of neighbours, the same in every step, and then helps the others.
+  for (int i = 0; i < threads; ++i) {
+    const int owner = index + i < threads ? index + i : index + i - threads;
+    const int64_t begin = team->run_begin(owner, count), limit = team->run_begin(owner + 1, count) - begin;
+    std::atomic<uint64_t>& word = team->words_[size_t(phase) * size_t(threads + 1) + size_t(owner)].value;
+    for (int64_t unit; (unit = team->take(word, limit)) >= 0; ++done) f(begin + unit);
+  }
+  team->finish_phase(phase++, done, count);
 }
 
 }  // namespace ridgeline

@@ -136,10 +136,11 @@ class BlockTask {
     for (int i = 0; i < queries_; ++i) b_.split.sum[i] = reduce_add(load(b_.lanes + 16 * i));
   }
 
-  const uint16_t* page_of(int segment, int slot) const {
+  // Where the page of a slot begins in the pool, for this head, counted in values.
+  int64_t page_of(int segment, int slot) const {
     const int32_t* table = step_.tables + launch_.group * step_.pages + step_.table_begin[segment];
     const int64_t page = table[slot / kPageTokens];
-    return launch_.pool + (page * launch_.kv_heads + kv_head_) * int64_t(page_values(launch_.head_dim));
+    return (page * launch_.kv_heads + kv_head_) * int64_t(page_values(launch_.head_dim));
   }
 
   // Slots [slots.begin, slots.end) of the tile at `begin`; no other slot's value is read as a number.
@@ -167,10 +168,16 @@ class BlockTask {
     }
   }
 
-  void widen_keys(const uint16_t* page, float* keys) const {
+  void widen_keys(int64_t page, float* keys) const {
+    if (launch_.pool.wide) {
+      const float* from = static_cast<const float*>(launch_.pool.data) + page;
+      for (int d = 0; d < launch_.head_dim; ++d) store(keys + d * kTileSlots, load(from + d * kPageTokens));
+      return;
+    }
+    const uint16_t* from = static_cast<const uint16_t*>(launch_.pool.data) + page;
     for (int pair = 0; pair < launch_.head_dim / 2; ++pair) {
       vfloat even, odd;
-      load_bf16_pairs(page + pair * kPageTokens * 2, even, odd);
+      load_bf16_pairs(from + pair * kPageTokens * 2, even, odd);
       store(keys + (2 * pair) * kTileSlots, even);
       store(keys + (2 * pair + 1) * kTileSlots, odd);
     }
@@ -181,11 +188,13 @@ class BlockTask {
     vint largest = izero();
     const int head_dim = launch_.head_dim;
     for (int slot = slots.begin; slot < slots.end; ++slot) {
-      const uint16_t* row = page_of(segment, slot) + page_values(head_dim) / 2 +
-                            int64_t(slot % kPageTokens) * head_dim;
+      const int64_t row = page_of(segment, slot) + int64_t(page_values(head_dim)) / 2 +
+                          int64_t(slot % kPageTokens) * head_dim;
       float* out = b_.values + (slot - begin) * b_.value_stride;
       for (int d = 0; d < head_dim; d += 16) {
-        const vfloat v = load_bf16(first_lanes(head_dim - d), row + d);
+        const vmask m = first_lanes(head_dim - d);
+        const vfloat v = launch_.pool.wide ? load(m, static_cast<const float*>(launch_.pool.data) + row + d)
+                                           : load_bf16(m, static_cast<const uint16_t*>(launch_.pool.data) + row + d);
         largest = max(largest, bit_and(bits(v), isplat(0x7fffffff)));
         store(out + d, v);
       }
@@ -277,7 +286,7 @@ void attention(const AttentionLaunch& launch, const StepView& step, Worker& work
   Arena arena{worker.scratch};
   const Buffers buffers = lay_out(launch, arena);
   const int64_t units = int64_t(step.block_count) * launch.kv_heads;
-  for_units(*worker.team, worker.index, units, [&](int64_t unit) {
+  worker.for_units(units, [&](int64_t unit) {
     // Later blocks of a prompt see more: starting with them leaves small ones for the end.
     const RowBlock& block = step.blocks[step.block_count - 1 - unit / launch.kv_heads];
     BlockTask(launch, step, block, int(unit % launch.kv_heads), buffers).run();

@@ -98,7 +98,7 @@ void linear(const LinearLaunch& launch, const StepView& step, Worker& worker) {
   const int64_t rows = launch.outputs_only ? step.outputs : step.rows;
   if (rows == 0) return;
   const Cut c = cut(launch, rows, worker.team->threads());
-  for_units(*worker.team, worker.index, c.units, [&](int64_t unit) {
+  worker.for_units(c.units, [&](int64_t unit) {
     const int64_t row_begin = unit / c.pair_units * c.rows_per_unit;
     const int64_t row_end = row_begin + c.rows_per_unit < rows ? row_begin + c.rows_per_unit : rows;
     int64_t first = unit % c.pair_units * c.pairs_per_unit, count = c.pairs_per_unit;

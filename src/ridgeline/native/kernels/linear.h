@@ -48,12 +48,11 @@ RIDGELINE_INLINE vfloat splat_at(const uint8_t* p) {
 template <Storage kStorage, int kTokens>
 static void quantised_tile(const TileInput& in, float* y) {
   const A8Layout layout = a8_layout(in.cols);
-  const auto* scales = reinterpret_cast<const uint16_t*>(in.tile);
-  const uint16_t* minima = scales + size_t(layout.groups) * kTileRows;
-  const uint8_t* codes = in.tile + code_offset(kStorage, layout.groups);
   vfloat acc[kTokens];
   for (int t = 0; t < kTokens; ++t) acc[t] = zero();
-  for (int g = 0; g < layout.groups; ++g, codes += group_code_bytes(kStorage)) {
+  for (int g = 0; g < layout.groups; ++g) {
+    const GroupPlace place = group_place(kStorage, g);
+    const auto* scales = reinterpret_cast<const uint16_t*>(in.tile + place.scales);
     vint sum[kTokens];
     for (int t = 0; t < kTokens; ++t) {
       sum[t] = start_sum<kStorage>(in.x + t * in.row_bytes + layout.sums + size_t(4) * g);
@@ -62,18 +61,18 @@ static void quantised_tile(const TileInput& in, float* y) {
 #pragma GCC unroll 4
     for (int chunk = 0; chunk < 4; ++chunk) {
       vint first, second;
-      load_codes<kStorage>(codes, chunk, first, second);
+      load_codes<kStorage>(in.tile + place.codes, chunk, first, second);
       for (int t = 0; t < kTokens; ++t) {
         sum[t] = dot(sum[t], first, splat_codes(x + t * in.row_bytes + 8 * chunk));
         sum[t] = dot(sum[t], second, splat_codes(x + t * in.row_bytes + 8 * chunk + 4));
       }
     }
-    const vfloat scale = load_f16(scales + size_t(g) * kTileRows);
+    const vfloat scale = load_f16(scales);
     for (int t = 0; t < kTokens; ++t) {
       const uint8_t* row = in.x + t * in.row_bytes + size_t(4) * g;
       acc[t] = fma(to_float(sum[t]), scale * splat_at(row + layout.scales), acc[t]);
       if constexpr (kStorage == Storage::q4_1) {
-        acc[t] = fma(load_f16(minima + size_t(g) * kTileRows), splat_at(row + layout.scaled_sums), acc[t]);
+        acc[t] = fma(load_f16(scales + kTileRows), splat_at(row + layout.scaled_sums), acc[t]);
       }
     }
   }

@@ -9,9 +9,9 @@ constexpr int kChains = 12;  // enough to hide the latency of any of the instruc
 
 double int8_ops(int64_t iterations) {
   vint acc[kChains], a = isplat(0x01020304), b = isplat(0x03fd0201);
+  asm volatile("" : "+m"(a), "+m"(b));  // unknown to the compiler
   for (auto& x : acc) x = izero();
   for (int64_t i = 0; i < iterations; ++i) {
-    asm volatile("" : "+m"(*reinterpret_cast<char*>(&iterations)));
     for (auto& x : acc) x = dot(x, a, b);
   }
   int32_t sum = 0;
@@ -22,9 +22,9 @@ double int8_ops(int64_t iterations) {
 
 double fp32_ops(int64_t iterations) {
   vfloat acc[kChains], a = splat(0.999f), b = splat(0.001f);
+  asm volatile("" : "+m"(a), "+m"(b));
   for (auto& x : acc) x = splat(1.0f);
   for (int64_t i = 0; i < iterations; ++i) {
-    asm volatile("" : "+m"(*reinterpret_cast<char*>(&iterations)));
     for (auto& x : acc) x = fma(x, a, b);
   }
   float sum = 0;

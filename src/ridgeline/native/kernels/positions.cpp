@@ -14,10 +14,10 @@ float widen_f16(const uint16_t* p) {
 
 // Values of one group of a row of a quantised matrix: float(code - zero point) * scale (+ minimum).
 void unpack_group(const MatrixView& matrix, const uint8_t* tile, int lane, int group, float* out) {
-  const int groups = group_count(matrix.cols);
-  const auto* scales = reinterpret_cast<const uint16_t*>(tile) + lane;
-  const uint8_t* codes = tile + code_offset(matrix.storage, groups) + group * group_code_bytes(matrix.storage);
-  const float scale = widen_f16(scales + size_t(group) * kTileRows);
+  const GroupPlace place = group_place(matrix.storage, group);
+  const auto* scales = reinterpret_cast<const uint16_t*>(tile + place.scales) + lane;
+  const uint8_t* codes = tile + place.codes;
+  const float scale = widen_f16(scales);
   if (matrix.storage == Storage::q8_0) {
     for (int i = 0; i < kGroup; ++i) {
       out[i] = float(int(codes[i / 4 * 64 + lane * 4 + i % 4]) - 128) * scale;
@@ -25,7 +25,7 @@ void unpack_group(const MatrixView& matrix, const uint8_t* tile, int lane, int g
     return;
   }
   const bool has_minimum = matrix.storage == Storage::q4_1;
-  const float minimum = has_minimum ? widen_f16(scales + size_t(groups + group) * kTileRows) : 0.0f;
+  const float minimum = has_minimum ? widen_f16(scales + kTileRows) : 0.0f;
   for (int i = 0; i < kGroup; ++i) {
     const int byte = codes[i / 8 * 64 + lane * 4 + i % 4], code = i % 8 < 4 ? byte & 15 : byte >> 4;
     out[i] = has_minimum ? float(code) * scale + minimum : float(code - 8) * scale;
@@ -87,6 +87,12 @@ void rotate_head(float* head, int rotary_dim, const float* cos, const float* sin
   }
 }
 
+// Keys lie by pairs of values, then by slot; values by slot. In float32, keys lie value by value.
+void store_wide(const float* key, const float* value, int head_dim, float* page, int slot) {
+  for (int d = 0; d < head_dim; ++d) page[d * kPageTokens + slot] = key[d];
+  std::memcpy(page + page_values(head_dim) / 2 + size_t(slot) * head_dim, value, size_t(head_dim) * sizeof(float));
+}
+
 void store_key(const float* head, int head_dim, uint16_t* page, int slot) {
   alignas(64) uint16_t values[kMaxHeadDim];
   for (int d = 0; d < head_dim; d += 16) store_bf16(first_lanes(head_dim - d), values + d, load(first_lanes(head_dim - d), head + d));
@@ -112,14 +118,19 @@ void rope_store_row(const RopeStoreLaunch& launch, const StepView& step, int64_t
   }
   const int segment = step.segment_begin[step.row_sequence[row] + 1] - 1;
   const int32_t* table = step.tables + launch.group * step.pages + step.table_begin[segment];
-  uint16_t* page = launch.pool + int64_t(table[slot / kPageTokens]) * launch.kv_heads * int64_t(page_values(head_dim));
-  for (int h = 0; h < launch.kv_heads; ++h, page += page_values(head_dim)) {
+  int64_t page = int64_t(table[slot / kPageTokens]) * launch.kv_heads * int64_t(page_values(head_dim));
+  for (int h = 0; h < launch.kv_heads; ++h, page += int64_t(page_values(head_dim))) {
     alignas(64) float k[kMaxHeadDim];
     std::memcpy(k, launch.k.data + row * launch.k.stride + int64_t(h) * head_dim, size_t(head_dim) * 4);
     if (launch.k_norm != nullptr) rms_norm_head(k, head_dim, launch.k_norm, launch.eps);
     if (cos != nullptr) rotate_head(k, launch.rotary_dim, cos, sin);
-    store_key(k, head_dim, page, slot % kPageTokens);
-    store_value(launch.v.data + row * launch.v.stride + int64_t(h) * head_dim, head_dim, page, slot % kPageTokens);
+    const float* v = launch.v.data + row * launch.v.stride + int64_t(h) * head_dim;
+    if (launch.pool.wide) {
+      store_wide(k, v, head_dim, static_cast<float*>(launch.pool.data) + page, slot % kPageTokens);
+    } else {
+      store_key(k, head_dim, static_cast<uint16_t*>(launch.pool.data) + page, slot % kPageTokens);
+      store_value(v, head_dim, static_cast<uint16_t*>(launch.pool.data) + page, slot % kPageTokens);
+    }
   }
 }
 

@@ -97,7 +97,7 @@ void activate(const ActivateLaunch& launch, const StepView& step, Worker& worker
 void softcap(const SoftcapLaunch& launch, const StepView& step, Worker& worker) {
   constexpr int64_t kColumns = 4096;
   const int64_t per_row = (launch.width + kColumns - 1) / kColumns;
-  for_units(*worker.team, worker.index, per_row * step.outputs, [&](int64_t unit) {
+  worker.for_units(per_row * step.outputs, [&](int64_t unit) {
     float* logits = step.logits + unit / per_row * step.vocabulary;
     const int64_t begin = unit % per_row * kColumns;
     const int64_t end = begin + kColumns < launch.width ? begin + kColumns : launch.width;

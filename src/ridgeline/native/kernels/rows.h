@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../launch.h"
-#include "../team.h"
 #include "simd.h"
 
 RIDGELINE_BEGIN
@@ -60,11 +59,11 @@ RIDGELINE_INLINE void write_row(const Target& out, int64_t row, int width, Value
 
 // Calls f(row) for every row, in chunks that the team's workers take.
 template <class F>
-RIDGELINE_INLINE void for_rows(const Worker& worker, int64_t rows, int64_t chunk, F&& f) {
-  for (int64_t unit = worker.index; unit * chunk < rows; unit = worker.team->next()) {
+RIDGELINE_INLINE void for_rows(Worker& worker, int64_t rows, int64_t chunk, F&& f) {
+  worker.for_units((rows + chunk - 1) / chunk, [&](int64_t unit) {
     const int64_t end = (unit + 1) * chunk < rows ? (unit + 1) * chunk : rows;
     for (int64_t row = unit * chunk; row < end; ++row) f(row);
-  }
+  });
 }
 
 RIDGELINE_END
