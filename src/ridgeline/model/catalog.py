@@ -93,7 +93,7 @@ def resolve(name_or_path: str | Path, pull_missing: bool = True, progress: Progr
     if path.exists():
         return path
     text = os.fspath(name_or_path)
-    if path.suffix == ".gguf" or len(path.parts) > 1 or isinstance(name_or_path, Path):
+    if isinstance(name_or_path, Path) or "/" in text or os.sep in text or path.suffix == ".gguf":
         raise CheckpointError(f"{path} does not exist; accepted: a GGUF file, or a folder with a model")
     raise CheckpointError(f"{text!r} is not a known model; accepted: {_accepted()}")
 

