@@ -75,6 +75,8 @@ class _Chat:
                 try:
                     text = _read_turn(">>> " if self.interactive else "")
                 except EOFError:
+                    if self.interactive:
+                        print()
                     break
                 except KeyboardInterrupt:
                     print()

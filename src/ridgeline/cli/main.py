@@ -36,9 +36,12 @@ app.command("list")(list_verb.list_models)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"ridgeline {version('ridgeline')}")
+        try:
+            print(f"ridgeline {version('ridgeline')}")
+        except PackageNotFoundError:
+            print("ridgeline, from a source tree that is not installed")
         raise typer.Exit
 
 

@@ -18,28 +18,42 @@ class AnswerPrinter(Protocol):
     def push(self, piece: str) -> None: ...
 
 
+def fenced_lines(text: str) -> Iterator[tuple[str, bool]]:
+    """The lines of markdown, line ends kept, and whether each belongs to a code block between fences."""
+    fence: str | None = None
+    for line in text.splitlines(keepends=True):
+        mark = _FENCE.match(line)
+        yield line, fence is not None or mark is not None
+        if mark and fence is None:
+            fence = mark[1]
+        elif mark and fence is not None and mark[1].startswith(fence) and not line.strip().strip(fence[0]):
+            fence = None
+
+
 def split_blocks(text: str) -> tuple[str, str]:
     """Cut markdown into (blocks that no later text can change, the rest).
 
     A block ends at a blank line outside code fences, unless an indented line or a list item follows, which
     may belong to it. Only a line that is complete decides.
     """
-    lines = text.splitlines(keepends=True)
-    fence: str | None = None
     cut = offset = 0
-    after_blank = False
-    for line in lines:
-        complete = line.endswith("\n")
-        mark = _FENCE.match(line)
-        if after_blank and complete and fence is None and line.strip() and not _CONTINUES.match(line):
+    after_blank = inside = False
+    for line, fenced in fenced_lines(text):
+        starts = line.strip() and line.endswith("\n") and not _CONTINUES.match(line)
+        if after_blank and starts and not inside:
             cut = offset
-        if mark and fence is None:
-            fence = mark[1]
-        elif mark and fence is not None and mark[1].startswith(fence) and not line.strip().strip(fence[0]):
-            fence = None
-        after_blank = complete and not line.strip()
+        after_blank = line.endswith("\n") and not line.strip()
+        inside = fenced
         offset += len(line)
     return text[:cut], text[cut:]
+
+
+def with_breaks(text: str) -> str:
+    """Keep the line breaks that a model wrote, which markdown would join: poems, addresses, dialogues."""
+    return "".join(
+        line if fenced or not line.strip() else line.rstrip("\n") + "  \n"
+        for line, fenced in fenced_lines(text)
+    )
 
 
 class PlainPrinter:
@@ -86,7 +100,7 @@ class MarkdownPrinter:
 
         if self._printed:
             self._live.console.print()
-        self._live.console.print(Markdown(text.strip("\n")))
+        self._live.console.print(Markdown(with_breaks(text.strip("\n"))))
         self._printed = True
 
     def _draw(self, text: str) -> None:
@@ -94,7 +108,7 @@ class MarkdownPrinter:
         from rich.markdown import Markdown
 
         gap = [""] if self._printed and text.strip() else []
-        self._live.update(Group(*gap, Markdown(text)), refresh=True)
+        self._live.update(Group(*gap, Markdown(with_breaks(text))), refresh=True)
 
 
 @contextmanager

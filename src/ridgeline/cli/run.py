@@ -56,18 +56,23 @@ def run(
     from ridgeline.types import SamplingParams
 
     SamplingParams(**sampling)  # a mistake is told before the model is loaded
-    from ridgeline.cli.progress import fetch
-    from ridgeline.llm import LLM
-
-    fetch(model)
-    with LLM(**engine) as llm:
-        figures = answer(llm, text, system, sampling)
-        used_threads = llm.config.threads
+    figures, used_threads = _load_and_answer(engine, text, system, sampling)
     # The model is gone by now, so that measuring an unknown machine takes no memory on top of it.
     from ridgeline.cli.figures import known_ceilings
     from ridgeline.cli.output import note
 
     note(figures.line(known_ceilings(used_threads, measure=True)))
+
+
+def _load_and_answer(
+    engine: dict[str, Any], text: str, system: str | None, sampling: dict[str, Any]
+) -> tuple[Figures, int | None]:
+    from ridgeline.cli.progress import fetch
+    from ridgeline.llm import LLM
+
+    fetch(engine.get("model"))
+    with LLM(**engine) as llm:
+        return answer(llm, text, system, sampling), llm.config.threads
 
 
 def answer(llm: LLM, text: str, system: str | None, sampling: dict[str, Any]) -> Figures:
