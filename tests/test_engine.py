@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_executor import FakeExecutor, letter, make_engine
+from fake_executor import FakeDetokenizer, FakeExecutor, letter, make_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -391,6 +391,45 @@ def test_logits_that_are_no_numbers_fail_their_own_request(bad: float) -> None:
         f"largest logit is {bad}; accepted: a finite number",
     )
     assert failed.token_ids == expected["66"].outputs[0].token_ids[:6]
+
+
+class ChokingDetokenizer(FakeDetokenizer):
+    """Fails at token 80, and at the end of a text that holds something back."""
+
+    def push(self, token_id: int) -> str:
+        if token_id == 80:
+            raise ValueError("choked")
+        return super().push(token_id)
+
+    def finish(self) -> str:
+        if self._held:
+            raise ValueError("choked")
+        return ""
+
+
+def test_an_exception_in_one_requests_text_ends_only_that_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fake_executor.FakeDetokenizer", ChokingDetokenizer)
+
+    def edit(logits: Float32Array, seen: list[int]) -> None:
+        logits[[0, 80]] = -50
+        if seen[0] == 66:
+            logits[80] = 50 if len(seen) == 6 else -50
+        if seen[0] == 67:
+            logits[0] = 50
+
+    trio = [Request(str(t), (t, 2, 3), SamplingParams(temperature=0, max_tokens=5)) for t in (65, 66, 67)]
+    engine = make_engine(FakeExecutor(edit=edit))
+    results = run(engine, trio)
+    assert results["65"].outputs[0].finish_reason == "length"
+    for name in ("66", "67"):
+        output = results[name].outputs[0]
+        assert (output.finish_reason, output.stop_reason) == ("abort", "text failed: ValueError: choked")
+    engine.add(Request("67", (67,), GREEDY))
+    engine.step()
+    aborted = engine.abort("67")
+    assert aborted is not None
+    assert aborted.outputs[0].finish_reason == "abort"
+    assert engine.scheduler.cache.usage == 0
 
 
 def test_abort_is_idempotent_in_every_state() -> None:

@@ -420,6 +420,15 @@ def test_a_row_whose_every_token_is_forbidden_fails() -> None:
     assert sampled.error == "logits over temperature overflow; accepted: finite numbers"
 
 
+def test_an_exception_in_one_row_fails_that_row() -> None:
+    logits = np.stack([random_row(i) for i in range(2)])
+    broken = row_of(SamplingParams(logit_bias={VOCABULARY + 5: 1.0}))
+    sampled = choose(logits, [row_of(SamplingParams(seed=1)), broken])
+    assert sampled[0] == choose(logits[:1], [row_of(SamplingParams(seed=1))])[0]
+    assert sampled[1].error is not None
+    assert sampled[1].error.startswith("sampling failed: IndexError: ")
+
+
 def test_logprobs_are_those_of_the_raw_model() -> None:
     import torch
 

@@ -187,10 +187,14 @@ class AsyncLLM:
             self._deliver([output])
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
-        letters = [(self._routes[output.request_id], output) for output in outputs]
+        letters: list[tuple[_Mailbox, RequestOutput | RidgelineError]] = []
         for output in outputs:
-            if output.finished:
+            mailbox = self._routes[output.request_id]
+            if output.finished or mailbox.loop.is_closed():
                 del self._routes[output.request_id]
+            if mailbox.loop.is_closed():
+                self._loaded.engine.abort(output.request_id)  # its reader can never come back
+            letters.append((mailbox, output))
         _post(letters)
 
 

@@ -151,16 +151,16 @@ class Engine:
         state = _Request(request.id, prompt, tokens, stream, arrived_s)
         for index in range(params.n):
             chooser = Chooser(params, seed, index, tokens, tuple(ends))
-            sequence = Sequence(self._sequences_seen, tokens, chooser, self.scheduler.cache.new_sequence())
-            choice = _Choice(
-                index, sequence, params, ends, limit, self._detokenizer(params.skip_special_tokens)
-            )
-            self._sequences_seen += 1
-            state.choices.append(choice)
-            self._owners[sequence.arrival] = (state, choice)
-            self.scheduler.add(sequence)
+            pages = self.scheduler.cache.new_sequence()
+            sequence = Sequence(self._sequences_seen + index, tokens, chooser, pages)
+            detokenizer = self._detokenizer(params.skip_special_tokens)
+            state.choices.append(_Choice(index, sequence, params, ends, limit, detokenizer))
         self._requests[request.id] = state
         self._requests_seen += 1
+        self._sequences_seen += params.n
+        for choice in state.choices:
+            self._owners[choice.sequence.arrival] = (state, choice)
+            self.scheduler.add(choice.sequence)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now and free what it holds; its last state, or None when there is none (any more)."""
@@ -169,7 +169,7 @@ class Engine:
             return None
         for choice in state.choices:
             if choice.finish_reason is None:
-                choice.end("abort")
+                choice.abort()
                 self._retire(choice)
         return self._finish(state)
 
@@ -275,10 +275,26 @@ class _Choice:
     def take(self, sample: Sampled) -> None:
         """Append a sampled token and its text, and see whether that ends the choice.
 
-        A row that could not be sampled ends it with "abort", and the cause as `stop_reason`.
+        A token that could not be sampled or shown ends it with "abort", and the cause as `stop_reason`.
         """
+        try:
+            self._take(sample)
+        except Exception as error:  # what is wrong with one request must not end the others
+            self._fail(error)
+
+    def abort(self) -> None:
+        """End the choice where it stands."""
+        try:
+            self._end("abort")
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self.finish_reason, self.stop_reason = "abort", f"text failed: {type(error).__name__}: {error}"
+
+    def _take(self, sample: Sampled) -> None:
         if sample.error is not None:
-            self.end("abort", sample.error)
+            self._end("abort", sample.error)
             return
         token = sample.token_id
         self.sequence.append(token)
@@ -288,13 +304,13 @@ class _Choice:
             named = token in self.params.stop_token_ids
             if named and self.params.include_stop_str_in_output:
                 self._show(self.detokenizer.push(token))
-            self.end("stop", token if named else None)
+            self._end("stop", token if named else None)
             return
         self._show(self.detokenizer.push(token))
         if self.finish_reason is None and len(self.sequence.token_ids) >= self.limit:
-            self.end("length")
+            self._end("length")
 
-    def end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+    def _end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         """Release the text that was held back and close the choice."""
         self._show(self.detokenizer.finish())
         if self.stops is not None:

@@ -114,13 +114,15 @@ class LLM:
     ) -> list[RequestOutput]:
         each = self._params_for(params, len(tokens))
         with self._requests(texts, tokens, each, stream=False) as ids:
-            while True:
+            results: list[RequestOutput] = []
+            while len(results) < len(ids):
                 with self._lock:
-                    results = [self._latest[request_id] for request_id in ids]
-                    finished = [result for result in results if result is not None and result.finished]
-                    if len(finished) == len(ids):
-                        return finished
-                    self._step()
+                    result = self._latest[ids[len(results)]]  # reported once, when it has finished
+                    if result is None:
+                        self._step()
+                    else:
+                        results.append(result)
+            return results
 
     def _stream(
         self, text: str | None, tokens: tuple[int, ...], params: SamplingParams | None

@@ -97,7 +97,8 @@ def load_engine(config: EngineConfig) -> LoadedModel:
     assert config.max_model_len is not None
     cache = KVCache(tuple(group.window for group in program.groups), pages)
     scheduler = Scheduler(cache, config.max_num_seqs, config.max_num_batched_tokens)
-    facts = ModelFacts(spec.vocabulary, config.max_model_len, tokenizer.eos_ids, tokenizer.bos_id)
+    ends = frozenset(token for token in tokenizer.eos_ids if token < spec.vocabulary)
+    facts = ModelFacts(spec.vocabulary, config.max_model_len, ends, tokenizer.bos_id)
     engine = Engine(executor, handle, scheduler, facts, tokenizer.detokenizer, config.seed)
     return LoadedModel(config, engine, tokenizer, template, defaults)
 

@@ -133,7 +133,13 @@ class Sampler:
             raise ValueError(f"{len(logits)} rows of logits for {len(rows)} sequences")
         if rows and all(row.chooser.plain for row in rows):
             return [_checked(logits[i], token) for i, token in enumerate(logits.argmax(axis=1).tolist())]
-        return [self._choose(logits[i], row) for i, row in enumerate(rows)]
+        return [self._chosen(logits[i], row) for i, row in enumerate(rows)]
+
+    def _chosen(self, logits: Float32Array, row: SampledRow) -> Sampled:
+        try:
+            return self._choose(logits, row)
+        except Exception as error:  # what is wrong with one request must not end the others
+            return Sampled(-1, error=f"sampling failed: {type(error).__name__}: {error}")
 
     def _choose(self, logits: Float32Array, row: SampledRow) -> Sampled:
         chooser = row.chooser
