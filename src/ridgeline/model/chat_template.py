@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ridgeline.model.checkpoint.files import parse_json_object, shown
-from ridgeline.model.generation_defaults import generation_defaults
 from ridgeline.model.tokenizer import Tokenizer, TokenizerSource, unused_character
 from ridgeline.types import CheckpointError, RequestError
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-__all__ = ["ChatTemplate", "generation_defaults", "template_source"]
+__all__ = ["ChatTemplate", "template_source"]
 
 Message = Mapping[str, Any]
 
