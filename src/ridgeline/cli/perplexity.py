@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +15,7 @@ from ridgeline.cli.output import print_json
 from ridgeline.cli.progress import fetch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ridgeline.apps.perplexity import Perplexity
 
@@ -52,7 +53,8 @@ def perplexity(
         pages = tuple(pool.pages for pool in engine.scheduler.cache.pools)
         scorer = Scorer(engine.executor, engine.handle, pages, loaded.config.max_num_batched_tokens)
         start = time.perf_counter()
-        result = score_text(scorer, tokens, ctx, chunks, begin, _progress(json))
+        with _progress(json) as on_chunk:
+            result = score_text(scorer, tokens, ctx, chunks, begin, on_chunk)
         elapsed_s = time.perf_counter() - start
     finally:
         loaded.engine.close()
@@ -74,12 +76,17 @@ def _read(file: Path) -> str:
         raise RequestError(f"{file}: {error.strerror}; accepted: a text file") from error
 
 
-def _progress(json: bool) -> Callable[[Perplexity], None] | None:
-    """The running figure on a terminal's standard error, one line that is written over."""
+@contextmanager
+def _progress(json: bool) -> Iterator[Callable[[Perplexity], None] | None]:
+    """The running figure on a terminal's standard error, in one line that is wiped at the end."""
     if json or not sys.stderr.isatty():
-        return None
+        yield None
+        return
 
     def show(figure: Perplexity) -> None:
-        print(f"\r{figure.chunks}: {figure.perplexity:.4f}  ", end="", file=sys.stderr, flush=True)
+        print(f"\r{figure.chunks}: {figure.perplexity:.4f}", end="", file=sys.stderr, flush=True)
 
-    return show
+    try:
+        yield show
+    finally:
+        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
