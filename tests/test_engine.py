@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -196,19 +198,26 @@ def _choices(engine: Engine, name: str) -> list[Any]:
     return engine._requests[name].choices if name in engine._requests else []
 
 
-def test_an_interrupted_step_is_run_again() -> None:
+@pytest.mark.parametrize("where", ["run", "advance"])
+def test_an_interrupted_step_is_run_again(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     request = Request("a", tuple(range(40)), SamplingParams(seed=4, max_tokens=20))
     expected = one(request, max_num_batched_tokens=16)
     executor = FakeExecutor()
     engine = make_engine(executor, max_num_batched_tokens=16)
+    owner: Any = executor if where == "run" else engine.scheduler
+    method, calls = getattr(owner, where), itertools.count()
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(calls) % 3 == 1:
+            raise KeyboardInterrupt
+        return method(*arguments)
+
+    monkeypatch.setattr(owner, where, interrupted)
     engine.add(request)
     results: list[RequestOutput] = []
-    for attempt in range(200):
-        executor.fail = KeyboardInterrupt() if attempt % 3 == 1 else None  # type: ignore[assignment]
-        try:
+    for _ in range(200):
+        with contextlib.suppress(KeyboardInterrupt):
             results += engine.step()
-        except KeyboardInterrupt:
-            continue
         if not engine.has_work:
             break
     assert results[-1].outputs[0] == expected

@@ -112,9 +112,9 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Run one step; returns the state of each request that advanced and wants to be told."""
-        if not self.has_work:
-            return []
         plan = self.scheduler.schedule(time.perf_counter())
+        if not plan.sequences:  # nothing to run; at most, an interrupt kept an end from being told
+            return self._tell(list(self._requests.values()))
         future = self.executor.run(self.handle, plan.step)
         sampled = self._sampler.finish(future, plan)
         return self._commit(plan, future.result(), sampled)
@@ -213,7 +213,6 @@ class Engine:
         now_s = time.perf_counter()
         decode = len(plan.sequences) == plan.step.rows
         (self.stats.decode if decode else self.stats.prefill).add(plan.step.rows, result)
-        self.scheduler.advance(plan)
         advanced: dict[str, _Request] = {}
         for sequence, sample in zip(plan.sampled, sampled, strict=True):
             state, choice = self._owners[sequence.arrival]
@@ -223,8 +222,14 @@ class Engine:
             if state.first_token_s is None and sample.error is None:
                 state.first_token_s = now_s
             advanced[state.id] = state
+        # Last, because rows that are run again after an interrupt do no harm, and skipped ones would.
+        self.scheduler.advance(plan)
+        return self._tell(advanced.values())
+
+    def _tell(self, states: Iterable[_Request]) -> list[RequestOutput]:
+        """The state of requests that have ended, which are then forgotten, or that stream."""
         outputs = []
-        for state in advanced.values():
+        for state in states:
             if all(choice.finish_reason is not None for choice in state.choices):
                 outputs.append(self._finish(state))
             elif state.stream:
@@ -232,7 +237,7 @@ class Engine:
         return outputs
 
     def _retire(self, choice: _Choice) -> None:
-        del self._owners[choice.sequence.arrival]
+        self._owners.pop(choice.sequence.arrival, None)
         self.scheduler.remove(choice.sequence)
 
     def _finish(self, state: _Request) -> RequestOutput:
