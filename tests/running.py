@@ -21,7 +21,7 @@ from ridgeline.model.weights import Weights
 from ridgeline.types import Segment, SequenceRows, Step
 
 PAGES = 64
-MAX_ROWS = 128
+MAX_ROWS = 192
 
 
 @dataclass
