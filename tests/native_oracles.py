@@ -42,7 +42,8 @@ def quantise_a8(x: Floats) -> tuple[NDArray[np.int8], Floats]:
     padded[:, :width] = x
     grouped = padded.reshape(rows, groups, 32)
     amax = np.abs(grouped).max(axis=2)
-    inverse = np.where(amax > 0, np.float32(127) / np.where(amax > 0, amax, np.float32(1)), np.float32(0))
+    large = amax >= np.float32(2.0**-100)
+    inverse = np.where(large, np.float32(127) / np.where(large, amax, np.float32(1)), np.float32(0))
     codes = np.clip(np.rint(grouped * inverse[:, :, None].astype(np.float32)), -127, 127)
     return codes.astype(np.int8), amax * np.float32(1 / 127)
 

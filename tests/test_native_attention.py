@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from ridgeline import native
 TEAM = native.Team(2)
 ONE_THREAD = native.Team(1)
 NAN = 0x7FFF  # as bfloat16
+BF16, F32 = np.dtype(np.uint16), np.dtype(np.float32)
 
 
 def bf16(x: Floats) -> np.ndarray:
@@ -36,6 +38,11 @@ class Shape:
     head_dim: int = 32
     window: int = 0
     scale: float = 0.2
+    pool: np.dtype[Any] = BF16
+
+    def stored(self, x: Floats) -> Floats:
+        """x as the pool rounds it."""
+        return x if self.pool == F32 else widen(bf16(x))
 
     @property
     def q_width(self) -> int:
@@ -51,7 +58,8 @@ class Harness:
 
     def __init__(self, isa: str, shape: Shape, max_rows: int, pages: int, team: native.Team = TEAM) -> None:
         self.shape, self.max_rows = shape, max_rows
-        self.pool = np.full((pages, shape.kv_heads, 2 * 16 * shape.head_dim), NAN, np.uint16)
+        unwritten = np.nan if shape.pool == F32 else NAN
+        self.pool = np.full((pages, shape.kv_heads, 2 * 16 * shape.head_dim), unwritten, shape.pool)
         self.q, self.out = f32_buffer(max_rows, shape.q_width), f32_buffer(max_rows, shape.q_width)
         self.k, self.v = f32_buffer(max_rows, shape.kv_width), f32_buffer(max_rows, shape.kv_width)
         geometry = (0, shape.heads, shape.kv_heads, shape.head_dim)
@@ -77,11 +85,12 @@ class Harness:
         return out
 
     def stored(self, page: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
-        """K and V bits of a slot, (kv_heads, head_dim)."""
-        half = 16 * self.shape.head_dim
-        k = self.pool[page, :, :half].reshape(self.shape.kv_heads, -1, 16, 2)[:, :, slot]
+        """K and V of a slot, (kv_heads, head_dim)."""
+        half, wide = 16 * self.shape.head_dim, self.shape.pool == F32
+        k = self.pool[page, :, :half].reshape(self.shape.kv_heads, -1, 16, 1 if wide else 2)[:, :, slot]
         v = self.pool[page, :, half:].reshape(self.shape.kv_heads, 16, -1)[:, slot]
-        return k.reshape(self.shape.kv_heads, -1), v
+        k = k.reshape(self.shape.kv_heads, -1)
+        return (k, v) if wide else (widen(k), widen(v))
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,8 @@ SHAPES = [
     Shape(heads=5, kv_heads=1, head_dim=80, window=13),
     Shape(heads=2, kv_heads=2, head_dim=96, window=40),
     Shape(heads=8, kv_heads=1, head_dim=18),
+    Shape(heads=4, kv_heads=2, head_dim=32, pool=F32),
+    Shape(heads=3, kv_heads=1, head_dim=18, pool=F32, window=20),
 ]
 
 
@@ -145,13 +156,10 @@ def test_whole_prompt_is_softmax_attention(isa: str, shape: Shape, length: int) 
     out = harness.run([Rows(0, length, (Part(length),), (pages,))], q, k, v)
     for slot in range(length):
         stored_k, stored_v = harness.stored(pages[slot // 16], slot % 16)
-        np.testing.assert_array_equal(stored_k.reshape(-1), bf16(k[slot]))
-        np.testing.assert_array_equal(stored_v.reshape(-1), bf16(v[slot]))
-    context = Context(
-        widen(bf16(k)).reshape(length, shape.kv_heads, -1),
-        widen(bf16(v)).reshape(length, shape.kv_heads, -1),
-        Part(length),
-    )
+        np.testing.assert_array_equal(stored_k.reshape(-1), shape.stored(k[slot]))
+        np.testing.assert_array_equal(stored_v.reshape(-1), shape.stored(v[slot]))
+    k, v = (shape.stored(x).reshape(length, shape.kv_heads, -1) for x in (k, v))
+    context = Context(k, v, Part(length))
     heads = q.reshape(length, shape.heads, -1)
     expected = np.stack([attention_of(shape, heads[i], i, [context]) for i in range(length)])
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=2e-6)
@@ -167,7 +175,7 @@ def run_in_chunks(
     for a, b in pairwise(cuts):
         if poison and shape.window:
             for page in range(max(0, a - shape.window + 1) // 16):
-                harness.pool[pages[page]] = NAN
+                harness.pool[pages[page]] = np.nan if shape.pool == F32 else NAN
         rows = Rows(a, b - a, (Part(b),), (tuple(pages[: -(-b // 16)]),))
         outs.append(harness.run([rows], *(x[a:b] for x in tokens)))
     return np.concatenate(outs)
@@ -207,9 +215,10 @@ def test_long_contexts_by_one_row_and_by_many(isa: str, window: int) -> None:
 
 
 @pytest.mark.parametrize("isa", LEVELS)
-def test_a_row_is_not_touched_by_values_that_it_cannot_see(isa: str) -> None:
+@pytest.mark.parametrize("pool", [BF16, F32], ids=str)
+def test_a_row_is_not_touched_by_values_that_it_cannot_see(isa: str, pool: np.dtype[Any]) -> None:
     """A later row of the same block stores infinities and NaN: earlier rows keep their bits."""
-    shape = Shape()
+    shape = Shape(pool=pool)
     q, k, v = make_tokens(np.random.default_rng(4), shape, 20)
     clean = run_in_chunks(isa, shape, (q, k, v), [0, 20], [0, 1])
     bad_v, bad_k = v.copy(), k.copy()
@@ -311,8 +320,9 @@ def test_rope_and_head_norms(isa: str, head_dim: int, rotary_dim: int, normed: b
     assert (pool[1] == NAN).all()
 
 
-def test_pages_are_copied_whole() -> None:
-    pool = np.arange(4 * 2 * 64, dtype=np.uint16).reshape(4, 2, 64)
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_pages_are_copied_whole(dtype: np.dtype[Any]) -> None:
+    pool = np.arange(4 * 2 * 64).astype(dtype).reshape(4, 2, 64)
     expected = pool.copy()
     expected[3] = expected[1]
     native.copy_page(pool, 1, 3)

@@ -26,8 +26,9 @@ PAGE_TOKENS: int
 def isa_levels() -> list[str]:
     """Instruction-set levels that this machine can run, best first; the last is always "portable"."""
 
-def allocate(size_bytes: int) -> NDArray[np.uint8]:
-    """Zeroed memory, 64-byte aligned; large ones ask the system for huge pages."""
+def allocate(size_bytes: int, huge_pages: bool = True) -> NDArray[np.uint8]:
+    """Zeroed memory, 64-byte aligned. From 2 MiB on it takes memory only where it is touched; with
+    `huge_pages` in pages of 2 MiB, which suits what is read in long runs."""
 
 def packed_bytes(storage: str, rows: int, cols: int) -> int:
     """Bytes that `pack` makes of a (rows, cols) matrix; storage is Q4_0, Q4_1, Q8_0, F32, F16 or BF16."""

@@ -12,7 +12,8 @@
 //   float32 tile: for each input 16 floats.
 // A8 row: int8 codes [groups*32], float32 scales [groups], int32 sums of codes [groups], float32 scale*sum
 //   [groups]; rows are a multiple of 64 bytes apart.
-// KV page of one head: K as [head_dim/2][16 slots][2], then V as [16 slots][head_dim], bfloat16.
+// KV page of one head: K as [head_dim/2][16 slots][2], then V as [16 slots][head_dim], bfloat16. In float32 pools K
+// lies as [head_dim][16 slots].
 #pragma once
 
 #include <cstddef>
@@ -55,12 +56,12 @@ RIDGELINE_INLINE constexpr size_t tile_bytes(Storage s, int cols) {
   if (!is_quantised(s)) return size_t(cols) * kTileRows * sizeof(float);
   return group_place(s, group_count(cols) - 1).codes + group_code_bytes(s);
 }
-// Bytes of a row of a GGUF tensor; cols is a multiple of 32 where the storage is quantised.
+// Bytes of a row as files have it; our own quantiser may leave the last block in part unused.
 RIDGELINE_INLINE constexpr size_t file_row_bytes(Storage s, int cols) {
   switch (s) {
-    case Storage::q4_0: return size_t(cols) / kGroup * 18;
-    case Storage::q4_1: return size_t(cols) / kGroup * 20;
-    case Storage::q8_0: return size_t(cols) / kGroup * 34;
+    case Storage::q4_0: return size_t(group_count(cols)) * 18;
+    case Storage::q4_1: return size_t(group_count(cols)) * 20;
+    case Storage::q8_0: return size_t(group_count(cols)) * 34;
     case Storage::f32: return size_t(cols) * 4;
     default: return size_t(cols) * 2;
   }

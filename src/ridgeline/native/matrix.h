@@ -30,9 +30,6 @@ struct MatrixShape {
     constexpr int64_t kLargest = 1 << 30;
     if (rows_ < 1 || rows_ > kLargest) refuse("rows", std::to_string(rows_), "1 to " + std::to_string(kLargest));
     if (cols_ < 1 || cols_ > kLargest) refuse("cols", std::to_string(cols_), "1 to " + std::to_string(kLargest));
-    if (is_quantised(storage) && cols_ % kGroup != 0) {
-      refuse("cols", std::to_string(cols_), "a multiple of 32 for " + storage_name);
-    }
     rows = int32_t(rows_);
     cols = int32_t(cols_);
     packed_bytes = size_t(tile_count(rows)) * tile_bytes(storage, cols);

@@ -14,7 +14,7 @@ namespace {
 constexpr size_t kHugePageBytes = size_t(2) << 20;
 }
 
-Memory::Memory(size_t bytes) : bytes_(bytes) {
+Memory::Memory(size_t bytes, bool huge_pages) : bytes_(bytes) {
   if (bytes > SIZE_MAX / 2) throw std::bad_alloc();
   if (bytes >= kHugePageBytes) {
     mapped_bytes_ = round_up(bytes, kHugePageBytes) + kHugePageBytes;
@@ -22,7 +22,9 @@ Memory::Memory(size_t bytes) : bytes_(bytes) {
     if (base_ == MAP_FAILED) throw std::bad_alloc();
     data_ = reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<uintptr_t>(base_), kHugePageBytes));
 #if defined(MADV_HUGEPAGE)
-    madvise(data_, round_up(bytes, kHugePageBytes), MADV_HUGEPAGE);
+    if (huge_pages) madvise(data_, round_up(bytes, kHugePageBytes), MADV_HUGEPAGE);
+#else
+    (void)huge_pages;
 #endif
     return;
   }

@@ -9,8 +9,9 @@ namespace ridgeline {
 class Memory {
  public:
   Memory() = default;
-  // Throws std::bad_alloc. Large blocks are aligned to, and ask the system for, huge pages.
-  explicit Memory(size_t bytes);
+  // Throws std::bad_alloc. Large blocks take memory only when they are touched; with `huge_pages` they are
+  // aligned to 2 MiB and ask the system for pages of that size, which it then takes at once.
+  explicit Memory(size_t bytes, bool huge_pages = true);
   ~Memory();
   Memory(Memory&& other) noexcept;
   Memory& operator=(Memory&& other) noexcept;

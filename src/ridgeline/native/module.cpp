@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 
@@ -34,13 +35,32 @@ constexpr int64_t kLargestWidth = 1 << 30;
 
 // A NumPy array over memory that it owns.
 template <class T>
-nb::ndarray<nb::numpy, T> numpy_array(std::initializer_list<size_t> shape) {
+nb::ndarray<nb::numpy, T> numpy_array(std::initializer_list<size_t> shape, bool huge_pages = true) {
   size_t bytes = sizeof(T);
   for (const size_t n : shape) bytes *= n;
-  auto memory = std::make_unique<Memory>(bytes);
+  auto memory = std::make_unique<Memory>(bytes, huge_pages);
   T* data = reinterpret_cast<T*>(memory->data());
   nb::capsule owner(memory.release(), [](void* p) noexcept { delete static_cast<Memory*>(p); });
   return nb::ndarray<nb::numpy, T>(data, shape, owner);
+}
+
+// Memory for packed weights, cut from slabs of huge pages, because most matrices are smaller than one. A slab lives
+// as long as an array on it. Called with the GIL held.
+Bytes weight_array(size_t bytes) {
+  constexpr size_t kSlabBytes = size_t(32) << 20;
+  static std::weak_ptr<Memory> current;
+  static size_t used;
+  std::shared_ptr<Memory> slab = current.lock();
+  if (slab == nullptr || bytes > slab->bytes() - used) {
+    slab = std::make_shared<Memory>(std::max(bytes, kSlabBytes));
+    current = slab;
+    used = 0;
+  }
+  uint8_t* data = slab->data() + used;
+  used = std::min(slab->bytes(), used + round_up(bytes, kLineBytes));
+  nb::capsule owner(new std::shared_ptr<Memory>(std::move(slab)),
+                    [](void* p) noexcept { delete static_cast<std::shared_ptr<Memory>*>(p); });
+  return Bytes(data, {bytes}, owner);
 }
 
 int checked_width(int64_t width) {
@@ -54,7 +74,7 @@ nb::object pack(nb::object data, const std::string& storage, int64_t cols, Team&
   const Array<uint8_t> source(data, "data", 2);
   const MatrixShape shape(storage, source.size(0), cols);
   source.expect(1, int64_t(file_row_bytes(shape.storage, shape.cols)), "data");
-  nb::object target = out.is_none() ? nb::cast(numpy_array<uint8_t>({shape.packed_bytes})) : out;
+  nb::object target = out.is_none() ? nb::cast(weight_array(shape.packed_bytes)) : out;
   const Array<uint8_t> packed(target, "out", 1, Access::write);
   packed.expect(0, int64_t(shape.packed_bytes), "out");
   packed.expect_aligned(kLineBytes, "out");
@@ -159,11 +179,11 @@ NB_MODULE(_native, m) {
   });
   m.def(
       "allocate",
-      [](int64_t size_bytes) {
+      [](int64_t size_bytes, bool huge_pages) {
         if (size_bytes < 0) refuse("size_bytes", std::to_string(size_bytes), "0 or more");
-        return numpy_array<uint8_t>({size_t(size_bytes)});
+        return numpy_array<uint8_t>({size_t(size_bytes)}, huge_pages);
       },
-      "size_bytes"_a);
+      "size_bytes"_a, "huge_pages"_a = true);
   m.def(
       "packed_bytes",
       [](const std::string& storage, int64_t rows, int64_t cols) {

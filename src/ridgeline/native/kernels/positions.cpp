@@ -58,7 +58,12 @@ void embed(const EmbedLaunch& launch, const StepView& step, Worker& worker) {
 }
 
 void unpack_row(const MatrixView& matrix, int64_t row, float* out) {
-  for (int column = 0; column < matrix.cols; column += kGroup) unpack_columns(matrix, row, column, out + column);
+  for (int column = 0; column < matrix.cols; column += kGroup) {
+    float values[kGroup];
+    unpack_columns(matrix, row, column, values);
+    const int count = matrix.cols - column < kGroup ? matrix.cols - column : kGroup;
+    std::memcpy(out + column, values, size_t(count) * sizeof(float));
+  }
 }
 
 namespace {

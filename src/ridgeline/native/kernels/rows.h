@@ -6,7 +6,7 @@
 
 RIDGELINE_BEGIN
 
-constexpr float kInverse127 = 1.0f / 127.0f;
+constexpr float kInverse127 = 1.0f / 127.0f, kTiny = 0x1p-100f;
 
 // The largest magnitude of 32 values. As integers, so that a NaN counts as the largest and shows in the scale.
 RIDGELINE_INLINE float largest_magnitude(vfloat a, vfloat b) {
@@ -16,11 +16,12 @@ RIDGELINE_INLINE float largest_magnitude(vfloat a, vfloat b) {
   return magnitude;
 }
 
-// One group of an A8 row from 32 values: scale = amax / 127, codes rounded to nearest even.
+// One group of an A8 row from 32 values: scale = amax / 127, codes rounded to nearest even; all zeros where
+// 127 / amax would come near the end of float32's range.
 RIDGELINE_INLINE void quantise_group(vfloat a, vfloat b, uint8_t* row, const A8Layout& layout, int group) {
   const float largest = largest_magnitude(a, b);
   const float scale = largest * kInverse127;
-  const vfloat inverse = splat(largest > 0.0f ? 127.0f / largest : 0.0f);
+  const vfloat inverse = splat(largest < kTiny ? 0.0f : 127.0f / largest);
   const vint lowest = isplat(-127), highest = isplat(127);
   const vint first = min(max(to_int(a * inverse), lowest), highest);
   const vint second = min(max(to_int(b * inverse), lowest), highest);
