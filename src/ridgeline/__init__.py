@@ -6,7 +6,6 @@ The names below are the public Python API. They are imported when they are first
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,7 +45,11 @@ _HOMES = {"LLM": "llm", "AsyncLLM": "async_llm", "EngineConfig": "config", "Toke
 
 
 def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
     if name == "__version__":
+        from importlib import metadata
+
         return metadata.version("ridgeline")
     if name not in __all__:
         raise AttributeError(f"module 'ridgeline' has no attribute {name!r}")

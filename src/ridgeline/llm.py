@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -54,16 +54,18 @@ class LLM:
         tokens = [self._loaded.chat_tokens(chat) for chat in _chats(messages)]
         return self._run([None] * len(tokens), tokens, params)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> Generator[RequestOutput, None, None]:
         """Continue one prompt, yielding its state each time it has grown; the last one is `finished`.
 
-        Closing the iterator early aborts the request.
+        Closing the generator early aborts the request.
         """
         yield from self._stream(text_of(prompt), self._loaded.tokens_of(prompt), params)
 
     def stream_chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Answer one conversation, as `stream` does."""
         yield from self._stream(None, self._loaded.chat_tokens(messages), params)
 
@@ -126,7 +128,7 @@ class LLM:
 
     def _stream(
         self, text: str | None, tokens: tuple[int, ...], params: SamplingParams | None
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         each = self._params_for(params, 1)
         with self._requests([text], [tokens], each, stream=True) as (request_id,):
             finished = False
