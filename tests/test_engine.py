@@ -396,7 +396,7 @@ def test_logits_that_are_no_numbers_fail_their_own_request(bad: float) -> None:
     assert results["67"].outputs == expected["67"].outputs
     failed = results["66"].outputs[0]
     assert (failed.finish_reason, failed.stop_reason) == (
-        "abort",
+        "error",
         f"largest logit is {bad}; accepted: a finite number",
     )
     assert failed.token_ids == expected["66"].outputs[0].token_ids[:6]
@@ -432,12 +432,12 @@ def test_an_exception_in_one_requests_text_ends_only_that_request(monkeypatch: p
     assert results["65"].outputs[0].finish_reason == "length"
     for name in ("66", "67"):
         output = results[name].outputs[0]
-        assert (output.finish_reason, output.stop_reason) == ("abort", "text failed: ValueError: choked")
+        assert (output.finish_reason, output.stop_reason) == ("error", "text failed: ValueError: choked")
     engine.add(Request("67", (67,), GREEDY))
     engine.step()
     aborted = engine.abort("67")
     assert aborted is not None
-    assert aborted.outputs[0].finish_reason == "abort"
+    assert aborted.outputs[0].finish_reason == "error"
     assert engine.scheduler.cache.usage == 0
 
 

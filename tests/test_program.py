@@ -17,8 +17,16 @@ from ridgeline.types import Segment, SequenceRows, Step
 def small_spec(**changes: object) -> ModelSpec:
     rope = RopeSpec((1.0, 0.5, 0.25, 0.125))
     full = LayerSpec(AttentionSpec(4, 2, 8, 8**-0.5, rope), FeedForwardSpec(64, "silu", gated=True))
-    window = LayerSpec(AttentionSpec(4, 2, 8, 8**-0.5, rope, window=5), FeedForwardSpec(64, "silu", gated=True))
-    sizes = {"hidden": 32, "vocabulary": 50, "context": 128, "layers": (full, window, full), "tied_head": True}
+    window = LayerSpec(
+        AttentionSpec(4, 2, 8, 8**-0.5, rope, window=5), FeedForwardSpec(64, "silu", gated=True)
+    )
+    sizes = {
+        "hidden": 32,
+        "vocabulary": 50,
+        "context": 128,
+        "layers": (full, window, full),
+        "tied_head": True,
+    }
     return ModelSpec(family="test", norm=NormSpec("rms", 1e-5), **(sizes | changes))  # type: ignore[arg-type]
 
 
@@ -72,7 +80,10 @@ def test_load_counts_what_rows_see(batch: list[SequenceRows], window: int) -> No
 
 def test_groups_follow_geometry() -> None:
     program = decoder(small_spec())
-    assert [(g.kind, g.layers, g.window) for g in program.groups] == [("full", (0, 2), None), ("window", (1,), 5)]
+    assert [(g.kind, g.layers, g.window) for g in program.groups] == [
+        ("full", (0, 2), None),
+        ("window", (1,), 5),
+    ]
 
 
 def test_work_of_a_decoder_is_the_textbook_count() -> None:
@@ -97,4 +108,6 @@ def test_precision_shares_one_quantised_copy() -> None:
 def test_assigning_twice_is_refused() -> None:
     program = decoder(small_spec())
     with pytest.raises(ValueError, match="assigns twice"):
-        type(program)(program.name, program.operations + program.operations[-1:], program.groups, program.output)
+        type(program)(
+            program.name, program.operations + program.operations[-1:], program.groups, program.output
+        )

@@ -126,7 +126,7 @@ def write_tokenizer(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------- GGUF
 
-_LLAMA_NAMES = {
+GGUF_LLAMA_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -140,7 +140,7 @@ _LLAMA_NAMES = {
     "post_attention_layernorm": "ffn_norm",
 }
 _GEMMA_NAMES = {
-    **_LLAMA_NAMES,
+    **GGUF_LLAMA_NAMES,
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
@@ -170,7 +170,7 @@ def _interleave(rows: np.ndarray, heads: int) -> np.ndarray:
 def gguf_tensors(model: Any) -> dict[str, np.ndarray]:
     """The model's weights under GGUF's names and conventions, float32."""
     kind = model.config.model_type
-    names = {"llama": _LLAMA_NAMES, "gemma3_text": _GEMMA_NAMES, "gpt2": _GPT2_NAMES}[kind]
+    names = {"llama": GGUF_LLAMA_NAMES, "gemma3_text": _GEMMA_NAMES, "gpt2": _GPT2_NAMES}[kind]
     tied = model.config.tie_word_embeddings
     tensors = {}
     for key, parameter in model.state_dict().items():

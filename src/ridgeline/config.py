@@ -1,4 +1,4 @@
-"""Every knob of the engine, once. What is left to "auto" is settled in `llm.py`, in one function."""
+"""Every knob of the engine, once. What is left to "auto" is settled in `loading.py`, in one function."""
 
 from __future__ import annotations
 

@@ -280,7 +280,7 @@ class _Choice:
     def take(self, sample: Sampled) -> None:
         """Append a sampled token and its text, and see whether that ends the choice.
 
-        A token that could not be sampled or shown ends it with "abort", and the cause as `stop_reason`.
+        A token that could not be sampled or shown ends it with "error", and the cause as `stop_reason`.
         """
         try:
             self._take(sample)
@@ -295,11 +295,11 @@ class _Choice:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        self.finish_reason, self.stop_reason = "abort", f"text failed: {type(error).__name__}: {error}"
+        self.finish_reason, self.stop_reason = "error", f"text failed: {type(error).__name__}: {error}"
 
     def _take(self, sample: Sampled) -> None:
         if sample.error is not None:
-            self._end("abort", sample.error)
+            self._end("error", sample.error)
             return
         token = sample.token_id
         self.sequence.append(token)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ridgeline.engine import Engine
     from ridgeline.execution.base import Executor, Limits
     from ridgeline.model.chat_template import ChatTemplate
-    from ridgeline.model.program import Program, Weight
+    from ridgeline.model.program import Program
     from ridgeline.model.spec import ModelSpec
     from ridgeline.model.tokenizer import Tokenizer
     from ridgeline.model.weights import Weights
@@ -144,9 +144,10 @@ def memory_ledger(config: EngineConfig, program: Program, weights: Weights) -> L
     from ridgeline.resources.memory import Demand, KVGroup, plan_memory
 
     assert config.max_model_len is not None
+    widened = sum(4 * math.prod(weight.shape) for weight in program.weights())
     row_bytes = 4 * max(op.out.width for op in program.operations if not op.out.selected)
     demand = Demand(
-        weights_bytes=sum(_weight_bytes(weight, weights, config.device) for weight in program.weights()),
+        weights_bytes=widened if config.device == "reference" else weights.nbytes,
         activation_bytes=_BUFFERS * row_bytes * config.max_num_batched_tokens
         + 4 * program.output.width * config.max_num_seqs,
         groups=tuple(KVGroup(page_bytes(g, config.kv_format), g.window) for g in program.groups),
@@ -155,17 +156,6 @@ def memory_ledger(config: EngineConfig, program: Program, weights: Weights) -> L
         max_num_batched_tokens=config.max_num_batched_tokens,
     )
     return plan_memory(demand, free_memory_bytes(), config.kv_cache_memory_bytes)
-
-
-def _weight_bytes(weight: Weight, weights: Weights, device: str) -> int:
-    """What a weight takes once it is loaded; the reference executor widens everything to float32."""
-    values = math.prod(weight.shape)
-    fmt = weights.formats.get(weight.name)
-    if fmt is None or not fmt.group or device == "reference":
-        return 4 * values
-    # A group has its values, a float16 scale, and with 4 bits a float16 minimum.
-    group_bits = fmt.group * fmt.weight_bits + (32 if fmt.weight_bits == 4 else 16)
-    return values * group_bits // (8 * fmt.group)
 
 
 def make_executor(config: EngineConfig, limits: Limits) -> Executor:

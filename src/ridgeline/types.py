@@ -160,7 +160,7 @@ class PageCopy:
 
 # ----------------------------------------------------------------------------------------- sampling
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 def _check(ok: bool, name: str, seen: object, accepted: str) -> None:
@@ -273,7 +273,8 @@ class TokenLogprobs:
 class CompletionOutput:
     """One of the n continuations of a request; `finish_reason` is None while it is still growing.
 
-    `stop_reason` is the stop string or the stop token id that ended it, None for the model's own end token.
+    `stop_reason` is the stop string or the stop token id that ended it, None for the model's own end token;
+    beside "error" it says what went wrong.
     """
 
     index: int
@@ -286,7 +287,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:
-    """Times on `time.perf_counter`'s clock, in seconds, and the traffic of the request's decode steps."""
+    """Times on `time.perf_counter`'s clock, in seconds."""
 
     arrived_s: float
     first_token_s: float | None = None
