@@ -105,7 +105,7 @@ struct AttentionLaunch {
   float scale;
 };
 
-// Kernels of one ISA level. Every worker calls the same kernel, which is one phase (Worker::for_units).
+// Kernels of one ISA level. Every worker calls the same kernel, and in it the same phases (Worker::for_units).
 struct Kernels {
   const char* name;
   void (*embed)(const EmbedLaunch&, const StepView&, Worker&);

@@ -22,6 +22,7 @@
 namespace ridgeline {
 
 #define RIDGELINE_INLINE static inline __attribute__((always_inline))
+#define RIDGELINE_MEMBER inline __attribute__((always_inline))
 
 constexpr int kTileRows = 16;
 constexpr int kGroup = 32;

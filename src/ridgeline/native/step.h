@@ -32,6 +32,8 @@ struct StepView {
   int64_t vocabulary;
   const RowBlock* blocks;  // the rows, cut for attention
   int32_t block_count;
+  uint8_t* partials;  // memory that the workers share within a launch
+  int64_t partial_bytes;
 };
 
 }  // namespace ridgeline

@@ -11,6 +11,11 @@ struct Overloaded : F... {
   using F::operator()...;
 };
 
+// What the splits of a few rows leave for each other; taken from the system only where it is used.
+constexpr size_t kPartialBytes = size_t(16) << 20;
+// Attention by splits is two phases, every other launch one at most.
+constexpr int kPhasesPerLaunch = 2;
+
 void cut_blocks(const StepView& step, std::vector<RowBlock>& blocks) {
   blocks.clear();
   for (int32_t s = 0; s < step.sequences; ++s) {
@@ -86,10 +91,13 @@ void Tape::run(StepView step, int64_t logits_rows, std::vector<double>* seconds)
   check_step(step, logits_rows, needs_);
   while (scratch_.size() < size_t(team_->threads())) scratch_.emplace_back(scratch_bytes_);
   cut_blocks(step, blocks_);
+  if (partials_.bytes() == 0) partials_ = Memory(kPartialBytes, false);
+  step.partials = partials_.data();
+  step.partial_bytes = int64_t(partials_.bytes());
   step.blocks = blocks_.data();
   step.block_count = int32_t(blocks_.size());
   if (seconds != nullptr) seconds->reserve(launches_.size());
-  team_->run(int(launches_.size()), [&](int index) {
+  team_->run(kPhasesPerLaunch * int(launches_.size()), [&](int index) {
     Worker worker{team_.get(), index, 0, scratch_[size_t(index)].data()};
     const bool timed = index == 0 && seconds != nullptr;
     double start = timed ? now_s() : 0.0;

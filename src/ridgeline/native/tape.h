@@ -60,6 +60,7 @@ class Tape {
   std::vector<RowBlock> blocks_;
   size_t scratch_bytes_ = 0;
   std::vector<Memory> scratch_;  // one per worker
+  Memory partials_;
   std::mutex running_;           // guards blocks_ and scratch_
 };
 

@@ -10,7 +10,7 @@
 //   load_f16, load_bf16, bf16_bits                16 values of a half format; bf16 rounds to nearest even
 //   low_nibbles, high_nibbles, dot                64 unsigned bytes times four signed ones per lane, exact
 //   store_codes                                   16 int32 as int8, saturated
-//   prefetch
+//   prefetch                                      into the second-level cache
 // Every function is inlined: a kernel's object file must hold no code that another ISA level could link to.
 #pragma once
 

@@ -1,0 +1,312 @@
+// Attention of one block of rows with one KV head and its query heads.
+//
+// What a row computes, and in which order, is fixed by its own sequence: segments in order; in a segment splits
+// of kSplitSlots slots, in a split tiles of kTileSlots, both anchored at slot 0; the splits' results are merged
+// in order. Slots that a row does not see add exact zeros (x * 0 + acc for finite x), so it does not matter
+// whether they are computed for the sake of another row of the block. Values that are not finite would break
+// that; a tile that holds one takes each row's own slots only.
+#pragma once
+
+#include "attention.h"
+#include "rows.h"
+#include "vector_math.h"
+
+RIDGELINE_BEGIN
+
+namespace {
+
+constexpr int kSplitSlots = 256;
+constexpr float kLowest = -1e30f;  // finite, so that (masked - lowest) is minus infinity and not a NaN
+
+RIDGELINE_INLINE SlotRange clip(SlotRange r, int begin, int end) {
+  r.begin = r.begin < begin ? begin : r.begin;
+  r.end = r.end > end ? end : r.end;
+  return r;
+}
+
+// The slots of a segment that a row sees; both ends are 0 if there are none.
+RIDGELINE_INLINE SlotRange visible_slots(const AttentionLaunch& launch, const StepView& step, int64_t row, int segment) {
+  const int64_t position = int64_t(step.positions[row]) - step.segment_first_position[segment];
+  int64_t begin = launch.window == 0 ? 0 : position - launch.window + 1;
+  int64_t end = step.segment_length[segment];
+  if (step.segment_causal[segment] && position + 1 < end) end = position + 1;
+  begin = begin < 0 ? 0 : begin;
+  return begin < end ? SlotRange{int(begin), int(end)} : SlotRange{0, 0};
+}
+
+// The range that holds what any of a block's rows sees.
+RIDGELINE_INLINE SlotRange visible_slots(const AttentionLaunch& launch, const StepView& step, const RowBlock& block,
+                                         int segment) {
+  SlotRange all{0, 0};
+  for (int i = 0; i < block.row_count; ++i) {
+    const SlotRange own = visible_slots(launch, step, block.row_begin + i, segment);
+    if (own.begin == own.end) continue;
+    if (all.begin == all.end) all = own;
+    all = {all.begin < own.begin ? all.begin : own.begin, all.end > own.end ? all.end : own.end};
+  }
+  return all;
+}
+
+// Splits that a range of slots touches.
+RIDGELINE_INLINE int split_count(SlotRange slots) {
+  return slots.begin == slots.end ? 0 : (slots.end - 1) / kSplitSlots - slots.begin / kSplitSlots + 1;
+}
+
+// Running softmax of a block's queries: largest score, sum of weights, weighted sum of values.
+struct State {
+  float *top, *sum, *o;  // (queries), (queries), (queries, value_stride)
+};
+
+// Cuts memory into arrays; with a null base it only counts.
+struct Arena {
+  uint8_t* base;
+  size_t used = 0;
+
+  template <class T>
+  RIDGELINE_MEMBER T* take(size_t count) {
+    T* p = reinterpret_cast<T*>(base + used);
+    used += round_up(count * sizeof(T), kLineBytes);
+    return p;
+  }
+  RIDGELINE_MEMBER State take_state(size_t queries, size_t stride) {
+    float *top = take<float>(queries), *sum = take<float>(queries);
+    return {top, sum, take<float>(queries * stride)};
+  }
+};
+
+struct Buffers {
+  int value_stride;
+  Widened widened;
+  float *p, *decay, *lanes;
+  const float** q;
+  SlotRange* visible;
+  State split, total;
+};
+
+RIDGELINE_INLINE Buffers lay_out(const AttentionLaunch& launch, Arena& arena) {
+  Buffers b{};
+  b.value_stride = int(round_up(size_t(launch.head_dim), 16));
+  const size_t queries = size_t(kBlockRows) * (launch.heads / launch.kv_heads), stride = size_t(b.value_stride);
+  float* keys = arena.take<float>(size_t(launch.head_dim) * kTileSlots);
+  b.widened = {keys, arena.take<float>(kTileSlots * stride), b.value_stride};
+  b.p = arena.take<float>(queries * kTileSlots);
+  b.decay = arena.take<float>(queries);
+  b.lanes = arena.take<float>(queries * 16);
+  b.q = arena.take<const float*>(queries);
+  b.visible = arena.take<SlotRange>(queries);
+  b.split = arena.take_state(queries, stride);
+  b.total = arena.take_state(queries, stride);
+  return b;
+}
+
+class BlockTask {
+ public:
+  BlockTask(const AttentionLaunch& launch, const StepView& step, const RowBlock& block, int kv_head, Buffers buffers)
+      : launch_(launch), step_(step), block_(block), kv_head_(kv_head), b_(buffers),
+        ratio_(launch.heads / launch.kv_heads), queries_(block.row_count * ratio_) {
+    for (int i = 0; i < queries_; ++i) {
+      b_.q[i] = launch.q.data + (block.row_begin + i / ratio_) * launch.q.stride +
+                int64_t(kv_head * ratio_ + i % ratio_) * launch.head_dim;
+    }
+  }
+
+  int queries() const { return queries_; }
+
+  // The whole of it, on this worker.
+  void run() {
+    clear(b_.total);
+    for (int s = step_.segment_begin[block_.sequence]; s < step_.segment_begin[block_.sequence + 1]; ++s) {
+      const SlotRange all = visible_slots(launch_, step_, block_, s);
+      for (int i = 0, n = split_count(all); i < n; ++i) {
+        run_split(s, i, b_.split);
+        merge(b_.split);
+      }
+    }
+    write();
+  }
+
+  // The state after one split of a segment, counted from the first that the block sees.
+  void run_split(int segment, int split, const State& state) {
+    find_visible(segment);
+    const SlotRange all = visible_slots(launch_, step_, block_, segment);
+    const int begin = (all.begin / kSplitSlots + split) * kSplitSlots;
+    const SlotRange slots = clip(all, begin, begin + kSplitSlots);
+    clear(state);
+    for (int i = 0; i < queries_; ++i) store(b_.lanes + 16 * i, zero());
+    for (int tile = slots.begin / kTileSlots * kTileSlots; tile < slots.end; tile += kTileSlots) {
+      run_tile(segment, tile, clip(slots, tile, tile + kTileSlots), all.end, state);
+    }
+    for (int i = 0; i < queries_; ++i) state.sum[i] = reduce_add(load(b_.lanes + 16 * i));
+  }
+
+  void clear_total() { clear(b_.total); }
+
+  // total = total merged with a split's state; one without visible slots changes nothing.
+  void merge(const State& split) {
+    const State& total = b_.total;
+    for (int i = 0; i < queries_; ++i) {
+      const float top = total.top[i] > split.top[i] ? total.top[i] : split.top[i];
+      const vfloat keep = exp(splat(total.top[i] - top)), take = exp(splat(split.top[i] - top));
+      store(first_lanes(1), total.sum + i, fma(splat(split.sum[i]), take, splat(total.sum[i]) * keep));
+      total.top[i] = top;
+      for (int d = i * b_.value_stride; d < (i + 1) * b_.value_stride; d += 16) {
+        store(total.o + d, fma(load(split.o + d), take, load(total.o + d) * keep));
+      }
+    }
+  }
+
+  // A row that saw nothing gets zeros. Adding zero turns -0 into 0: the sign of a zero may depend on whether
+  // masked slots were computed.
+  void write() const {
+    const A8Layout layout = a8_layout(launch_.heads * launch_.head_dim);
+    for (int i = 0; i < queries_; ++i) {
+      const int64_t row = block_.row_begin + i / ratio_;
+      const int column = (kv_head_ * ratio_ + i % ratio_) * launch_.head_dim;
+      const vfloat factor = splat(b_.total.sum[i] == 0.0f ? 0.0f : 1.0f / b_.total.sum[i]);
+      for (int d = 0; d < launch_.head_dim; d += kGroup) {
+        const float* o = b_.total.o + i * b_.value_stride + d;
+        const vfloat a = load(o) * factor + zero();
+        const vfloat b = d + 16 < b_.value_stride ? load(o + 16) * factor + zero() : zero();
+        if (launch_.out.a8.data != nullptr) {
+          quantise_group(a, b, launch_.out.a8.data + row * launch_.out.a8.stride, layout, (column + d) / kGroup);
+        } else {
+          float* out = launch_.out.f32.data + row * launch_.out.f32.stride + column + d;
+          store_f32(out, launch_.head_dim - d, a, false);
+          store_f32(out + 16, launch_.head_dim - d - 16, b, false);
+        }
+      }
+    }
+  }
+
+ private:
+  void clear(const State& state) const {
+    for (int i = 0; i < queries_; ++i) {
+      state.top[i] = kLowest;
+      state.sum[i] = 0.0f;
+    }
+    for (int i = 0; i < queries_ * b_.value_stride; i += 16) store(state.o + i, zero());
+  }
+
+  void find_visible(int segment) {
+    for (int i = 0; i < queries_; ++i) {
+      b_.visible[i] = visible_slots(launch_, step_, block_.row_begin + i / ratio_, segment);
+    }
+  }
+
+  // Where the page of a slot begins in the pool, for this head, counted in values.
+  int64_t page_of(int segment, int slot) const {
+    const int32_t* table = step_.tables + launch_.group * step_.pages + step_.table_begin[segment];
+    return (int64_t(table[slot / kPageTokens]) * launch_.kv_heads + kv_head_) * int64_t(page_values(launch_.head_dim));
+  }
+
+  void prefetch_page(int64_t page) const {
+    const size_t value_bytes = launch_.pool.wide ? sizeof(float) : sizeof(uint16_t);
+    const char* data = static_cast<const char*>(launch_.pool.data) + page * int64_t(value_bytes);
+    for (size_t i = 0; i < page_values(launch_.head_dim) * value_bytes; i += kLineBytes) prefetch(data + i);
+  }
+
+  // Slots [slots.begin, slots.end) of the tile that begins at slot `begin`; pages of others are not touched.
+  void run_tile(int segment, int begin, SlotRange slots, int next_end, const State& state) {
+    const SlotRange own{slots.begin - begin, slots.end - begin};
+    const PageRange pages{own.begin / kPageTokens, (own.end + kPageTokens - 1) / kPageTokens};
+    for (int slot = begin + kTileSlots; slot < begin + 2 * kTileSlots && slot < next_end; slot += kPageTokens) {
+      prefetch_page(page_of(segment, slot));
+    }
+    if (launch_.pool.wide) {
+      F32Pages source{{}, launch_.head_dim};
+      for (int p = pages.begin; p < pages.end; ++p) {
+        source.page[p] = static_cast<const float*>(launch_.pool.data) + page_of(segment, begin + p * kPageTokens);
+      }
+      run_tile(source, begin, own, pages, step_.segment_bias[segment], state);
+    } else {
+      Bf16Pages source{{}, launch_.head_dim};
+      for (int p = pages.begin; p < pages.end; ++p) {
+        source.page[p] = static_cast<const uint16_t*>(launch_.pool.data) + page_of(segment, begin + p * kPageTokens);
+      }
+      run_tile(source, begin, own, pages, step_.segment_bias[segment], state);
+    }
+  }
+
+  // A single row sees all of the slots, so nothing is masked and its few queries read the pages as they are.
+  template <class Pages>
+  void run_tile(const Pages& source, int begin, SlotRange slots, PageRange pages, float bias, const State& state) {
+    const int head_dim = launch_.head_dim, stride = b_.value_stride;
+    if (block_.row_count == 1) {
+      score(source, pages, b_.q, queries_, head_dim, b_.p);
+      for (int i = 0; i < queries_; ++i) softmax(i, begin, pages, bias, state);
+      add_values(source, slots, queries_, head_dim, b_.p, b_.decay, state.o, stride);
+      return;
+    }
+    const bool finite = widen(source, slots, pages);
+    score(b_.widened, pages, b_.q, queries_, head_dim, b_.p);
+    for (int i = 0; i < queries_; ++i) softmax(i, begin, pages, bias, state);
+    if (finite) {
+      add_values(b_.widened, slots, queries_, head_dim, b_.p, b_.decay, state.o, stride);
+      return;
+    }
+    for (int i = 0; i < queries_; ++i) {
+      SlotRange own = clip(b_.visible[i], begin + slots.begin, begin + slots.end);
+      own = own.begin < own.end ? SlotRange{own.begin - begin, own.end - begin} : SlotRange{0, 0};
+      add_values(b_.widened, own, 1, head_dim, b_.p + i * kTileSlots, b_.decay + i, state.o + i * stride, stride);
+    }
+  }
+
+  // False if a value is infinite or not a number.
+  template <class Pages>
+  bool widen(const Pages& source, SlotRange slots, PageRange pages) const {
+    const Widened& w = b_.widened;
+    for (int p = pages.begin; p < pages.end; ++p) {
+      for (int pair = 0; pair < launch_.head_dim / 2; ++pair) {
+        vfloat even, odd;
+        source.keys(p, pair, even, odd);
+        store(w.key_rows + 2 * pair * kTileSlots + p * kPageTokens, even);
+        store(w.key_rows + (2 * pair + 1) * kTileSlots + p * kPageTokens, odd);
+      }
+    }
+    vint largest = izero();
+    for (int column = 0; column < launch_.head_dim; column += 16) {
+      const vmask m = first_lanes(launch_.head_dim - column);
+      for (int slot = slots.begin; slot < slots.end; ++slot) {
+        const vfloat v = source.value(slot, column, m);
+        largest = max(largest, bit_and(bits(v), isplat(0x7fffffff)));
+        store(w.value_rows + slot * w.stride + column, v);
+      }
+    }
+    return reduce_max(largest) < 0x7f800000;
+  }
+
+  // Scores to weights, for one query; updates its maximum, its sum and the decay of what it has so far.
+  void softmax(int i, int begin, PageRange pages, float bias, const State& state) {
+    const SlotRange own = b_.visible[i];
+    float* p = b_.p + i * kTileSlots;
+    vfloat s[kTilePages], largest = splat(-__builtin_inff());
+    for (int j = pages.begin; j < pages.end; ++j) {
+      const int base = begin + j * kPageTokens;
+      const vfloat scores = fma(load(p + j * kPageTokens), splat(launch_.scale), splat(bias));
+      s[j] = select(lanes(own.begin - base, own.end - base), scores, splat(-__builtin_inff()));
+      largest = max(largest, s[j]);
+    }
+    const float old_top = state.top[i], tile_top = reduce_max(largest), top = tile_top > old_top ? tile_top : old_top;
+    const vfloat decay = top == old_top ? splat(1.0f) : exp(splat(old_top - top));  // exp(0) is exactly 1
+    vfloat sum = load(b_.lanes + 16 * i) * decay;
+    for (int j = pages.begin; j < pages.end; ++j) {
+      const vfloat weight = exp(s[j] - splat(top));
+      sum = sum + weight;
+      store(p + j * kPageTokens, weight);
+    }
+    store(b_.lanes + 16 * i, sum);
+    store(first_lanes(1), b_.decay + i, decay);
+    state.top[i] = top;
+  }
+
+  const AttentionLaunch& launch_;
+  const StepView& step_;
+  const RowBlock block_;
+  const int kv_head_;
+  const Buffers b_;
+  const int ratio_, queries_;
+};
+
+}  // namespace
+
+RIDGELINE_END
