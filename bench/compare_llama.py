@@ -4,8 +4,9 @@
 
 Each side is a process of its own, run by the Python that has it installed, which loads the model once and
 then waits. Rounds alternate between the sides, so that both see the same drift of the machine; a figure is
-the median of its rounds, a ratio the median of the rounds' ratios. Both sides take the likeliest token
-of each step, with the same number of threads. A side that is not installed is named as absent.
+the median of its rounds, a ratio the median of the rounds' ratios; beside it stands the ratio of each
+side's best round, which other work on the machine disturbs least. Both sides take the likeliest token of
+each step, with the same number of threads. A side that is not installed is named as absent.
 """
 
 from __future__ import annotations
@@ -184,8 +185,11 @@ def compare(ours: Side, theirs: Side, rounds: int) -> dict[str, Any]:
         for key in FIGURES:
             ratios = sorted(a[key] / b[key] for a, b in zip(ours.rounds, theirs.rounds, strict=True))
             result[f"{key.removesuffix('_tokens_per_s')}_ratio"] = {
-                "median": median(ratios), "least": ratios[0], "most": ratios[-1],
-            }  # fmt: skip
+                "median": median(ratios),
+                "least": ratios[0],
+                "most": ratios[-1],
+                "of_best_rounds": max(r[key] for r in ours.rounds) / max(r[key] for r in theirs.rounds),
+            }
     return result
 
 
@@ -200,7 +204,7 @@ def show(result: dict[str, Any], ours: Side, theirs: Side) -> None:
     for phase in ("prefill", "decode"):
         ratio = result.get(f"{phase}_ratio")
         if ratio:
-            spread = f"{ratio['least']:.2f} to {ratio['most']:.2f}"
+            spread = f"{ratio['least']:.2f} to {ratio['most']:.2f}; best rounds {ratio['of_best_rounds']:.2f}"
             print(f"{phase}: {ratio['median']:.2f} times llama.cpp ({spread})")
 
 

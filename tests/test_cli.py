@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from ridgeline.cli.errors import user_message
 from ridgeline.cli.run import read_prompt
 from ridgeline.config import EngineConfig
 from ridgeline.llm import LLM
-from ridgeline.types import RequestError, SamplingParams
+from ridgeline.types import CompletionOutput, RequestError, RequestMetrics, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from tiny_models import TinyModel
@@ -303,6 +303,18 @@ def test_seeds_repeat_and_flags_win_over_the_environment(
     monkeypatch.setenv("RIDGELINE_SEED", "5")
     assert " + 3 output tokens" in ridgeline("run", "--temperature", 1, "hi").err
     assert " + 2 output tokens" in ridgeline("run", "--max-tokens", 2, "--temperature", 1, "hi").err
+
+
+def test_an_answer_that_breaks_off_is_an_error(
+    ridgeline: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: LLM, messages: object, params: object) -> Generator[RequestOutput, None, None]:
+        choice = CompletionOutput(0, "half", (5,), "error", "logits are not finite")
+        yield RequestOutput("0", None, (1,), (choice,), True, RequestMetrics(0.0, 1.0, 2.0))
+
+    monkeypatch.setattr(LLM, "stream_chat", broken)
+    expected = "error: the answer broke off: logits are not finite\n"
+    assert ridgeline("run", "-m", tiny_llama, "hi") == Outcome(1, "half\n", expected)
 
 
 def test_show_describes_a_model(ridgeline: Cli, tiny_llama: Path) -> None:

@@ -119,7 +119,7 @@ class _Chat:
     def _stream(self) -> Any:
         """Stream the answer to the conversation; its last state, None if it was stopped before any."""
         from ridgeline.cli.markdown import answer_printer
-        from ridgeline.cli.run import sampling_params
+        from ridgeline.cli.run import check_answer, sampling_params
 
         params = sampling_params(self.llm, self.conversation.sampling)
         self._make_room(params.max_tokens)
@@ -132,6 +132,8 @@ class _Chat:
                 shown = len(grown)
                 if stopped():
                     break
+        if last is not None:
+            check_answer(last)
         return last
 
     def _make_room(self, wanted_tokens: int | None) -> None:

@@ -16,7 +16,7 @@ from ridgeline.cli import options
 from ridgeline.cli.options import given
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from ridgeline.cli.figures import Figures
     from ridgeline.llm import LLM
@@ -91,7 +91,17 @@ def answer(llm: LLM, text: str, system: str | None, sampling: dict[str, Any]) ->
     sys.stdout.write("\n")
     sys.stdout.flush()
     assert last is not None
+    check_answer(last)
     return Figures.of(last, before, llm.stats.decode.work)
+
+
+def check_answer(output: RequestOutput) -> None:
+    """Raise RequestError when the engine could not go on with an answer."""
+    from ridgeline.types import RequestError
+
+    choice = output.outputs[0]
+    if choice.finish_reason == "error":
+        raise RequestError(f"the answer broke off: {choice.stop_reason}")
 
 
 def sampling_params(llm: LLM, sampling: dict[str, Any]) -> SamplingParams:
@@ -109,7 +119,9 @@ def sampling_params(llm: LLM, sampling: dict[str, Any]) -> SamplingParams:
     return replace(defaults, **sampling)
 
 
-def _outputs(llm: LLM, text: str, system: str | None, params: SamplingParams) -> Iterator[RequestOutput]:
+def _outputs(
+    llm: LLM, text: str, system: str | None, params: SamplingParams
+) -> Generator[RequestOutput, None, None]:
     if llm.loaded.chat_template is None and system is None:
         return llm.stream(text, params)
     opening = [{"role": "system", "content": system}] if system else []
