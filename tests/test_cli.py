@@ -235,7 +235,7 @@ def test_a_reader_that_leaves_is_no_error(tiny_llama: Path, tmp_path: Path) -> N
         ("why?", "", "why?"),
         ("-", "from a pipe\n", "from a pipe"),
         (None, "from a pipe\n", "from a pipe"),
-        ("explain", "the code\n", "the code\n\nexplain"),
+        ("explain", "a pipe that may stay open\n", "explain"),
         ("\udcff text", "", "\ufffd text"),
         ("-", "naïve ☃\n\n", "naïve ☃"),
     ],

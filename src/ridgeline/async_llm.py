@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ridgeline.config import EngineConfig
-from ridgeline.loading import Message, Prompt, load_engine, text_of
+from ridgeline.loading import LoadedFace, Message, Prompt, load_engine, text_of
 from ridgeline.types import (
     EngineDeadError,
     Request,
@@ -24,12 +24,10 @@ from ridgeline.types import (
 )
 
 if TYPE_CHECKING:
-    from ridgeline.engine import EngineStats
-    from ridgeline.loading import LoadedModel
-    from ridgeline.model.tokenizer import Tokenizer
+    pass
 
 
-class AsyncLLM:
+class AsyncLLM(LoadedFace):
     """A model for asyncio: the engine runs in a thread of its own and requests come and go while it does.
 
     `options` are the fields of EngineConfig; loading blocks. An async context manager, or `close` it. When
@@ -74,30 +72,6 @@ class AsyncLLM:
         """End a request; its reader gets a last output with the reason "abort". Unknown ids are ignored."""
         with suppress(EngineDeadError):
             self._send(partial(self._abort, request_id))
-
-    @property
-    def loaded(self) -> LoadedModel:
-        """The parts that the model is made of; they belong to this object."""
-        return self._loaded
-
-    @property
-    def config(self) -> EngineConfig:
-        """The settings, with nothing left to choose."""
-        return self._loaded.config
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._loaded.tokenizer
-
-    @property
-    def sampling_defaults(self) -> SamplingParams:
-        """What applies where no parameters are given."""
-        return self._loaded.sampling_defaults
-
-    @property
-    def stats(self) -> EngineStats:
-        """Steps, time and work so far."""
-        return self._loaded.engine.stats
 
     @property
     def is_alive(self) -> bool:

@@ -10,16 +10,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ridgeline.config import EngineConfig
-from ridgeline.loading import Message, Prompt, load_engine, text_of
+from ridgeline.loading import LoadedFace, Message, Prompt, load_engine, text_of
 from ridgeline.types import EngineDeadError, Request, RequestError, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
-    from ridgeline.engine import EngineStats
-    from ridgeline.loading import LoadedModel
-    from ridgeline.model.tokenizer import Tokenizer
+    pass
 
 
-class LLM:
+class LLM(LoadedFace):
     """A model that is loaded and ready. Safe to use from several threads; a context manager, or `close` it.
 
     `options` are the fields of EngineConfig. Raises ConfigError, CheckpointError or CapacityError.
@@ -68,30 +66,6 @@ class LLM:
     ) -> Generator[RequestOutput, None, None]:
         """Answer one conversation, as `stream` does."""
         yield from self._stream(None, self._loaded.chat_tokens(messages), params)
-
-    @property
-    def loaded(self) -> LoadedModel:
-        """The parts that the model is made of; they belong to this object."""
-        return self._loaded
-
-    @property
-    def config(self) -> EngineConfig:
-        """The settings, with nothing left to choose."""
-        return self._loaded.config
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._loaded.tokenizer
-
-    @property
-    def sampling_defaults(self) -> SamplingParams:
-        """What applies where no parameters are given."""
-        return self._loaded.sampling_defaults
-
-    @property
-    def stats(self) -> EngineStats:
-        """Steps, time and work so far."""
-        return self._loaded.engine.stats
 
     def close(self) -> None:
         """Free the model. Idempotent; requests under way are aborted."""

@@ -12,7 +12,7 @@ from ridgeline.config import EngineConfig
 from ridgeline.types import CapacityError, ConfigError, RequestError, SamplingParams
 
 if TYPE_CHECKING:
-    from ridgeline.engine import Engine
+    from ridgeline.engine import Engine, EngineStats
     from ridgeline.execution.base import Executor, Limits
     from ridgeline.model.chat_template import ChatTemplate
     from ridgeline.model.program import Program
@@ -55,6 +55,36 @@ class LoadedModel:
         if self.chat_template is None:
             raise RequestError("model has no chat template; accepted: a plain prompt, or a chat model")
         return tuple(self.chat_template.encode(messages))
+
+
+class LoadedFace:
+    """What everybody who owns a LoadedModel shows of it."""
+
+    _loaded: LoadedModel
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The parts that the model is made of; they belong to this object."""
+        return self._loaded
+
+    @property
+    def config(self) -> EngineConfig:
+        """The settings, with nothing left to choose."""
+        return self._loaded.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._loaded.tokenizer
+
+    @property
+    def sampling_defaults(self) -> SamplingParams:
+        """What applies where no parameters are given."""
+        return self._loaded.sampling_defaults
+
+    @property
+    def stats(self) -> EngineStats:
+        """Steps, time and work so far."""
+        return self._loaded.engine.stats
 
 
 def text_of(prompt: Prompt) -> str | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
-import stat
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -26,7 +24,6 @@ Prompt = Annotated[
     str | None,
     typer.Argument(help="What to ask; `-` or a pipe reads it from standard input.", show_default=False),
 ]
-_PATIENCE_S = 2.0
 _UNADVISED: dict[str, Any] = {"temperature": 0.2, "top_p": 0.9}
 """Sampling for a person who reads the answer, where the model's makers recommend nothing: the plain
 distribution of a small model wanders. The values are those on SmolLM2's model card."""
@@ -129,46 +126,23 @@ def _outputs(
 
 
 def read_prompt(argument: str | None) -> str:
-    """The prompt: the argument, standard input, or both, input first. Raises RequestError for none."""
+    """The prompt: the argument, or standard input for `-` and for no argument at all.
+
+    A pipe is not read beside an argument: whoever starts us from a program may hold one open for ever.
+    Raises RequestError when there is no prompt.
+    """
     from ridgeline.types import RequestError
 
-    parts = [_clean(argument)] if argument is not None and argument != "-" else []
-    descriptor = _input_descriptor()
-    if descriptor is not None and (argument == "-" or _is_piped(descriptor)):
-        if parts:
-            _be_patient(descriptor)
-        parts.insert(0, sys.stdin.buffer.read().decode("utf-8", "replace").rstrip("\n"))
-    text = "\n\n".join(part for part in parts if part)
+    if argument not in (None, "-"):
+        text = os.fsencode(argument).decode("utf-8", "replace")
+    elif argument == "-" or not _is_terminal():
+        text = sys.stdin.buffer.read().decode("utf-8", "replace").rstrip("\n") if sys.stdin else ""
+    else:
+        text = ""
     if not text:
         raise RequestError("prompt is empty; accepted: a text, or `-` and a text on standard input")
     return text
 
 
-def _input_descriptor() -> int | None:
-    """Standard input's descriptor; None where the process was started without one."""
-    try:
-        return sys.stdin.fileno()
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def _clean(argument: str) -> str:
-    """The argument's bytes as text; what is not UTF-8 in them is replaced."""
-    return os.fsencode(argument).decode("utf-8", "replace")
-
-
-def _is_piped(descriptor: int) -> bool:
-    """Whether somebody redirected a file or a pipe here; a terminal and /dev/null are neither."""
-    try:
-        mode = os.fstat(descriptor).st_mode
-    except OSError:
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-
-
-def _be_patient(descriptor: int) -> None:
-    """Tell a user who waits why: a pipe that stays open and silent keeps the prompt from being complete."""
-    from ridgeline.cli.output import note
-
-    if not select.select([descriptor], [], [], _PATIENCE_S)[0]:
-        note("waiting for the end of standard input, which is part of the prompt (</dev/null leaves it out)")
+def _is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,21 +19,12 @@ from ridgeline.execution.step_arrays import StepArrays, rope_tables
 from ridgeline.model.program import MemoryGroup, Program, Rope, StepLoad, Value, Weight
 from ridgeline.model.spec import RopeSpec
 from ridgeline.model.weights import Weights
-from ridgeline.native import Matrix, StepInputs, Tape, Team, allocate, copy_page, isa_levels, pack
+from ridgeline.native import Matrix, StepInputs, Tape, Team, allocate, copy_page, pack
 from ridgeline.precision.storage import Tensor, float32_tensor
-from ridgeline.types import ConfigError, Float32Array, PageCopy, Step, StepResult
+from ridgeline.resources.machine import choose_isa
+from ridgeline.types import Float32Array, PageCopy, Step, StepResult
 
-ISA_VARIABLE = "RIDGELINE_ISA"
 _KV_DTYPES: dict[str, type[np.uint16] | type[np.float32]] = {"KV16": np.uint16, "KV32": np.float32}
-
-
-def choose_isa() -> str:
-    """The best instruction set of this machine, or the one that RIDGELINE_ISA forces."""
-    levels = isa_levels()
-    forced = os.environ.get(ISA_VARIABLE)
-    if forced and forced not in levels:
-        raise ConfigError(f"{ISA_VARIABLE} is {forced!r}; this machine accepts: {', '.join(levels)}")
-    return forced or levels[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -281,9 +281,11 @@ class BlockTask {
     float* p = b_.p + i * kTileSlots;
     vfloat s[kTilePages], largest = splat(-__builtin_inff());
     for (int j = pages.begin; j < pages.end; ++j) {
-      const int base = begin + j * kPageTokens;
-      const vfloat scores = fma(load(p + j * kPageTokens), splat(launch_.scale), splat(bias));
-      s[j] = select(lanes(own.begin - base, own.end - base), scores, splat(-__builtin_inff()));
+      s[j] = fma(load(p + j * kPageTokens), splat(launch_.scale), splat(bias));
+      const int first = begin + j * kPageTokens;
+      if (own.begin > first || own.end < first + kPageTokens) {
+        s[j] = select(lanes(own.begin - first, own.end - first), s[j], splat(-__builtin_inff()));
+      }
       largest = max(largest, s[j]);
     }
     const float old_top = state.top[i], tile_top = reduce_max(largest), top = tile_top > old_top ? tile_top : old_top;
