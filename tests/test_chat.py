@@ -9,6 +9,7 @@ import pty
 import re
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -154,23 +155,27 @@ def read_terminal(descriptor: int, until: str, seconds: float = 30.0) -> str:
 def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(tiny_llama: Path, tmp_path: Path) -> None:
     options = ["--temperature", "1", "--seed", "3"]
     command = [sys.executable, "-m", "ridgeline.cli.main", "chat", "-m", str(tiny_llama), *options]
-    child, terminal = pty.fork()
-    if child == 0:
-        environment = {**os.environ, "RIDGELINE_CACHE": str(tmp_path), "TERM": "xterm", "COLUMNS": "80"}
-        os.execve(sys.executable, command, environment)
-    read_terminal(terminal, ">>> ")
-    os.write(terminal, b"/set logit_bias 1\n")
-    assert "error: setting is 'logit_bias'" in read_terminal(terminal, ">>> ")
-    os.write(terminal, b"\x03")
-    read_terminal(terminal, ">>> ")
-    os.write(terminal, b"hello\n")
-    read_terminal(terminal, "\x1b[?25l")  # the answer has begun: the cursor is hidden
-    os.write(terminal, b"\x03")
-    read_terminal(terminal, ">>> ")
-    os.write(terminal, b"\x04")
-    _, status = os.waitpid(child, 0)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == 0
+    environment = {**os.environ, "RIDGELINE_CACHE": str(tmp_path), "TERM": "xterm", "COLUMNS": "80"}
+    terminal, inside = pty.openpty()
+    # A session of its own, so that the interrupt below reaches the chat alone.
+    streams = {"stdin": inside, "stdout": inside, "stderr": inside}
+    child = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+    os.close(inside)
+    try:
+        read_terminal(terminal, ">>> ")
+        os.write(terminal, b"/set logit_bias 1\n")
+        assert "error: setting is 'logit_bias'" in read_terminal(terminal, ">>> ")
+        child.send_signal(signal.SIGINT)
+        read_terminal(terminal, ">>> ")
+        os.write(terminal, b"hello\n")
+        read_terminal(terminal, "\x1b[?25l")  # the answer has begun: the cursor is hidden
+        child.send_signal(signal.SIGINT)
+        read_terminal(terminal, ">>> ")
+        os.write(terminal, b"\x04")
+        assert child.wait(timeout=30) == 0
+    finally:
+        child.kill()
+        os.close(terminal)
     history = tmp_path / "chat_history"
     assert "hello" in history.read_text(encoding="utf-8")
     assert history.stat().st_mode & 0o077 == 0
