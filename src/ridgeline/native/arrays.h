@@ -12,7 +12,8 @@ namespace ridgeline {
 
 namespace nb = nanobind;
 
-[[noreturn]] inline void refuse(const std::string& name, const std::string& seen, const std::string& accepted) {
+[[noreturn]] inline void refuse(const std::string& name, const std::string& seen,
+                                const std::string& accepted) {
   throw std::invalid_argument(name + " is " + seen + "; accepted: " + accepted);
 }
 
@@ -45,15 +46,18 @@ class Array {
   // Throws std::invalid_argument naming the argument.
   Array(nb::handle object, const char* name, int dimensions, Access access = Access::read) {
     const std::string accepted = std::string("a C-contiguous ") + ItemFormat<T>::name + " array of " +
-                                 std::to_string(dimensions) + (dimensions == 1 ? " dimension" : " dimensions");
+                                 std::to_string(dimensions) +
+                                 (dimensions == 1 ? " dimension" : " dimensions");
     if (PyObject_GetBuffer(object.ptr(), &buffer_, PyBUF_STRIDES | PyBUF_FORMAT) != 0) {
       PyErr_Clear();
       buffer_.obj = nullptr;
       refuse(name, std::string("a ") + Py_TYPE(object.ptr())->tp_name, accepted);
     }
     held_ = true;
-    if (!is_item_type()) fail(name, "of item type '" + std::string(buffer_.format ? buffer_.format : "B") + "'", accepted);
-    if (buffer_.ndim != dimensions) fail(name, "of " + std::to_string(buffer_.ndim) + " dimensions", accepted);
+    if (!is_item_type())
+      fail(name, "of item type '" + std::string(buffer_.format ? buffer_.format : "B") + "'", accepted);
+    if (buffer_.ndim != dimensions)
+      fail(name, "of " + std::to_string(buffer_.ndim) + " dimensions", accepted);
     if (!PyBuffer_IsContiguous(&buffer_, 'C')) fail(name, "not C-contiguous", accepted);
     if (access == Access::write && buffer_.readonly) fail(name, "read-only", accepted + ", writable");
   }
@@ -103,7 +107,8 @@ class Array {
     if (buffer_.itemsize != Py_ssize_t(sizeof(T))) return false;
     const char* format = buffer_.format == nullptr ? "B" : buffer_.format;
     if (*format == '@' || *format == '=' || *format == '<') ++format;
-    return *format != '\0' && format[1] == '\0' && std::string(ItemFormat<T>::codes).find(*format) != std::string::npos;
+    return *format != '\0' && format[1] == '\0' &&
+           std::string(ItemFormat<T>::codes).find(*format) != std::string::npos;
   }
   [[noreturn]] void fail(const char* name, const std::string& seen, const std::string& accepted) {
     release();

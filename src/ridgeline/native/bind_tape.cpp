@@ -37,9 +37,15 @@ bool is_bytes(nb::handle object) {
 struct PyPart {
   PyPart(std::shared_ptr<Matrix> matrix_, nb::object out_, nb::object bias_, std::shared_ptr<Matrix> gate_,
          nb::object gate_bias_, const std::string& activation_, bool accumulate_)
-      : matrix(std::move(matrix_)), gate(std::move(gate_)), out(std::move(out_)), bias(std::move(bias_)),
-        gate_bias(std::move(gate_bias_)), activation(activation_named(activation_)), accumulate(accumulate_) {
-    if (gate != nullptr && (gate->shape().rows != matrix->shape().rows || gate->shape().cols != matrix->shape().cols)) {
+      : matrix(std::move(matrix_)),
+        gate(std::move(gate_)),
+        out(std::move(out_)),
+        bias(std::move(bias_)),
+        gate_bias(std::move(gate_bias_)),
+        activation(activation_named(activation_)),
+        accumulate(accumulate_) {
+    if (gate != nullptr &&
+        (gate->shape().rows != matrix->shape().rows || gate->shape().cols != matrix->shape().cols)) {
       refuse("gate", std::to_string(gate->shape().rows) + " x " + std::to_string(gate->shape().cols),
              "the matrix's shape, " + std::to_string(matrix->shape().rows) + " x " +
                  std::to_string(matrix->shape().cols));
@@ -56,9 +62,9 @@ struct PyPart {
 
 struct PyStep {
   PyStep(nb::object tokens, nb::object positions, nb::object slots, nb::object row_sequence,
-         nb::object sequence_row_begin, nb::object output_rows, nb::object segment_begin, nb::object segment_length,
-         nb::object segment_first_position, nb::object segment_bias, nb::object segment_causal, nb::object table_begin,
-         nb::object tables, nb::object logits_) {
+         nb::object sequence_row_begin, nb::object output_rows, nb::object segment_begin,
+         nb::object segment_length, nb::object segment_first_position, nb::object segment_bias,
+         nb::object segment_causal, nb::object table_begin, nb::object tables, nb::object logits_) {
     logits = Array<float>(logits_, "logits", 2, Access::write);
     bias = Array<float>(segment_bias, "segment_bias", 1);
     causal = Array<uint8_t>(segment_causal, "segment_causal", 1);
@@ -111,19 +117,23 @@ class PyTape {
 
   Tape& tape() { return tape_; }
 
-  void embed(std::shared_ptr<Matrix> matrix, nb::object out, float scale, const std::string& source, bool accumulate) {
-    if (source != "tokens" && source != "positions") refuse("source", "'" + source + "'", "tokens or positions");
-    EmbedLaunch launch{matrix->view(), f32(out, "out", matrix->shape().cols), scale, source == "positions", accumulate};
+  void embed(std::shared_ptr<Matrix> matrix, nb::object out, float scale, const std::string& source,
+             bool accumulate) {
+    if (source != "tokens" && source != "positions")
+      refuse("source", "'" + source + "'", "tokens or positions");
+    EmbedLaunch launch{matrix->view(), f32(out, "out", matrix->shape().cols), scale, source == "positions",
+                       accumulate};
     matrices_.push_back(std::move(matrix));
     tape_.append("embed", launch);
   }
 
-  void norm(nb::object x, nb::object out, const std::string& kind, float eps, int64_t width, nb::object weight,
-            nb::object bias, bool gather, bool accumulate) {
+  void norm(nb::object x, nb::object out, const std::string& kind, float eps, int64_t width,
+            nb::object weight, nb::object bias, bool gather, bool accumulate) {
     if (kind != "rms" && kind != "layer") refuse("kind", "'" + kind + "'", "rms or layer");
     const int32_t w = checked_int("width", width, 1, kLargest);
-    tape_.append("norm", NormLaunch{f32(x, "x", w, Access::read), target(out, "out", w, accumulate), w, eps,
-                                    vector(weight, "weight", w), vector(bias, "bias", w), kind == "layer", gather});
+    tape_.append("norm",
+                 NormLaunch{f32(x, "x", w, Access::read), target(out, "out", w, accumulate), w, eps,
+                            vector(weight, "weight", w), vector(bias, "bias", w), kind == "layer", gather});
   }
 
   void quantise(nb::object x, nb::object out, int64_t width, bool gather) {
@@ -136,9 +146,11 @@ class PyTape {
     tape_.append("add", AddLaunch{f32(x, "x", w, Access::read), f32(out, "out", w), w});
   }
 
-  void activate(nb::object x, nb::object out, int64_t width, const std::string& activation, nb::object times) {
+  void activate(nb::object x, nb::object out, int64_t width, const std::string& activation,
+                nb::object times) {
     const int32_t w = checked_int("width", width, 1, kLargest);
-    ActivateLaunch launch{f32(x, "x", w, Access::read), {}, target(out, "out", w, false), w, activation_named(activation)};
+    ActivateLaunch launch{
+        f32(x, "x", w, Access::read), {}, target(out, "out", w, false), w, activation_named(activation)};
     if (!times.is_none()) launch.times = f32(times, "times", w, Access::read);
     tape_.append("activate", launch);
   }
@@ -199,8 +211,8 @@ class PyTape {
     tape_.append("rope_store", launch);
   }
 
-  void attention(nb::object q, nb::object out, nb::object pool, int64_t group, int64_t heads, int64_t kv_heads,
-                 int64_t head_dim, float scale, int64_t window) {
+  void attention(nb::object q, nb::object out, nb::object pool, int64_t group, int64_t heads,
+                 int64_t kv_heads, int64_t head_dim, float scale, int64_t window) {
     AttentionLaunch launch{};
     check_heads(heads, kv_heads, head_dim, group);
     if (is_bytes(out) && head_dim % kGroup != 0) {
@@ -293,11 +305,13 @@ class PyTape {
 
   static void check_operand(const Matrix& matrix, int32_t cols, bool quantised) {
     if (matrix.shape().cols != cols) {
-      refuse("cols of a part", std::to_string(matrix.shape().cols), std::to_string(cols) + ", as the first part has");
+      refuse("cols of a part", std::to_string(matrix.shape().cols),
+             std::to_string(cols) + ", as the first part has");
     }
     if (is_quantised(matrix.shape().storage) != quantised) {
       refuse("x", quantised ? "an A8 buffer" : "a float32 buffer",
-             quantised ? "float32 for a matrix of " + matrix.storage_name() : "A8 for a matrix of " + matrix.storage_name());
+             quantised ? "float32 for a matrix of " + matrix.storage_name()
+                       : "A8 for a matrix of " + matrix.storage_name());
     }
   }
 
@@ -331,17 +345,17 @@ class PyTape {
 
 void bind_tape(nb::module_& m) {
   using namespace nb::literals;
-  nb::class_<PyPart>(m, "Part")
-      .def(nb::init<std::shared_ptr<Matrix>, nb::object, nb::object, std::shared_ptr<Matrix>, nb::object,
-                    const std::string&, bool>(),
-           "matrix"_a, "out"_a.none(), "bias"_a = nb::none(), "gate"_a = nb::none(), "gate_bias"_a = nb::none(),
-           "activation"_a = "none", "accumulate"_a = false);
+  nb::class_<PyPart>(m, "Part").def(nb::init<std::shared_ptr<Matrix>, nb::object, nb::object,
+                                             std::shared_ptr<Matrix>, nb::object, const std::string&, bool>(),
+                                    "matrix"_a, "out"_a.none(), "bias"_a = nb::none(), "gate"_a = nb::none(),
+                                    "gate_bias"_a = nb::none(), "activation"_a = "none",
+                                    "accumulate"_a = false);
   nb::class_<PyStep>(m, "StepInputs")
-      .def(nb::init<nb::object, nb::object, nb::object, nb::object, nb::object, nb::object, nb::object, nb::object,
-                    nb::object, nb::object, nb::object, nb::object, nb::object, nb::object>(),
+      .def(nb::init<nb::object, nb::object, nb::object, nb::object, nb::object, nb::object, nb::object,
+                    nb::object, nb::object, nb::object, nb::object, nb::object, nb::object, nb::object>(),
            "tokens"_a, "positions"_a, "slots"_a, "row_sequence"_a, "sequence_row_begin"_a, "output_rows"_a,
-           "segment_begin"_a, "segment_length"_a, "segment_first_position"_a, "segment_bias"_a, "segment_causal"_a,
-           "table_begin"_a, "tables"_a, "logits"_a)
+           "segment_begin"_a, "segment_length"_a, "segment_first_position"_a, "segment_bias"_a,
+           "segment_causal"_a, "table_begin"_a, "tables"_a, "logits"_a)
       .def_prop_ro("rows", [](const PyStep& s) { return s.view.rows; })
       .def_prop_ro("outputs", [](const PyStep& s) { return s.view.outputs; });
   nb::class_<PyTape>(m, "Tape")
@@ -349,7 +363,8 @@ void bind_tape(nb::module_& m) {
       .def_prop_ro("isa", [](PyTape& t) { return t.tape().kernels().name; })
       .def_prop_ro("max_rows", [](PyTape& t) { return t.tape().max_rows(); })
       .def_prop_ro("launches", [](PyTape& t) { return t.tape().names(); })
-      .def("embed", &PyTape::embed, "matrix"_a, "out"_a, "scale"_a = 1.0f, "source"_a = "tokens", "accumulate"_a = false)
+      .def("embed", &PyTape::embed, "matrix"_a, "out"_a, "scale"_a = 1.0f, "source"_a = "tokens",
+           "accumulate"_a = false)
       .def("norm", &PyTape::norm, "x"_a, "out"_a, "kind"_a, "eps"_a, "width"_a, "weight"_a = nb::none(),
            "bias"_a = nb::none(), "gather"_a = false, "accumulate"_a = false)
       .def("quantise", &PyTape::quantise, "x"_a, "out"_a, "width"_a, "gather"_a = false)
@@ -357,12 +372,13 @@ void bind_tape(nb::module_& m) {
       .def("activate", &PyTape::activate, "x"_a, "out"_a, "width"_a, "activation"_a, "times"_a = nb::none())
       .def("linear", &PyTape::linear, "x"_a, "parts"_a, "outputs_only"_a = false)
       .def("softcap", &PyTape::softcap, "width"_a, "cap"_a)
-      .def("rope_store", &PyTape::rope_store, "q"_a, "k"_a, "v"_a, "pool"_a, "group"_a, "heads"_a, "kv_heads"_a,
-           "head_dim"_a, "cos"_a = nb::none(), "sin"_a = nb::none(), "rotary_dim"_a = 0, "q_norm"_a = nb::none(),
-           "k_norm"_a = nb::none(), "eps"_a = 1e-6f)
-      .def("attention", &PyTape::attention, "q"_a, "out"_a, "pool"_a, "group"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
-           "scale"_a, "window"_a = 0)
-      .def("run", [](PyTape& t, const PyStep& step) { t.run(step, nullptr); }, "step"_a)
+      .def("rope_store", &PyTape::rope_store, "q"_a, "k"_a, "v"_a, "pool"_a, "group"_a, "heads"_a,
+           "kv_heads"_a, "head_dim"_a, "cos"_a = nb::none(), "sin"_a = nb::none(), "rotary_dim"_a = 0,
+           "q_norm"_a = nb::none(), "k_norm"_a = nb::none(), "eps"_a = 1e-6f)
+      .def("attention", &PyTape::attention, "q"_a, "out"_a, "pool"_a, "group"_a, "heads"_a, "kv_heads"_a,
+           "head_dim"_a, "scale"_a, "window"_a = 0)
+      .def(
+          "run", [](PyTape& t, const PyStep& step) { t.run(step, nullptr); }, "step"_a)
       .def(
           "profile",
           [](PyTape& t, const PyStep& step) {

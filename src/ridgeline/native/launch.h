@@ -1,5 +1,5 @@
-// What a tape holds: one record per kernel call with its pointers bound, and the table of kernels that run them.
-// Pointers are borrowed; the owner of the tape keeps the arrays alive.
+// What a tape holds: one record per kernel call with its pointers bound, and the table of kernels that run
+// them. Pointers are borrowed; the owner of the tape keeps the arrays alive.
 #pragma once
 
 #include <cstddef>
@@ -105,7 +105,11 @@ struct AttentionLaunch {
   float scale;
 };
 
-// Kernels of one ISA level. Every worker calls the same kernel, and in it the same phases (Worker::for_units).
+// Arithmetic whose peak is measured.
+enum class PeakFormat : uint8_t { int8, bf16, fp32 };
+
+// Kernels of one ISA level. Every worker calls the same kernel, and in it the same phases
+// (Worker::for_units).
 struct Kernels {
   const char* name;
   void (*embed)(const EmbedLaunch&, const StepView&, Worker&);
@@ -120,7 +124,7 @@ struct Kernels {
   size_t (*attention_scratch_bytes)(const AttentionLaunch&);
   void (*unpack_row)(const MatrixView&, int64_t row, float* out);
   void (*quantise_rows)(const float* x, int64_t rows, int32_t width, uint8_t* out);
-  double (*peak_ops)(int format, int64_t iterations);
+  double (*peak_ops)(PeakFormat format, int64_t iterations);
 };
 
 // Levels that this machine runs, best first, and the kernels of one of them (null if it has none).

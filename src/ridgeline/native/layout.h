@@ -2,7 +2,8 @@
 //
 // Packed matrix: tiles of 16 output rows, one after the other, each one run of memory that is read from its
 // start to its end. Missing rows of the last tile are zeros.
-//   quantised tile: blocks of a 64-byte header and the codes that belong to it. Q4_1 has a block per group of 32
+//   quantised tile: blocks of a 64-byte header and the codes that belong to it. Q4_1 has a block per group of
+//   32
 //     inputs, its header 16 scales and 16 minima in float16; the others a block per two groups, its header 16
 //     scales of the first group and 16 of the second. Where the groups are odd, the last block has one.
 //     The codes of a group are 64-byte chunks; byte r*4+i of a chunk belongs to row r, so that a chunk is 16
@@ -12,8 +13,8 @@
 //   float32 tile: for each input 16 floats.
 // A8 row: int8 codes [groups*32], float32 scales [groups], int32 sums of codes [groups], float32 scale*sum
 //   [groups]; rows are a multiple of 64 bytes apart.
-// KV page of one head: K as [head_dim/2][16 slots][2], then V as [16 slots][head_dim], bfloat16. In float32 pools K
-// lies as [head_dim][16 slots].
+// KV page of one head: K as [head_dim/2][16 slots][2], then V as [16 slots][head_dim], bfloat16. In float32
+// pools K lies as [head_dim][16 slots].
 #pragma once
 
 #include <cstddef>

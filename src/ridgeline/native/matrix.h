@@ -26,10 +26,13 @@ struct MatrixShape {
   int32_t rows, cols;
   size_t packed_bytes;
 
-  MatrixShape(const std::string& storage_name, int64_t rows_, int64_t cols_) : storage(storage_named(storage_name)) {
+  MatrixShape(const std::string& storage_name, int64_t rows_, int64_t cols_)
+      : storage(storage_named(storage_name)) {
     constexpr int64_t kLargest = 1 << 30;
-    if (rows_ < 1 || rows_ > kLargest) refuse("rows", std::to_string(rows_), "1 to " + std::to_string(kLargest));
-    if (cols_ < 1 || cols_ > kLargest) refuse("cols", std::to_string(cols_), "1 to " + std::to_string(kLargest));
+    if (rows_ < 1 || rows_ > kLargest)
+      refuse("rows", std::to_string(rows_), "1 to " + std::to_string(kLargest));
+    if (cols_ < 1 || cols_ > kLargest)
+      refuse("cols", std::to_string(cols_), "1 to " + std::to_string(kLargest));
     rows = int32_t(rows_);
     cols = int32_t(cols_);
     packed_bytes = size_t(tile_count(rows)) * tile_bytes(storage, cols);

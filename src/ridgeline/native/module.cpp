@@ -21,7 +21,8 @@ namespace ridgeline {
 const Kernels& kernels_named(const std::string& isa) {
   if (const Kernels* kernels = find_kernels(isa.c_str())) return *kernels;
   std::string known;
-  for (const Kernels* level : available_kernels()) known += (known.empty() ? "" : ", ") + std::string(level->name);
+  for (const Kernels* level : available_kernels())
+    known += (known.empty() ? "" : ", ") + std::string(level->name);
   refuse("isa", "'" + isa + "'", known);
 }
 
@@ -44,8 +45,8 @@ nb::ndarray<nb::numpy, T> numpy_array(std::initializer_list<size_t> shape, bool 
   return nb::ndarray<nb::numpy, T>(data, shape, owner);
 }
 
-// Memory for packed weights, cut from slabs of huge pages, because most matrices are smaller than one. A slab lives
-// as long as an array on it. Called with the GIL held.
+// Memory for packed weights, cut from slabs of huge pages, because most matrices are smaller than one. A slab
+// lives as long as an array on it. Called with the GIL held.
 Bytes weight_array(size_t bytes) {
   constexpr size_t kSlabBytes = size_t(32) << 20;
   static std::weak_ptr<Memory> current;
@@ -130,28 +131,34 @@ void copy_page_of(nb::object pool, int64_t source, int64_t target) {
 }
 
 void copy_page(nb::object pool, int64_t source, int64_t target) {
-  Array<float>::holds(pool) ? copy_page_of<float>(pool, source, target) : copy_page_of<uint16_t>(pool, source, target);
+  Array<float>::holds(pool) ? copy_page_of<float>(pool, source, target)
+                            : copy_page_of<uint16_t>(pool, source, target);
 }
 
 std::vector<std::pair<std::string, double>> probe_read(Team& team, int64_t bytes, double seconds) {
   constexpr int64_t kLeast = 1 << 20;
-  if (bytes < kLeast) refuse("working_set_bytes", std::to_string(bytes), "at least " + std::to_string(kLeast));
+  if (bytes < kLeast)
+    refuse("working_set_bytes", std::to_string(bytes), "at least " + std::to_string(kLeast));
   if (!(seconds >= 0.0 && seconds <= 60.0)) refuse("seconds", std::to_string(seconds), "0 to 60");
   nb::gil_scoped_release release;
   return measure_read(team, size_t(bytes), seconds);
 }
 
 double probe_peak(Team& team, const std::string& isa, const std::string& format) {
-  const int number = format == "int8" ? 0 : format == "bf16" ? 1 : format == "fp32" ? 2 : -1;
-  if (number < 0) refuse("format", "'" + format + "'", "int8, bf16 or fp32");
+  constexpr std::pair<const char*, PeakFormat> kFormats[] = {
+      {"int8", PeakFormat::int8}, {"bf16", PeakFormat::bf16}, {"fp32", PeakFormat::fp32}};
+  const auto* found = std::find_if(std::begin(kFormats), std::end(kFormats),
+                                   [&](const auto& known) { return format == known.first; });
+  if (found == std::end(kFormats)) refuse("format", "'" + format + "'", "int8, bf16 or fp32");
   const Kernels& kernels = kernels_named(isa);
   nb::gil_scoped_release release;
-  return measure_peak(team, kernels, number);
+  return measure_peak(team, kernels, found->second);
 }
 
 std::shared_ptr<Team> make_team(int64_t threads) {
   constexpr int64_t kMost = 4096;
-  if (threads < 1 || threads > kMost) refuse("threads", std::to_string(threads), "1 to " + std::to_string(kMost));
+  if (threads < 1 || threads > kMost)
+    refuse("threads", std::to_string(threads), "1 to " + std::to_string(kMost));
   return std::make_shared<Team>(int(threads));
 }
 
@@ -166,7 +173,8 @@ NB_MODULE(_native, m) {
       .def_prop_ro("threads", &Team::threads)
       .def("close", &Team::close, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Matrix>(m, "Matrix")
-      .def(nb::init<nb::object, const std::string&, int64_t, int64_t>(), "packed"_a, "storage"_a, "rows"_a, "cols"_a)
+      .def(nb::init<nb::object, const std::string&, int64_t, int64_t>(), "packed"_a, "storage"_a, "rows"_a,
+           "cols"_a)
       .def_prop_ro("rows", [](const Matrix& x) { return x.shape().rows; })
       .def_prop_ro("cols", [](const Matrix& x) { return x.shape().cols; })
       .def_prop_ro("storage", &Matrix::storage_name)

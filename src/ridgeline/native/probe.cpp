@@ -6,7 +6,6 @@
 
 #include "memory.h"
 
-
 namespace ridgeline {
 namespace {
 
@@ -41,8 +40,8 @@ struct Pattern {
   size_t ahead_bytes;
 };
 constexpr Pattern kPatterns[] = {
-    {"sequential", 1, 0},          {"sequential, prefetch 1 KiB", 1, 1024}, {"sequential, prefetch 4 KiB", 1, 4096},
-    {"4 streams", 4, 0},           {"4 streams, prefetch 1 KiB", 4, 1024},  {"16 streams", 16, 0},
+    {"sequential", 1, 0}, {"sequential, prefetch 1 KiB", 1, 1024}, {"sequential, prefetch 4 KiB", 1, 4096},
+    {"4 streams", 4, 0},  {"4 streams, prefetch 1 KiB", 4, 1024},  {"16 streams", 16, 0},
 };
 
 double read_pass(Team& team, const Memory& memory, const Pattern& pattern) {
@@ -77,7 +76,7 @@ std::vector<std::pair<std::string, double>> measure_read(Team& team, size_t byte
   return results;
 }
 
-double measure_peak(Team& team, const Kernels& kernels, int format) {
+double measure_peak(Team& team, const Kernels& kernels, PeakFormat format) {
   constexpr double kRunSeconds = 0.05;
   constexpr int kRuns = 4, kUnitsPerWorker = 16;
   double best = 0.0;

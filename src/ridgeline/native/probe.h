@@ -13,7 +13,7 @@ namespace ridgeline {
 // GB/s (1e9 bytes) of reading `bytes` of memory once per pass, by access pattern; the best pass counts.
 std::vector<std::pair<std::string, double>> measure_read(Team& team, size_t bytes, double seconds);
 
-// Operations per second of register-only loops on all workers. 0: int8, 1: bf16, 2: fp32.
-double measure_peak(Team& team, const Kernels& kernels, int format);
+// Operations per second of register-only loops on all workers; 0 where the level has none of that format.
+double measure_peak(Team& team, const Kernels& kernels, PeakFormat format);
 
 }  // namespace ridgeline

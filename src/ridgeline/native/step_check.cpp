@@ -21,7 +21,8 @@ std::string range(int64_t low, int64_t high) { return std::to_string(low) + " to
 void check_offsets(const char* name, const int32_t* offsets, int64_t count, int64_t last, bool at_most) {
   require(offsets[0] == 0, name, 0, offsets[0], "0");
   for (int64_t i = 1; i <= count; ++i) {
-    require(offsets[i] >= offsets[i - 1] && offsets[i] <= last, name, i, offsets[i], range(offsets[i - 1], last));
+    require(offsets[i] >= offsets[i - 1] && offsets[i] <= last, name, i, offsets[i],
+            range(offsets[i - 1], last));
   }
   require(at_most || offsets[count] == last, name, count, offsets[count], std::to_string(last));
 }
@@ -37,20 +38,20 @@ void check_rows(const StepView& step, const StepNeeds& needs) {
     const int32_t last = step.segment_begin[s + 1] - 1;
     for (int32_t row = step.sequence_row_begin[s]; row < step.sequence_row_begin[s + 1]; ++row) {
       require(step.row_sequence[row] == s, "row_sequence", row, step.row_sequence[row], std::to_string(s));
-      require(step.slots[row] >= 0 && step.slots[row] < step.segment_length[last], "slots", row, step.slots[row],
-              "below its segment's length " + std::to_string(step.segment_length[last]));
+      require(step.slots[row] >= 0 && step.slots[row] < step.segment_length[last], "slots", row,
+              step.slots[row], "below its segment's length " + std::to_string(step.segment_length[last]));
     }
   }
   for (int32_t i = 0; i < step.outputs; ++i) {
-    require(step.output_rows[i] >= 0 && step.output_rows[i] < step.rows, "output_rows", i, step.output_rows[i],
-            range(0, int64_t(step.rows) - 1));
+    require(step.output_rows[i] >= 0 && step.output_rows[i] < step.rows, "output_rows", i,
+            step.output_rows[i], range(0, int64_t(step.rows) - 1));
   }
 }
 
 void check_segments(const StepView& step) {
   for (int32_t s = 0; s < step.sequences; ++s) {
-    require(step.segment_begin[s + 1] > step.segment_begin[s], "segment_begin", s + 1, step.segment_begin[s + 1],
-            "at least one segment for every sequence");
+    require(step.segment_begin[s + 1] > step.segment_begin[s], "segment_begin", s + 1,
+            step.segment_begin[s + 1], "at least one segment for every sequence");
   }
   for (int32_t t = 0; t < step.segments; ++t) {
     const int64_t entries = step.table_begin[t + 1] - step.table_begin[t], length = step.segment_length[t];
@@ -66,7 +67,8 @@ void check_page(const StepView& step, const GroupUse& use, int64_t entry) {
 
 // The pages that the rows of a sequence can see in a segment: entries outside are never read.
 void check_readable(const StepView& step, const GroupUse& use, int32_t sequence, int32_t segment) {
-  const int32_t begin_row = step.sequence_row_begin[sequence], end_row = step.sequence_row_begin[sequence + 1];
+  const int32_t begin_row = step.sequence_row_begin[sequence],
+                end_row = step.sequence_row_begin[sequence + 1];
   if (begin_row == end_row) return;
   const auto [low, high] = std::minmax_element(step.positions + begin_row, step.positions + end_row);
   const int64_t first = step.segment_first_position[segment], length = step.segment_length[segment];
@@ -78,7 +80,8 @@ void check_readable(const StepView& step, const GroupUse& use, int32_t sequence,
 }
 
 void check_tables(const StepView& step, const GroupUse& use) {
-  require(use.group < step.groups, "groups in tables", -1, step.groups, "more than " + std::to_string(use.group));
+  require(use.group < step.groups, "groups in tables", -1, step.groups,
+          "more than " + std::to_string(use.group));
   for (int32_t s = 0; s < step.sequences; ++s) {
     const int32_t last = step.segment_begin[s + 1] - 1;
     if (use.writes) {
@@ -97,7 +100,8 @@ void check_step(const StepView& step, int64_t logits_rows, const StepNeeds& need
   require(step.rows >= 1 && step.rows <= needs.max_rows, "rows", -1, step.rows, range(1, needs.max_rows));
   require(step.outputs <= needs.max_rows, "outputs", -1, step.outputs, range(0, needs.max_rows));
   if (needs.logits_width > 0) {
-    require(logits_rows >= step.outputs, "rows of logits", -1, logits_rows, "at least " + std::to_string(step.outputs));
+    require(logits_rows >= step.outputs, "rows of logits", -1, logits_rows,
+            "at least " + std::to_string(step.outputs));
     require(step.vocabulary >= needs.logits_width, "columns of logits", -1, step.vocabulary,
             "at least " + std::to_string(needs.logits_width));
   }

@@ -39,28 +39,30 @@ Tape::Tape(std::shared_ptr<Team> team, const Kernels& kernels, int32_t max_rows)
 
 void Tape::collect(const AnyLaunch& launch) {
   const auto use = [&](GroupUse g) {
-    if (std::find(needs_.groups.begin(), needs_.groups.end(), g) == needs_.groups.end()) needs_.groups.push_back(g);
+    if (std::find(needs_.groups.begin(), needs_.groups.end(), g) == needs_.groups.end())
+      needs_.groups.push_back(g);
   };
-  std::visit(Overloaded{
-                 [&](const EmbedLaunch& l) {
-                   int32_t& limit = l.by_position ? needs_.position_ids : needs_.token_ids;
-                   limit = std::min(limit, l.matrix.rows);
-                 },
-                 [&](const LinearLaunch& l) {
-                   for (const LinearPart& part : l.parts) {
-                     const bool logits = part.out.f32.data == nullptr && part.out.a8.data == nullptr;
-                     if (logits) needs_.logits_width = std::max(needs_.logits_width, part.matrix.rows);
-                   }
-                 },
-                 [&](const SoftcapLaunch& l) { needs_.logits_width = std::max(needs_.logits_width, l.width); },
-                 [&](const RopeStoreLaunch& l) { use({l.group, 0, l.pool.pages, true}); },
-                 [&](const AttentionLaunch& l) {
-                   use({l.group, l.window, l.pool.pages, false});
-                   scratch_bytes_ = std::max(scratch_bytes_, kernels_.attention_scratch_bytes(l));
-                 },
-                 [](const auto&) {},
-             },
-             launch);
+  std::visit(
+      Overloaded{
+          [&](const EmbedLaunch& l) {
+            int32_t& limit = l.by_position ? needs_.position_ids : needs_.token_ids;
+            limit = std::min(limit, l.matrix.rows);
+          },
+          [&](const LinearLaunch& l) {
+            for (const LinearPart& part : l.parts) {
+              const bool logits = part.out.f32.data == nullptr && part.out.a8.data == nullptr;
+              if (logits) needs_.logits_width = std::max(needs_.logits_width, part.matrix.rows);
+            }
+          },
+          [&](const SoftcapLaunch& l) { needs_.logits_width = std::max(needs_.logits_width, l.width); },
+          [&](const RopeStoreLaunch& l) { use({l.group, 0, l.pool.pages, true}); },
+          [&](const AttentionLaunch& l) {
+            use({l.group, l.window, l.pool.pages, false});
+            scratch_bytes_ = std::max(scratch_bytes_, kernels_.attention_scratch_bytes(l));
+          },
+          [](const auto&) {},
+      },
+      launch);
 }
 
 void Tape::append(std::string name, AnyLaunch launch) {

@@ -13,8 +13,8 @@
 
 namespace ridgeline {
 
-using AnyLaunch = std::variant<EmbedLaunch, NormLaunch, QuantiseLaunch, AddLaunch, ActivateLaunch, LinearLaunch,
-                               SoftcapLaunch, RopeStoreLaunch, AttentionLaunch>;
+using AnyLaunch = std::variant<EmbedLaunch, NormLaunch, QuantiseLaunch, AddLaunch, ActivateLaunch,
+                               LinearLaunch, SoftcapLaunch, RopeStoreLaunch, AttentionLaunch>;
 
 // How launches use the page tables of a group.
 struct GroupUse {
@@ -33,7 +33,8 @@ struct StepNeeds {
   std::vector<GroupUse> groups;
 };
 
-// Throws std::invalid_argument with one line. Afterwards no index of the step leads a kernel out of its arrays.
+// Throws std::invalid_argument with one line. Afterwards no index of the step leads a kernel out of its
+// arrays.
 void check_step(const StepView& step, int64_t logits_rows, const StepNeeds& needs);
 
 class Tape {
@@ -61,7 +62,7 @@ class Tape {
   size_t scratch_bytes_ = 0;
   std::vector<Memory> scratch_;  // one per worker
   Memory partials_;
-  std::mutex running_;           // guards blocks_ and scratch_
+  std::mutex running_;  // guards blocks_ and scratch_
 };
 
 }  // namespace ridgeline

@@ -12,8 +12,8 @@
 namespace ridgeline {
 namespace {
 
-// Longer than balanced workers wait for each other. Whoever waits longer sleeps, because the one that is waited
-// for may need this very core.
+// Longer than balanced workers wait for each other. Whoever waits longer sleeps, because the one that is
+// waited for may need this very core.
 constexpr int64_t kPhaseSpinNs = 20'000;
 // Between two steps the caller samples and schedules.
 constexpr int64_t kIdleSpinNs = 50'000;
@@ -29,7 +29,8 @@ void pause() {
 }
 
 int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
       .count();
 }
 
@@ -85,7 +86,8 @@ void Team::close() {
 void Team::run(int phases, void (*task)(void*, int), void* argument) {
   std::lock_guard lock(mutex_);
   if (closed_) throw std::runtime_error("the team is closed");
-  if (owner_process_ != getpid()) throw std::runtime_error("the team's threads stayed in the parent of this fork");
+  if (owner_process_ != getpid())
+    throw std::runtime_error("the team's threads stayed in the parent of this fork");
   if (phases > phase_capacity_) {
     words_.reset(new Word[size_t(phases) * size_t(threads_ + 1)]);
     phase_capacity_ = phases;
@@ -139,8 +141,8 @@ void Team::finish_phase(int phase, int64_t done_by_me, int64_t count) {
   if (count > 0) await([&] { return word.load() == complete; }, kPhaseSpinNs);
 }
 
-// What is waited for is changed before sleepers_ is read here, and checked after sleepers_ was raised there: all
-// of it sequentially consistent, so that no change is slept through.
+// What is waited for is changed before sleepers_ is read here, and checked after sleepers_ was raised there:
+// all of it sequentially consistent, so that no change is slept through.
 void Team::wake() {
   if (sleepers_.load() == 0) return;
   pulse_.fetch_add(1);

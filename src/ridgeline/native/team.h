@@ -52,9 +52,9 @@ class Team {
   int threads() const { return threads_; }
   void close();
 
-  // Calls task(argument, worker) on worker 0 and on those that come in time; at most `phases` phases. A worker
-  // may be called twice. Runs are serialised. Throws std::runtime_error on a closed team or in a forked child,
-  // which has no threads.
+  // Calls task(argument, worker) on worker 0 and on those that come in time; at most `phases` phases. A
+  // worker may be called twice. Runs are serialised. Throws std::runtime_error on a closed team or in a
+  // forked child, which has no threads.
   void run(int phases, void (*task)(void*, int), void* argument);
   template <class F>
   void run(int phases, F&& f) {

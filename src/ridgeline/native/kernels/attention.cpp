@@ -1,5 +1,6 @@
-// Paged attention with online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022). Where blocks
-// of rows are too few to keep the workers busy, their splits are computed side by side (FlashDecoding).
+// Paged attention with online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022). Where
+// blocks of rows are too few to keep the workers busy, their splits are computed side by side
+// (FlashDecoding).
 #include "attention_block.h"
 
 RIDGELINE_BEGIN
@@ -50,7 +51,8 @@ State partial_state(const AttentionLaunch& launch, const StepView& step, int64_t
 
 size_t partial_bytes(const AttentionLaunch& launch) {
   Arena arena{nullptr};
-  arena.take_state(size_t(kBlockRows) * (launch.heads / launch.kv_heads), round_up(size_t(launch.head_dim), 16));
+  arena.take_state(size_t(kBlockRows) * (launch.heads / launch.kv_heads),
+                   round_up(size_t(launch.head_dim), 16));
   return arena.used;
 }
 
@@ -64,7 +66,8 @@ void run_by_splits(const AttentionLaunch& launch, const StepView& step, int64_t 
   worker.for_units(int64_t(step.block_count) * launch.kv_heads, [&](int64_t i) {
     const int block = int(i / launch.kv_heads), kv_head = int(i % launch.kv_heads);
     int64_t unit = 0;
-    for (int b = 0; b < block; ++b) unit += int64_t(splits_of(launch, step, step.blocks[b])) * launch.kv_heads;
+    for (int b = 0; b < block; ++b)
+      unit += int64_t(splits_of(launch, step, step.blocks[b])) * launch.kv_heads;
     const int splits = splits_of(launch, step, step.blocks[block]);
     unit += int64_t(kv_head) * splits;
     BlockTask task(launch, step, step.blocks[block], kv_head, buffers);
@@ -89,7 +92,8 @@ void attention(const AttentionLaunch& launch, const StepView& step, Worker& work
   constexpr int64_t kTasksPerWorker = 4;
   if (worker.team->threads() > 1 && tasks < kTasksPerWorker * worker.team->threads()) {
     int64_t units = 0;
-    for (int b = 0; b < step.block_count; ++b) units += int64_t(splits_of(launch, step, step.blocks[b])) * launch.kv_heads;
+    for (int b = 0; b < step.block_count; ++b)
+      units += int64_t(splits_of(launch, step, step.blocks[b])) * launch.kv_heads;
     if (units > tasks && units * int64_t(partial_bytes(launch)) <= step.partial_bytes) {
       return run_by_splits(launch, step, units, buffers, worker);
     }

@@ -36,7 +36,8 @@ struct F32Pages {
     return load(m, page[slot / kPageTokens] + (kPageTokens + slot % kPageTokens) * head_dim + column);
   }
 };
-// A tile that was widened to float32 for many queries: keys [head_dim][kTileSlots], values [kTileSlots][stride].
+// A tile that was widened to float32 for many queries: keys [head_dim][kTileSlots], values
+// [kTileSlots][stride].
 struct Widened {
   float *key_rows, *value_rows;
   int stride;
@@ -45,7 +46,9 @@ struct Widened {
     even = load(key_rows + 2 * pair * kTileSlots + p * kPageTokens);
     odd = load(key_rows + (2 * pair + 1) * kTileSlots + p * kPageTokens);
   }
-  RIDGELINE_MEMBER vfloat value(int slot, int column, vmask) const { return load(value_rows + slot * stride + column); }
+  RIDGELINE_MEMBER vfloat value(int slot, int column, vmask) const {
+    return load(value_rows + slot * stride + column);
+  }
 };
 
 struct PageRange {
@@ -57,7 +60,8 @@ struct SlotRange {
 
 // out[query][slot] = q . k; rows of out are kTileSlots apart.
 template <int kQueries, int kPages, class Source>
-static void score_tile(const Source& source, int first_page, const float* const* q, int head_dim, float* out) {
+static void score_tile(const Source& source, int first_page, const float* const* q, int head_dim,
+                       float* out) {
   vfloat acc[kQueries][kPages];
   for (int i = 0; i < kQueries; ++i) {
     for (int p = 0; p < kPages; ++p) acc[i][p] = zero();
@@ -125,8 +129,8 @@ RIDGELINE_INLINE void value_columns(const Source& source, SlotRange slots, int h
 
 // The same for any number of queries, up to kMaxQueries at a time.
 template <class Source>
-RIDGELINE_INLINE void score(const Source& source, PageRange pages, const float* const* q, int queries, int head_dim,
-                            float* out) {
+RIDGELINE_INLINE void score(const Source& source, PageRange pages, const float* const* q, int queries,
+                            int head_dim, float* out) {
   int i = 0;
   for (; i + kMaxQueries <= queries; i += kMaxQueries) {
     score_pages<kMaxQueries>(source, pages, q + i, head_dim, out + i * kTileSlots);
@@ -142,11 +146,12 @@ RIDGELINE_INLINE void score(const Source& source, PageRange pages, const float* 
 }
 
 template <class Source>
-RIDGELINE_INLINE void add_values(const Source& source, SlotRange slots, int queries, int head_dim, const float* p,
-                                 const float* decay, float* out, int stride) {
+RIDGELINE_INLINE void add_values(const Source& source, SlotRange slots, int queries, int head_dim,
+                                 const float* p, const float* decay, float* out, int stride) {
   int i = 0;
   for (; i + kMaxQueries <= queries; i += kMaxQueries) {
-    value_columns<kMaxQueries>(source, slots, head_dim, p + i * kTileSlots, decay + i, out + i * stride, stride);
+    value_columns<kMaxQueries>(source, slots, head_dim, p + i * kTileSlots, decay + i, out + i * stride,
+                               stride);
   }
   if constexpr (kMaxQueries > 1) {
     p += i * kTileSlots;

@@ -1,10 +1,10 @@
 // Attention of one block of rows with one KV head and its query heads.
 //
-// What a row computes, and in which order, is fixed by its own sequence: segments in order; in a segment splits
-// of kSplitSlots slots, in a split tiles of kTileSlots, both anchored at slot 0; the splits' results are merged
-// in order. Slots that a row does not see add exact zeros (x * 0 + acc for finite x), so it does not matter
-// whether they are computed for the sake of another row of the block. Values that are not finite would break
-// that; a tile that holds one takes each row's own slots only.
+// What a row computes, and in which order, is fixed by its own sequence: segments in order; in a segment
+// splits of kSplitSlots slots, in a split tiles of kTileSlots, both anchored at slot 0; the splits' results
+// are merged in order. Slots that a row does not see add exact zeros (x * 0 + acc for finite x), so it does
+// not matter whether they are computed for the sake of another row of the block. Values that are not finite
+// would break that; a tile that holds one takes each row's own slots only.
 #pragma once
 
 #include "attention.h"
@@ -25,7 +25,8 @@ RIDGELINE_INLINE SlotRange clip(SlotRange r, int begin, int end) {
 }
 
 // The slots of a segment that a row sees; both ends are 0 if there are none.
-RIDGELINE_INLINE SlotRange visible_slots(const AttentionLaunch& launch, const StepView& step, int64_t row, int segment) {
+RIDGELINE_INLINE SlotRange visible_slots(const AttentionLaunch& launch, const StepView& step, int64_t row,
+                                         int segment) {
   const int64_t position = int64_t(step.positions[row]) - step.segment_first_position[segment];
   int64_t begin = launch.window == 0 ? 0 : position - launch.window + 1;
   int64_t end = step.segment_length[segment];
@@ -35,8 +36,8 @@ RIDGELINE_INLINE SlotRange visible_slots(const AttentionLaunch& launch, const St
 }
 
 // The range that holds what any of a block's rows sees.
-RIDGELINE_INLINE SlotRange visible_slots(const AttentionLaunch& launch, const StepView& step, const RowBlock& block,
-                                         int segment) {
+RIDGELINE_INLINE SlotRange visible_slots(const AttentionLaunch& launch, const StepView& step,
+                                         const RowBlock& block, int segment) {
   SlotRange all{0, 0};
   for (int i = 0; i < block.row_count; ++i) {
     const SlotRange own = visible_slots(launch, step, block.row_begin + i, segment);
@@ -86,7 +87,8 @@ struct Buffers {
 RIDGELINE_INLINE Buffers lay_out(const AttentionLaunch& launch, Arena& arena) {
   Buffers b{};
   b.value_stride = int(round_up(size_t(launch.head_dim), 16));
-  const size_t queries = size_t(kBlockRows) * (launch.heads / launch.kv_heads), stride = size_t(b.value_stride);
+  const size_t queries = size_t(kBlockRows) * (launch.heads / launch.kv_heads),
+               stride = size_t(b.value_stride);
   float* keys = arena.take<float>(size_t(launch.head_dim) * kTileSlots);
   b.widened = {keys, arena.take<float>(kTileSlots * stride), b.value_stride};
   b.p = arena.take<float>(queries * kTileSlots);
@@ -101,9 +103,15 @@ RIDGELINE_INLINE Buffers lay_out(const AttentionLaunch& launch, Arena& arena) {
 
 class BlockTask {
  public:
-  BlockTask(const AttentionLaunch& launch, const StepView& step, const RowBlock& block, int kv_head, Buffers buffers)
-      : launch_(launch), step_(step), block_(block), kv_head_(kv_head), b_(buffers),
-        ratio_(launch.heads / launch.kv_heads), queries_(block.row_count * ratio_) {
+  BlockTask(const AttentionLaunch& launch, const StepView& step, const RowBlock& block, int kv_head,
+            Buffers buffers)
+      : launch_(launch),
+        step_(step),
+        block_(block),
+        kv_head_(kv_head),
+        b_(buffers),
+        ratio_(launch.heads / launch.kv_heads),
+        queries_(block.row_count * ratio_) {
     for (int i = 0; i < queries_; ++i) {
       b_.q[i] = launch.q.data + (block.row_begin + i / ratio_) * launch.q.stride +
                 int64_t(kv_head * ratio_ + i % ratio_) * launch.head_dim;
@@ -168,7 +176,8 @@ class BlockTask {
         const vfloat a = load(o) * factor + zero();
         const vfloat b = d + 16 < b_.value_stride ? load(o + 16) * factor + zero() : zero();
         if (launch_.out.a8.data != nullptr) {
-          quantise_group(a, b, launch_.out.a8.data + row * launch_.out.a8.stride, layout, (column + d) / kGroup);
+          quantise_group(a, b, launch_.out.a8.data + row * launch_.out.a8.stride, layout,
+                         (column + d) / kGroup);
         } else {
           float* out = launch_.out.f32.data + row * launch_.out.f32.stride + column + d;
           store_f32(out, launch_.head_dim - d, a, false);
@@ -196,7 +205,8 @@ class BlockTask {
   // Where the page of a slot begins in the pool, for this head, counted in values.
   int64_t page_of(int segment, int slot) const {
     const int32_t* table = step_.tables + launch_.group * step_.pages + step_.table_begin[segment];
-    return (int64_t(table[slot / kPageTokens]) * launch_.kv_heads + kv_head_) * int64_t(page_values(launch_.head_dim));
+    return (int64_t(table[slot / kPageTokens]) * launch_.kv_heads + kv_head_) *
+           int64_t(page_values(launch_.head_dim));
   }
 
   void prefetch_page(int64_t page) const {
@@ -209,19 +219,22 @@ class BlockTask {
   void run_tile(int segment, int begin, SlotRange slots, int next_end, const State& state) {
     const SlotRange own{slots.begin - begin, slots.end - begin};
     const PageRange pages{own.begin / kPageTokens, (own.end + kPageTokens - 1) / kPageTokens};
-    for (int slot = begin + kTileSlots; slot < begin + 2 * kTileSlots && slot < next_end; slot += kPageTokens) {
+    for (int slot = begin + kTileSlots; slot < begin + 2 * kTileSlots && slot < next_end;
+         slot += kPageTokens) {
       prefetch_page(page_of(segment, slot));
     }
     if (launch_.pool.wide) {
       F32Pages source{{}, launch_.head_dim};
       for (int p = pages.begin; p < pages.end; ++p) {
-        source.page[p] = static_cast<const float*>(launch_.pool.data) + page_of(segment, begin + p * kPageTokens);
+        source.page[p] =
+            static_cast<const float*>(launch_.pool.data) + page_of(segment, begin + p * kPageTokens);
       }
       run_tile(source, begin, own, pages, step_.segment_bias[segment], state);
     } else {
       Bf16Pages source{{}, launch_.head_dim};
       for (int p = pages.begin; p < pages.end; ++p) {
-        source.page[p] = static_cast<const uint16_t*>(launch_.pool.data) + page_of(segment, begin + p * kPageTokens);
+        source.page[p] =
+            static_cast<const uint16_t*>(launch_.pool.data) + page_of(segment, begin + p * kPageTokens);
       }
       run_tile(source, begin, own, pages, step_.segment_bias[segment], state);
     }
@@ -229,7 +242,8 @@ class BlockTask {
 
   // A single row sees all of the slots, so nothing is masked and its few queries read the pages as they are.
   template <class Pages>
-  void run_tile(const Pages& source, int begin, SlotRange slots, PageRange pages, float bias, const State& state) {
+  void run_tile(const Pages& source, int begin, SlotRange slots, PageRange pages, float bias,
+                const State& state) {
     const int head_dim = launch_.head_dim, stride = b_.value_stride;
     if (block_.row_count == 1) {
       score(source, pages, b_.q, queries_, head_dim, b_.p);
@@ -247,7 +261,8 @@ class BlockTask {
     for (int i = 0; i < queries_; ++i) {
       SlotRange own = clip(b_.visible[i], begin + slots.begin, begin + slots.end);
       own = own.begin < own.end ? SlotRange{own.begin - begin, own.end - begin} : SlotRange{0, 0};
-      add_values(b_.widened, own, 1, head_dim, b_.p + i * kTileSlots, b_.decay + i, state.o + i * stride, stride);
+      add_values(b_.widened, own, 1, head_dim, b_.p + i * kTileSlots, b_.decay + i, state.o + i * stride,
+                 stride);
     }
   }
 
@@ -288,7 +303,8 @@ class BlockTask {
       }
       largest = max(largest, s[j]);
     }
-    const float old_top = state.top[i], tile_top = reduce_max(largest), top = tile_top > old_top ? tile_top : old_top;
+    const float old_top = state.top[i], tile_top = reduce_max(largest),
+                top = tile_top > old_top ? tile_top : old_top;
     const vfloat decay = top == old_top ? splat(1.0f) : exp(splat(old_top - top));  // exp(0) is exactly 1
     vfloat sum = load(b_.lanes + 16 * i) * decay;
     for (int j = pages.begin; j < pages.end; ++j) {

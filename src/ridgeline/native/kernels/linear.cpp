@@ -1,4 +1,5 @@
-// Linear layers: pairs of tiles times blocks of rows, with bias, gate, activation and quantisation in one pass.
+// Linear layers: pairs of tiles times blocks of rows, with bias, gate, activation and quantisation in one
+// pass.
 #include "linear.h"
 
 #include "rows.h"
@@ -43,8 +44,8 @@ void multiply_pair(const PairInput& in, const MatrixView& matrix, int64_t row, i
   for (int half = 0; half < 2; ++half) {
     const int64_t tile = 2 * in.pair + half;
     if (tile < tile_count(matrix.rows)) {
-      multiply_tile(matrix.storage, {matrix.data + tile * bytes, x + row * row_bytes, row_bytes, matrix.cols}, tokens,
-                    y + half * kTileRows);
+      multiply_tile(matrix.storage, {matrix.data + tile * bytes, x + row * row_bytes, row_bytes, matrix.cols},
+                    tokens, y + half * kTileRows);
     } else {
       for (int t = 0; t < tokens; ++t) store(y + t * kResultStride + half * kTileRows, zero());
     }
@@ -55,7 +56,8 @@ RIDGELINE_INLINE vfloat add_bias(vfloat y, const float* bias, int64_t column, in
   return bias == nullptr ? y : y + load(first_lanes(int(rows - column)), bias + column);
 }
 
-void finish_pair(const PairInput& in, const StepView& step, int64_t row, int tokens, const float* y, const float* gate) {
+void finish_pair(const PairInput& in, const StepView& step, int64_t row, int tokens, const float* y,
+                 const float* gate) {
   const LinearPart& part = in.part;
   const int64_t column = in.pair * kResultStride, width = part.matrix.rows;
   const A8Layout layout = a8_layout(part.matrix.rows);
@@ -65,7 +67,8 @@ void finish_pair(const PairInput& in, const StepView& step, int64_t row, int tok
       const int64_t c = column + half * kTileRows;
       v[half] = add_bias(load(y + t * kResultStride + half * kTileRows), part.bias, c, width);
       if (gate != nullptr) {
-        const vfloat g = add_bias(load(gate + t * kResultStride + half * kTileRows), part.gate_bias, c, width);
+        const vfloat g =
+            add_bias(load(gate + t * kResultStride + half * kTileRows), part.gate_bias, c, width);
         v[half] = activate(part.activation, g) * v[half];
       } else {
         v[half] = activate(part.activation, v[half]);
@@ -104,7 +107,8 @@ void linear(const LinearLaunch& launch, const StepView& step, Worker& worker) {
     int64_t first = unit % c.pair_units * c.pairs_per_unit, count = c.pairs_per_unit;
     for (const LinearPart& part : launch.parts) {
       const int64_t pairs = (tile_count(part.matrix.rows) + 1) / 2;
-      for (; first < pairs && count > 0; ++first, --count) run_pair({launch, part, first}, step, row_begin, row_end);
+      for (; first < pairs && count > 0; ++first, --count)
+        run_pair({launch, part, first}, step, row_begin, row_end);
       if (count == 0) break;
       first -= pairs;
     }

@@ -12,8 +12,8 @@ constexpr int kResultStride = 2 * kTileRows;
 
 struct TileInput {
   const uint8_t* tile;
-  const uint8_t* x;    // first row of activations
-  int64_t row_bytes;   // between rows of activations
+  const uint8_t* x;   // first row of activations
+  int64_t row_bytes;  // between rows of activations
   int32_t cols;
 };
 
@@ -86,7 +86,8 @@ static void float_tile(const TileInput& in, float* y) {
   const auto* weights = reinterpret_cast<const float*>(in.tile);
   for (int k = 0; k < in.cols; ++k) {
     const vfloat w = load(weights + size_t(k) * kTileRows);
-    for (int t = 0; t < kTokens; ++t) acc[t] = fma(splat_at(in.x + t * in.row_bytes + size_t(4) * k), w, acc[t]);
+    for (int t = 0; t < kTokens; ++t)
+      acc[t] = fma(splat_at(in.x + t * in.row_bytes + size_t(4) * k), w, acc[t]);
   }
   for (int t = 0; t < kTokens; ++t) store(y + t * kResultStride, acc[t]);
 }

@@ -86,7 +86,8 @@ void rotate_head(float* head, int rotary_dim, const float* cos, const float* sin
   const int half = rotary_dim / 2;
   for (int d = 0; d < half; d += 16) {
     const vmask m = first_lanes(half - d);
-    const vfloat a = load(m, head + d), b = load(m, head + half + d), c = load(m, cos + d), s = load(m, sin + d);
+    const vfloat a = load(m, head + d), b = load(m, head + half + d), c = load(m, cos + d),
+                 s = load(m, sin + d);
     store(m, head + d, a * c - b * s);
     store(m, head + half + d, b * c + a * s);
   }
@@ -95,13 +96,16 @@ void rotate_head(float* head, int rotary_dim, const float* cos, const float* sin
 // Keys lie by pairs of values, then by slot; values by slot. In float32, keys lie value by value.
 void store_wide(const float* key, const float* value, int head_dim, float* page, int slot) {
   for (int d = 0; d < head_dim; ++d) page[d * kPageTokens + slot] = key[d];
-  std::memcpy(page + page_values(head_dim) / 2 + size_t(slot) * head_dim, value, size_t(head_dim) * sizeof(float));
+  std::memcpy(page + page_values(head_dim) / 2 + size_t(slot) * head_dim, value,
+              size_t(head_dim) * sizeof(float));
 }
 
 void store_key(const float* head, int head_dim, uint16_t* page, int slot) {
   alignas(64) uint16_t values[kMaxHeadDim];
-  for (int d = 0; d < head_dim; d += 16) store_bf16(first_lanes(head_dim - d), values + d, load(first_lanes(head_dim - d), head + d));
-  for (int pair = 0; pair < head_dim / 2; ++pair) std::memcpy(page + (pair * kPageTokens + slot) * 2, values + 2 * pair, 4);
+  for (int d = 0; d < head_dim; d += 16)
+    store_bf16(first_lanes(head_dim - d), values + d, load(first_lanes(head_dim - d), head + d));
+  for (int pair = 0; pair < head_dim / 2; ++pair)
+    std::memcpy(page + (pair * kPageTokens + slot) * 2, values + 2 * pair, 4);
 }
 
 void store_value(const float* head, int head_dim, uint16_t* page, int slot) {

@@ -82,7 +82,8 @@ void add(const AddLaunch& launch, const StepView& step, Worker& worker) {
 void activate(const ActivateLaunch& launch, const StepView& step, Worker& worker) {
   for_rows(worker, step.rows, kRowsPerUnit, [&](int64_t row) {
     const float* x = launch.x.data + row * launch.x.stride;
-    const float* times = launch.times.data == nullptr ? nullptr : launch.times.data + row * launch.times.stride;
+    const float* times =
+        launch.times.data == nullptr ? nullptr : launch.times.data + row * launch.times.stride;
     const auto value = [&](int c) {
       const vfloat y = activate(launch.activation, load_up_to(x + c, launch.width - c));
       return times == nullptr ? y : y * load_up_to(times + c, launch.width - c);

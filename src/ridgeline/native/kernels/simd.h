@@ -2,7 +2,8 @@
 //   vfloat, vint, vmask                           values of 16 lanes
 //   kMaxTokens, kMaxQueries                       rows in a register tile of the linear and attention kernels
 //   first_lanes(n), lanes(from, to)               masks; n, from and to are clamped to 0..16
-//   zero, splat, load, store                      float32; with a mask, other lanes are neither read nor written
+//   zero, splat, load, store                      float32; with a mask, other lanes are neither read nor
+//   written
 //   + - * / min max abs sqrt fma round_even       float32; fma may round twice where the hardware has none
 //   less, select, reduce_add, reduce_max          reductions have one fixed order
 //   izero, isplat, iload, add, sub, shift_left    int32
@@ -16,8 +17,12 @@
 
 #include "../layout.h"
 
-#define RIDGELINE_BEGIN namespace ridgeline { namespace RIDGELINE_ISA {
-#define RIDGELINE_END }}
+#define RIDGELINE_BEGIN \
+  namespace ridgeline { \
+  namespace RIDGELINE_ISA {
+#define RIDGELINE_END \
+  }                   \
+  }
 
 #if defined(__AVX512VNNI__)
 #include "simd_avx512.h"

@@ -37,8 +37,8 @@ RIDGELINE_INLINE vmask less(vfloat a, vfloat b) { return _mm512_cmp_ps_mask(a, b
 RIDGELINE_INLINE vfloat select(vmask m, vfloat yes, vfloat no) { return _mm512_mask_blend_ps(m, no, yes); }
 RIDGELINE_INLINE vfloat copy_sign(vfloat magnitude, vfloat sign) {
   const __m512i bit = _mm512_set1_epi32(int(0x80000000u));
-  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign),
-                                                       _mm512_castps_si512(magnitude), 0xca));
+  return _mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign), _mm512_castps_si512(magnitude), 0xca));
 }
 
 RIDGELINE_INLINE vint izero() { return {_mm512_setzero_si512()}; }

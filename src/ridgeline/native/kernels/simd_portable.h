@@ -140,7 +140,8 @@ RIDGELINE_INLINE vfloat load_f16(const uint16_t* p) {
   const vint special = (magnitude >= isplat(0x7c00 << 13)) & (112 << 23);
   const vint normal = magnitude + (112 << 23) + special;
   const vfloat small = cast<vfloat>(magnitude + (113 << 23)) - cast<vfloat>(isplat(113 << 23));
-  return cast<vfloat>(cast<vint>(select(magnitude < isplat(0x400 << 13), small, cast<vfloat>(normal))) | sign);
+  return cast<vfloat>(cast<vint>(select(magnitude < isplat(0x400 << 13), small, cast<vfloat>(normal))) |
+                      sign);
 }
 RIDGELINE_INLINE vfloat load_bf16(const uint16_t* p) { return cast<vfloat>(load_u16(p) << 16); }
 RIDGELINE_INLINE vfloat load_bf16(vmask m, const uint16_t* p) {
@@ -183,7 +184,8 @@ RIDGELINE_INLINE vint dot(vint sum, vint unsigned_bytes, vint signed_bytes) {
     std::memcpy(&part[1], reinterpret_cast<const char*>(&even) + 16 * i, 16);
     std::memcpy(&part[2], reinterpret_cast<const char*>(&odd) + 16 * i, 16);
     std::memcpy(&codes, reinterpret_cast<const char*>(&signed_bytes) + 16 * i, 16);
-    const __m128i even_codes = _mm_srai_epi16(_mm_slli_epi16(codes, 8), 8), odd_codes = _mm_srai_epi16(codes, 8);
+    const __m128i even_codes = _mm_srai_epi16(_mm_slli_epi16(codes, 8), 8),
+                  odd_codes = _mm_srai_epi16(codes, 8);
     part[0] = _mm_add_epi32(part[0], _mm_madd_epi16(part[1], even_codes));
     part[0] = _mm_add_epi32(part[0], _mm_madd_epi16(part[2], odd_codes));
     std::memcpy(reinterpret_cast<char*>(&sum) + 16 * i, &part[0], 16);

@@ -19,10 +19,22 @@ void attention(const AttentionLaunch&, const StepView&, Worker&);
 size_t attention_scratch_bytes(const AttentionLaunch&);
 void unpack_row(const MatrixView&, int64_t, float*);
 void quantise_rows(const float*, int64_t, int32_t, uint8_t*);
-double peak_ops(int format, int64_t iterations);
+double peak_ops(PeakFormat, int64_t);
 
 extern const Kernels kernels;
-const Kernels kernels = {RIDGELINE_NAME(RIDGELINE_ISA), embed,     norm,      quantise, add, activate, linear, softcap,
-                         rope_store, attention, attention_scratch_bytes, unpack_row, quantise_rows, peak_ops};
+const Kernels kernels = {RIDGELINE_NAME(RIDGELINE_ISA),
+                         embed,
+                         norm,
+                         quantise,
+                         add,
+                         activate,
+                         linear,
+                         softcap,
+                         rope_store,
+                         attention,
+                         attention_scratch_bytes,
+                         unpack_row,
+                         quantise_rows,
+                         peak_ops};
 
 RIDGELINE_END

@@ -1,5 +1,5 @@
-// exp, tanh and the activations on 16 lanes, from arithmetic alone: every ISA level uses the same polynomials,
-// fitted by weighted least squares to a relative error below 6e-8.
+// exp, tanh and the activations on 16 lanes, from arithmetic alone: every ISA level uses the same
+// polynomials, fitted by weighted least squares to a relative error below 6e-8.
 #pragma once
 
 #include "../launch.h"
@@ -29,7 +29,8 @@ RIDGELINE_INLINE vfloat exp(vfloat x) {
 
 RIDGELINE_INLINE vfloat tanh(vfloat x) {
   const vfloat size = abs(x), square = x * x;
-  const float terms[] = {-0.333333284f, 0.133331627f, -0.0539411269f, 0.0216693599f, -0.00809917413f, 0.00207101787f};
+  const float terms[] = {-0.333333284f, 0.133331627f,    -0.0539411269f,
+                         0.0216693599f, -0.00809917413f, 0.00207101787f};
   const vfloat near = fma(x * square, polynomial(square, terms), x);
   const vfloat far = splat(1.0f) - splat(2.0f) / (exp(size + size) + splat(1.0f));
   return select(less(size, splat(0.625f)), near, copy_sign(far, x));
@@ -41,7 +42,7 @@ RIDGELINE_INLINE vfloat sigmoid(vfloat x) { return splat(1.0f) / (splat(1.0f) + 
 RIDGELINE_INLINE vfloat normal_cdf(vfloat x) {
   const vfloat size = min(abs(x), splat(14.5f));
   const vfloat t = splat(1.0f) / fma(splat(0.3f), size, splat(1.0f));
-  const float terms[] = {7.37314485e-06f, 0.119484194f,   0.121945374f, 0.0945854038f, 0.142766431f,
+  const float terms[] = {7.37314485e-06f, 0.119484194f, 0.121945374f,  0.0945854038f, 0.142766431f,
                          -0.0768414438f,  0.228953421f, -0.169308305f, 0.0384075716f};
   const vfloat tail = exp(splat(-0.5f) * size * size) * polynomial(t, terms);
   return select(less(x, zero()), tail, splat(1.0f) - tail);
