@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -67,8 +67,13 @@ class Work:
     def __sub__(self, other: Work) -> Work:
         return Work(*map(operator.sub, self._numbers(), other._numbers()))
 
-    def __mul__(self, count: int) -> Work:
-        return Work(*(number * count for number in self._numbers()))
+    @classmethod
+    def total(cls, works: Iterable[Work], counts: Sequence[int] | None = None) -> Work:
+        """The sum of `works`, each taken as often as its entry in `counts` says, or once."""
+        columns = zip(*(work._numbers() for work in works), strict=True)
+        if counts is None:
+            return cls(*map(sum, columns))
+        return cls(*(sum(map(operator.mul, column, counts)) for column in columns))
 
     def _numbers(self) -> tuple[int, ...]:
         return (self.int8_ops, self.bf16_flops, self.fp32_flops, self.read_bytes, self.written_bytes)

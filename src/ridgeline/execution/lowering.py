@@ -7,7 +7,7 @@ that it covers, and the values that cross its border. Values that live inside on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ridgeline.model.program import Attention, Embed, Linear, Operation, Program, StepLoad, StoreKV, Value
 from ridgeline.types import Work
@@ -58,7 +58,7 @@ class Footprint:
 
 def launch_work(launch: Launch, border: Border, load: StepLoad, footprint: Footprint) -> Work:
     """Arithmetic of the covered operations and bytes that the launch moves."""
-    work = sum((op.work(load) for op in launch.covers), Work())
+    work = Work.total(op.work(load) for op in launch.covers)
     read = sum(load.rows_of(v) * footprint.value_row_bytes(v) for v in border.reads)
     written = sum(load.rows_of(v) * footprint.value_row_bytes(v) for v in border.writes)
     for op in launch.covers:
@@ -78,7 +78,8 @@ class WorkModel:
     """The work of a whole lowering as a linear function of a step's load: cheap to ask in every step.
 
     Every operation and every launch is linear in rows, outputs, pairs and slots, but for the weights of the
-    head, which are only read when a step wants outputs at all.
+    head, which are only read when a step wants outputs at all. Only launches over selected rows depend on
+    outputs, and only attention on pairs and slots.
     """
 
     fixed: Work
@@ -90,34 +91,45 @@ class WorkModel:
 
     @classmethod
     def of(cls, program: Program, launches: Sequence[Launch], footprint: Footprint) -> WorkModel:
-        groups = len(program.groups)
+        groups = range(len(program.groups))
+        none = (0,) * len(groups)
+        units = [tuple(int(g == h) for h in groups) for g in groups]
+        one = StepLoad(1, 0, none, none)
         crossed = tuple(zip(launches, borders(program, launches), strict=True))
-        none = (0,) * groups
+        selecting = [c for c in crossed if any(op.out.selected for op in c[0].covers)]
+        attending = [c for c in crossed if any(isinstance(op, Attention) for op in c[0].covers)]
 
-        def work(rows: int, outputs: int, pairs: Sequence[int] = none, slots: Sequence[int] = none) -> Work:
-            load = StepLoad(rows, outputs, tuple(pairs), tuple(slots))
-            return sum((launch_work(launch, border, load, footprint) for launch, border in crossed), Work())
+        def work(some: Iterable[tuple[Launch, Border]], load: StepLoad) -> Work:
+            return Work.total(launch_work(launch, border, load, footprint) for launch, border in some)
 
-        one = work(1, 0)
-        per_row = work(2, 0) - one
-        per_output = work(1, 2) - work(1, 1)
-        units = [[int(g == h) for h in range(groups)] for g in range(groups)]
+        def added(some: Sequence[tuple[Launch, Border]], load: StepLoad, to: StepLoad = one) -> Work:
+            return work(some, load) - work(some, to)
+
+        first_output, second_output = replace(one, outputs=1), replace(one, outputs=2)
+        base = work(crossed, one)
+        per_row = work(crossed, replace(one, rows=2)) - base
+        per_output = added(selecting, second_output, to=first_output)
         return cls(
-            fixed=one - per_row,
+            fixed=base - per_row,
             per_row=per_row,
-            if_outputs=work(1, 1) - one - per_output,
+            if_outputs=added(selecting, first_output) - per_output,
             per_output=per_output,
-            per_pair=tuple(work(1, 0, pairs=unit) - one for unit in units),
-            per_slot=tuple(work(1, 0, slots=unit) - one for unit in units),
+            per_pair=tuple(added(attending, replace(one, pairs=unit)) for unit in units),
+            per_slot=tuple(added(attending, replace(one, slots=unit)) for unit in units),
         )
 
     def at(self, load: StepLoad) -> Work:
-        work = self.fixed + self.per_row * load.rows + self.per_output * load.outputs
-        if load.outputs:
-            work += self.if_outputs
-        for group, (pairs, slots) in enumerate(zip(load.pairs, load.slots, strict=True)):
-            work += self.per_pair[group] * pairs + self.per_slot[group] * slots
-        return work
+        return Work.total(
+            (
+                self.fixed,
+                self.per_row,
+                self.if_outputs,
+                self.per_output,
+                *self.per_pair,
+                *self.per_slot,
+            ),
+            (1, load.rows, min(load.outputs, 1), load.outputs, *load.pairs, *load.slots),
+        )
 
 
 def check_lowering(program: Program, launches: Sequence[Launch]) -> None:

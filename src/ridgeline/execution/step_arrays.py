@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,43 +43,41 @@ class StepArrays:
     def of(cls, step: Step, groups: int) -> StepArrays:
         sequences = step.sequences
         segments = [segment for s in sequences for segment in s.segments]
-        counts = np.fromiter((len(s.tokens) for s in sequences), np.int32, len(sequences))
+        counts = [len(s.tokens) for s in sequences]
         begin = _offsets(counts)
+        own = [range(s.start, s.start + count) for s, count in zip(sequences, counts, strict=True)]
+        slots = np.array([*chain.from_iterable(own)], np.int32)
         row_sequence = np.repeat(np.arange(len(sequences), dtype=np.int32), counts)
-        within = np.arange(begin[-1], dtype=np.int32) - begin[:-1][row_sequence]
-        start = np.fromiter((s.start for s in sequences), np.int32, len(sequences))
-        first = np.fromiter((s.segments[-1].first_position for s in sequences), np.int32, len(sequences))
-        slots = start[row_sequence] + within
-        outputs = [
-            row + offset for s, offset in zip(sequences, begin.tolist(), strict=False) for row in s.outputs
-        ]
+        first = np.array([s.segments[-1].first_position for s in sequences], np.int32)
+        outputs = [row + offset for s, offset in zip(sequences, begin, strict=False) for row in s.outputs]
         return cls(
-            tokens=np.fromiter(chain.from_iterable(s.tokens for s in sequences), np.int32, int(begin[-1])),
+            tokens=np.array([*chain.from_iterable(s.tokens for s in sequences)], np.int32),
             positions=slots + first[row_sequence],
             slots=slots,
             row_sequence=row_sequence,
-            sequence_row_begin=begin,
+            sequence_row_begin=np.array(begin, np.int32),
             output_rows=np.array(outputs, np.int32),
-            segment_begin=_offsets(np.array([len(s.segments) for s in sequences], np.int32)),
+            segment_begin=np.array(_offsets(len(s.segments) for s in sequences), np.int32),
             segment_length=np.array([s.length for s in segments], np.int32),
             segment_first_position=np.array([s.first_position for s in segments], np.int32),
             segment_bias=np.array([s.bias for s in segments], np.float32),
             segment_causal=np.array([s.causal for s in segments], np.uint8),
-            table_begin=_offsets(np.array([len(s.tables[0]) for s in segments], np.int32)),
+            table_begin=np.array(_offsets(len(s.tables[0]) for s in segments), np.int32),
             tables=_tables([s.tables for s in segments], groups),
         )
 
 
-def _offsets(counts: Int32Array) -> Int32Array:
-    offsets = np.zeros(len(counts) + 1, np.int32)
-    np.cumsum(counts, out=offsets[1:])
-    return offsets
+def _offsets(counts: Iterable[int]) -> list[int]:
+    return [*accumulate(counts, initial=0)]
 
 
-def _tables(tables: list[tuple[object, ...]], groups: int) -> Int32Array:
-    """Tables of all segments side by side, a line for each memory group."""
-    lines = [np.concatenate([np.asarray(t[g], np.int32) for t in tables]) for g in range(groups)]
-    return np.ascontiguousarray(np.stack(lines))
+def _tables(tables: list[tuple[Sequence[int], ...]], groups: int) -> Int32Array:
+    """Tables of all segments side by side, a line for each memory group: (groups, pages)."""
+    line = array("i")
+    for group in range(groups):
+        for of_groups in tables:
+            line.extend(of_groups[group])  # a plain copy where the table is such an array too
+    return np.array(line, np.int32).reshape(groups, -1)
 
 
 def rope_tables(spec: RopeSpec, positions: Int32Array) -> tuple[Float32Array, Float32Array]:

@@ -8,7 +8,7 @@ inside one launch moves none.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from ridgeline.model.spec import Activation, NormSpec, RopeSpec
@@ -114,13 +114,15 @@ class Operation:
 
     @property
     def inputs(self) -> tuple[Value, ...]:
-        return tuple(
-            v for f in fields(self) if f.name != "out" and isinstance(v := getattr(self, f.name), Value)
-        )
+        return tuple(v for v in self._operands() if isinstance(v, Value))
 
     @property
     def weights(self) -> tuple[Weight, ...]:
-        return tuple(v for f in fields(self) if isinstance(v := getattr(self, f.name), Weight))
+        return tuple(v for v in self._operands() if isinstance(v, Weight))
+
+    def _operands(self) -> list[object]:
+        names: tuple[str, ...] = self.__match_args__  # a dataclass's fields, `out` first
+        return [getattr(self, name) for name in names[1:]]
 
     def work(self, load: StepLoad) -> Work:
         """Arithmetic of this operation in a step; a transcendental function counts as one."""
@@ -294,4 +296,4 @@ class Program:
 
     def work(self, load: StepLoad) -> Work:
         """Arithmetic of the whole program in a step."""
-        return sum((op.work(load) for op in self.operations), Work())
+        return Work.total(op.work(load) for op in self.operations)
