@@ -189,6 +189,18 @@ def test_top_p_is_the_smallest_sufficient_set(values: NDArray[np.float32], p: fl
     assert probabilities[order[: kept.ids.size - 1]].sum() < p + 1e-6
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 3.0, 40.0])
+@pytest.mark.parametrize("p", [1e-9, 0.2, 0.95, 0.9999])
+def test_top_p_of_a_long_row_equals_sorting_it(spread: float, p: float) -> None:
+    row = np.round(random_row(8, 5000, spread) * 8) / np.float32(8)  # many equal ones
+    row[100:300] = -np.inf
+    weights = np.exp(row - row.max())
+    order = ranked(row)
+    mass = np.cumsum(weights[order], dtype=np.float64)
+    expected = order[: int(np.searchsorted(mass, p * mass[-1])) + 1]
+    assert processors.top_p(p)(everything(row)).ids.tolist() == sorted(expected.tolist())
+
+
 def test_filters_never_leave_nothing() -> None:
     row = random_row(3)
     for narrow in (processors.top_k(1), processors.top_p(1e-9), processors.min_p(1.0)):

@@ -30,6 +30,9 @@ GREEDY_BELOW = 1e-5
 _GROUPS = 1024
 """Groups into which a row is dealt to bound its largest values from below."""
 
+_BINS_PER_NAT = np.float32(4)
+"""How finely logits are binned by their distance from the largest."""
+
 Ids = NDArray[np.int64]
 
 
@@ -192,19 +195,36 @@ def top_p(p: float) -> Filter:
     """Keep the smallest set of most probable tokens that holds at least p (Holtzman et al., 2020).
 
     Sums are in float64, from the most probable token down. A token with less than (1 − p)/N of the mass
-    cannot belong to the set, so only the others are ever ranked.
+    cannot belong to the set, so only the others are looked at further.
     """
 
     def narrow(candidates: Candidates) -> Candidates:
-        weights = np.exp(candidates.logits - candidates.logits.max())
+        best = candidates.logits.max()
+        weights = np.exp(candidates.logits - best)
         total = float(weights.sum(dtype=np.float64))
         likely = np.flatnonzero(weights >= np.float32((1 - p) * total / weights.size))
-        ranked = likely[np.argsort(-candidates.logits[likely], kind="stable")]
-        mass = np.cumsum(weights[ranked], dtype=np.float64)
-        kept = int(np.searchsorted(mass, p * total)) + 1
-        return _kept(candidates, np.sort(ranked[:kept]))
+        logits = candidates.logits[likely]
+        bins = ((best - logits) * _BINS_PER_NAT).astype(np.int64)
+        return _kept(candidates, likely[_heaviest(logits, bins, weights[likely], p * total)])
 
     return narrow
+
+
+def _heaviest(logits: Float32Array, bins: Ids, weights: Float32Array, enough: float) -> Ids:
+    """Places, ascending, of the largest logits whose weights add up to `enough`, or of all.
+
+    `bins` counts down from the largest logit in steps of one size; only the logits of the bin in which the
+    sum is reached are ever ranked.
+    """
+    mass = np.cumsum(np.bincount(bins, weights))
+    last = int(np.searchsorted(mass, enough))
+    kept = bins < last
+    edge = np.flatnonzero(bins == last)
+    ranked = edge[np.argsort(-logits[edge], kind="stable")]
+    before = mass[last - 1] if last else 0.0
+    reached = np.searchsorted(before + np.cumsum(weights[ranked], dtype=np.float64), enough)
+    kept[ranked[: int(reached) + 1]] = True
+    return np.flatnonzero(kept)
 
 
 def min_p(p: float) -> Filter:

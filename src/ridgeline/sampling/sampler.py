@@ -159,6 +159,8 @@ class Sampler:
     def _draw(self, candidates: Candidates, address: Address) -> int:
         """Gumbel-max (Maddison et al., "A* Sampling", 2014): a token with the candidates' probabilities."""
         ids, logits = candidates.ids, candidates.logits
+        if ids.size == 1:
+            return int(ids[0])
         everything = ids is _vocabulary(ids.size)
         bits = self._noise.all_bits(address, ids.size) if everything else self._noise.bits(address, ids)
         if ids.size > _PRUNE_ABOVE:
