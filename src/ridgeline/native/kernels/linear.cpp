@@ -12,19 +12,25 @@ namespace {
 // How a launch is cut into units. It decides who computes what, never how.
 struct Cut {
   int64_t pairs;           // of output tiles, over all parts
-  int64_t pairs_per_unit;  // neighbours in memory, so that few rows read long runs
+  int64_t pairs_per_unit;  // neighbours in memory
   int64_t rows_per_unit;
   int64_t pair_units, units;
 };
 
 Cut cut(const LinearLaunch& launch, int64_t rows, int threads) {
   constexpr int64_t kRowsPerUnit = 64, kUnitsPerWorker = 8;
+  constexpr int64_t kBytesPerUnit = 128 << 10;  // of weights, to stay in the second-level cache
   Cut c{};
   for (const LinearPart& part : launch.parts) c.pairs += (tile_count(part.matrix.rows) + 1) / 2;
   c.rows_per_unit = rows < kRowsPerUnit ? rows : kRowsPerUnit;
   const int64_t row_units = (rows + c.rows_per_unit - 1) / c.rows_per_unit;
-  const int64_t wanted = c.pairs * row_units / (kUnitsPerWorker * threads);
-  c.pairs_per_unit = wanted < 1 ? 1 : wanted > 8 ? 8 : wanted;
+  const LinearPart& part = launch.parts.front();
+  const int64_t pair_bytes =
+      int64_t(tile_bytes(part.matrix.storage, part.matrix.cols)) * (part.gate.data != nullptr ? 4 : 2);
+  const int64_t fitting = kBytesPerUnit / pair_bytes,
+                wanted = c.pairs * row_units / (kUnitsPerWorker * threads);
+  c.pairs_per_unit = wanted < fitting ? wanted : fitting;
+  if (c.pairs_per_unit < 1) c.pairs_per_unit = 1;
   c.pair_units = (c.pairs + c.pairs_per_unit - 1) / c.pairs_per_unit;
   c.units = c.pair_units * row_units;
   return c;
@@ -85,13 +91,21 @@ void finish_pair(const PairInput& in, const StepView& step, int64_t row, int tok
   }
 }
 
-void run_pair(const PairInput& in, const StepView& step, int64_t row_begin, int64_t row_end) {
+void run_pair(const PairInput& in, const StepView& step, int64_t row, int tokens) {
   alignas(64) float y[kMaxTokens * kResultStride], gate[kMaxTokens * kResultStride];
-  for (int64_t row = row_begin; row < row_end; row += kMaxTokens) {
-    const int tokens = int(row_end - row < kMaxTokens ? row_end - row : kMaxTokens);
-    multiply_pair(in, in.part.matrix, row, tokens, y);
-    if (in.part.gate.data != nullptr) multiply_pair(in, in.part.gate, row, tokens, gate);
-    finish_pair(in, step, row, tokens, y, in.part.gate.data != nullptr ? gate : nullptr);
+  multiply_pair(in, in.part.matrix, row, tokens, y);
+  if (in.part.gate.data != nullptr) multiply_pair(in, in.part.gate, row, tokens, gate);
+  finish_pair(in, step, row, tokens, y, in.part.gate.data != nullptr ? gate : nullptr);
+}
+
+// Pairs [first, first + count) of all parts, for a few rows.
+void run_pairs(const LinearLaunch& launch, const StepView& step, int64_t first, int64_t count, int64_t row,
+               int tokens) {
+  for (const LinearPart& part : launch.parts) {
+    const int64_t pairs = (tile_count(part.matrix.rows) + 1) / 2;
+    for (; first < pairs && count > 0; ++first, --count) run_pair({launch, part, first}, step, row, tokens);
+    if (count == 0) return;
+    first -= pairs;
   }
 }
 
@@ -104,13 +118,11 @@ void linear(const LinearLaunch& launch, const StepView& step, Worker& worker) {
   worker.for_units(c.units, [&](int64_t unit) {
     const int64_t row_begin = unit / c.pair_units * c.rows_per_unit;
     const int64_t row_end = row_begin + c.rows_per_unit < rows ? row_begin + c.rows_per_unit : rows;
-    int64_t first = unit % c.pair_units * c.pairs_per_unit, count = c.pairs_per_unit;
-    for (const LinearPart& part : launch.parts) {
-      const int64_t pairs = (tile_count(part.matrix.rows) + 1) / 2;
-      for (; first < pairs && count > 0; ++first, --count)
-        run_pair({launch, part, first}, step, row_begin, row_end);
-      if (count == 0) break;
-      first -= pairs;
+    // The activations of a few rows stay in the first-level cache while the unit's weights pass from the
+    // second.
+    for (int64_t row = row_begin; row < row_end; row += kMaxTokens) {
+      const int tokens = int(row_end - row < kMaxTokens ? row_end - row : kMaxTokens);
+      run_pairs(launch, step, unit % c.pair_units * c.pairs_per_unit, c.pairs_per_unit, row, tokens);
     }
   });
 }

@@ -47,7 +47,6 @@ RIDGELINE_INLINE vint iload(const void* p) { return {_mm512_loadu_si512(p)}; }
 RIDGELINE_INLINE vint add(vint a, vint b) { return {_mm512_add_epi32(a.v, b.v)}; }
 RIDGELINE_INLINE vint sub(vint a, vint b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 RIDGELINE_INLINE vint max(vint a, vint b) { return {_mm512_max_epi32(a.v, b.v)}; }
-RIDGELINE_INLINE vint min(vint a, vint b) { return {_mm512_min_epi32(a.v, b.v)}; }
 RIDGELINE_INLINE vint bit_and(vint a, vint b) { return {_mm512_and_si512(a.v, b.v)}; }
 template <int kBits>
 RIDGELINE_INLINE vint shift_left(vint a) {

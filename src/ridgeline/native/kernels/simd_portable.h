@@ -85,7 +85,6 @@ RIDGELINE_INLINE vint iload(const void* p) {
 RIDGELINE_INLINE vint add(vint a, vint b) { return a + b; }
 RIDGELINE_INLINE vint sub(vint a, vint b) { return a - b; }
 RIDGELINE_INLINE vint max(vint a, vint b) { return (a & (b < a)) | (b & ~(b < a)); }
-RIDGELINE_INLINE vint min(vint a, vint b) { return (a & (a < b)) | (b & ~(a < b)); }
 RIDGELINE_INLINE vint bit_and(vint a, vint b) { return a & b; }
 template <int kBits>
 RIDGELINE_INLINE vint shift_left(vint a) {
