@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -178,8 +178,7 @@ def _is_int(value: object, low: int, high: float = math.inf) -> bool:
 
 
 def _is_real(value: object, low: float, high: float) -> bool:
-    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return real and low <= value <= high  # type: ignore[operator]
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +215,12 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            given = getattr(self, name)
+            _check(given is None or isinstance(given, Collection), name, given, "a list, or none")
+            object.__setattr__(self, name, tuple(given or ()))
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         _check(_is_int(self.n, 1, 128), "n", self.n, "1 to 128")
         _check(_is_real(self.temperature, 0, 100), "temperature", self.temperature, "0 to 100")
         _check(_is_int(self.top_k, -1), "top_k", self.top_k, "-1, 0 (off) or a positive number")
@@ -245,7 +250,9 @@ class SamplingParams:
         _check(len(self.stop) <= 64, "number of stop strings", len(self.stop), "at most 64")
         for token in self.stop_token_ids:
             _check(_is_int(token, 0), "stop_token_ids", token, "token ids of the vocabulary")
-        for token, bias in (self.logit_bias or {}).items():
+        biases = self.logit_bias
+        _check(biases is None or isinstance(biases, Mapping), "logit_bias", biases, "biases by token id")
+        for token, bias in (biases or {}).items():
             _check(_is_int(token, 0), "logit_bias token", token, "token ids of the vocabulary")
             _check(_is_real(bias, -100, 100), "logit_bias", bias, "-100 to 100")
 
