@@ -49,8 +49,8 @@ class _Builder:
         out = replace(x, name=name)
         return self.append(Norm(out, x, spec, Weight(name, (width,)), bias, head_dim))
 
-    def linear(self, x: Value, name: str, width: int, bias: bool = False, weight: str | None = None) -> Value:
-        kernel = Weight(weight or name, (width, x.width))
+    def linear(self, x: Value, name: str, width: int, bias: bool = False) -> Value:
+        kernel = Weight(name, (width, x.width))
         offset = Weight(f"{name}.bias", (width,)) if bias else None
         return self.append(Linear(replace(x, name=name, width=width), x, kernel, offset))
 
@@ -80,8 +80,8 @@ def decoder(spec: ModelSpec) -> Program:
         stream = _layer(build, stream, layer, index, group_of[index])
     selected = build.append(Select(Value("selected", "f32", spec.hidden, selected=True), stream))
     final = build.norm(selected, "final_norm")
-    head = "embed" if spec.tied_head else "head"
-    logits = build.linear(final, "head", spec.vocabulary, weight=head)
+    head = Weight("embed" if spec.tied_head else "head", (spec.vocabulary, spec.hidden))
+    logits = build.append(Linear(Value("head", "logits", spec.vocabulary, selected=True), final, head))
     if spec.logit_softcap is not None:
         logits = build.append(Softcap(replace(logits, name="logits"), logits, spec.logit_softcap))
     return Program("decoder", tuple(build.operations), groups, logits)

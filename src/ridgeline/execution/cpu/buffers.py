@@ -20,7 +20,7 @@ def value_row_bytes(value: Value) -> int:
     """Bytes of one row of a value in its buffer; values that live elsewhere take none."""
     if value.kind == "A8-g32":
         return a8_row_bytes(value.width)
-    return 4 * value.width if value.kind == "f32" else 0
+    return 4 * value.width if value.kind in ("f32", "logits") else 0
 
 
 def assign_buffers(
@@ -40,7 +40,7 @@ def assign_buffers(
         for value in border.writes:
             if value.kind == "kv":
                 continue
-            if _is_logits(value, program):
+            if value.kind == "logits":
                 buffers[value.name] = None
             elif value.name in inherited:
                 buffers[value.name] = buffers[inherited[value.name]]
@@ -52,11 +52,6 @@ def assign_buffers(
             if last_read[value.name] == index and buffer is not None and value.name not in inherited.values():
                 free.setdefault((value.kind, value.width), []).append(buffer)
     return buffers
-
-
-def _is_logits(value: Value, program: Program) -> bool:
-    """The output, or what the last operation rewrites in place to make it."""
-    return value.name == program.output.name or (value.selected and value.width == program.output.width)
 
 
 def _new_buffer(value: Value, max_rows: int) -> Buffer:

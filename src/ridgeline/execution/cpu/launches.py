@@ -134,6 +134,7 @@ class RopeStoreLaunch(Launch):
 
     def bind(self, to: Binding) -> None:
         cos, sin = to.rope(self.rope) if self.rope else (None, None)
+        norm = self.query_norm or self.key_norm
         to.tape.rope_store(
             to.buffer(self.query),
             to.buffer(self.key),
@@ -148,7 +149,7 @@ class RopeStoreLaunch(Launch):
             self.rope.dim if self.rope else 0,
             to.vector(self.query_norm.weight if self.query_norm else None),
             to.vector(self.key_norm.weight if self.key_norm else None),
-            self.query_norm.spec.eps if self.query_norm else 0.0,
+            norm.spec.eps if norm else 0.0,
         )
 
 
