@@ -97,11 +97,10 @@ class Weights:
     def _check_shapes(self) -> None:
         for name, source in self._sources.items():
             stored = self._checkpoint.tensors[source.tensor].shape
-            fits = not source.rows or source.rows[1] <= (stored[-1] if source.transposed else stored[0])
-            if not fits or source.shape(stored) != self._shapes[name]:
+            expected = source.stored_shape(self._shapes[name])
+            if stored != expected:
                 raise CheckpointError(
-                    f"tensor {source.tensor!r} has shape {stored}; the model's metadata asks for "
-                    f"{name} of shape {self._shapes[name]}"
+                    f"tensor {source.tensor!r} has shape {stored}; the model's metadata asks for {expected}"
                 )
 
 
@@ -117,15 +116,15 @@ def _sources(
 ) -> dict[str, Source]:
     """The source of every weight in `shapes`. Raises CheckpointError for missing and left-over tensors."""
     prefix = next((p for p in family.prefixes if any(n.startswith(p) for n in checkpoint.tensors)), "")
+    gguf = checkpoint.kind == "gguf"
     sources = {}
     for name in shapes:
-        plain = Source(_tensor_name(family, checkpoint.kind == "gguf", prefix, name))
+        plain = Source(_tensor_name(family, gguf, prefix, name))
         sources[name] = family.source(spec, checkpoint.kind, name, plain)
     used = {source.tensor for source in sources.values()}
     _complain("is missing", sorted(used - set(checkpoint.tensors)))
     if spec.tied_head:  # a file may store the tied matrix twice
-        used.add(_tensor_name(family, checkpoint.kind == "gguf", prefix, "head"))
-        used.add("lm_head.weight")
+        used.add(_tensor_name(family, gguf, prefix, "head"))
     left = [n for n in checkpoint.tensors if n not in used and not any(fnmatch(n, i) for i in family.ignored)]
     _complain("is not known to this family", sorted(left))
     return sources

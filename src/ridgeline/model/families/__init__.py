@@ -28,10 +28,15 @@ def family_of(checkpoint: Checkpoint) -> Family:
 def read_spec(checkpoint: Checkpoint) -> ModelSpec:
     """The ModelSpec of a checkpoint. Raises CheckpointError for an unknown family or unusable metadata."""
     family = family_of(checkpoint)
-    if checkpoint.kind == "safetensors":
-        return family.from_config(checkpoint)
-    if "token_embd.weight" not in checkpoint.tensors:
+    if checkpoint.kind == "gguf" and "token_embd.weight" not in checkpoint.tensors:
         raise CheckpointError(
             f"{checkpoint.path}: tensor 'token_embd.weight' is missing; the file holds no model"
         )
-    return family.from_gguf(checkpoint)
+    spec = (family.from_gguf if checkpoint.kind == "gguf" else family.from_config)(checkpoint)
+    for attention in (layer.attention for layer in spec.layers):
+        if attention.heads % attention.kv_heads:
+            raise CheckpointError(
+                f"model metadata: {attention.heads} attention heads share {attention.kv_heads} key heads; "
+                "accepted: as many for each"
+            )
+    return spec

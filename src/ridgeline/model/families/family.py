@@ -17,22 +17,25 @@ from ridgeline.precision.storage import Tensor, float32_tensor
 class Source:
     """Where a canonical weight lies in a checkpoint, and how to turn what lies there into our orientation.
 
-    In this order: transpose, take `rows` (start, stop) of a fused tensor, undo the interleaving of rotary
-    pairs within each of `interleaved_heads` heads, add `offset`.
+    In this order: transpose, take `rows` (start, stop) of a tensor that fuses `fused_rows`, undo the
+    interleaving of rotary pairs within each of `interleaved_heads` heads, add `offset`.
     """
 
     tensor: str
     transposed: bool = False
     rows: tuple[int, int] | None = None
+    fused_rows: int | None = None
     interleaved_heads: int | None = None
     offset: float = 0.0
 
-    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """The canonical shape that a tensor of shape `stored` gives."""
-        shape = stored[::-1] if self.transposed else stored
-        return (self.rows[1] - self.rows[0], *shape[1:]) if self.rows else shape
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that the file's tensor must have to give a weight of the canonical `shape`."""
+        stored = (self.fused_rows or shape[0], *shape[1:])
+        return stored[::-1] if self.transposed else stored
 
     def apply(self, tensor: Tensor) -> Tensor:
+        if len(tensor.shape) == 1:  # entries of a vector can only be picked once they are decoded
+            tensor = float32_tensor(tensor.dequantise())
         if self.transposed:
             tensor = float32_tensor(np.ascontiguousarray(tensor.dequantise().T))
         if self.rows:

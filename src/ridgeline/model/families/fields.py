@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,6 +11,10 @@ from ridgeline.types import CheckpointError
 T = TypeVar("T")
 MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 20
+MAX_CONTEXT = 1 << 30
+MAX_VOCABULARY = 1 << 24
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127
+"""Numbers end up in float32 arithmetic: outside of this range they would be denormal or infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +37,14 @@ class Fields:
         return int(self._accept(ok, key, value, f"a whole number from {low} to {high}"))
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above zero."""
+        """A number above zero that float32 holds."""
         value = self._get(key, default)
-        ok = (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and math.isfinite(value)
-            and value > 0
-        )
-        return float(self._accept(ok, key, value, "a finite number above 0"))
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        ok = real and _SMALLEST <= value <= _LARGEST
+        return float(self._accept(ok, key, value, f"a number from {_SMALLEST:.3g} to {_LARGEST:.3g}"))
+
+    def number_or_none(self, key: str) -> float | None:
+        return self.number(key) if key in self else None
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
@@ -56,12 +58,12 @@ class Fields:
 
     def section(self, key: str) -> Fields:
         """A nested mapping; empty where there is none."""
-        value = self.values.get(self.prefix + key)
-        return Fields(self._accept(isinstance(value, Mapping | None), key, value, "an object") or {})
+        value = self._get(key, {})
+        return Fields(self._accept(isinstance(value, Mapping), key, value, "an object"))
 
     def refuse(self, key: str, *accepted: object) -> None:
         """Refuse a setting that would change the result and that we do not implement."""
-        value = self.values.get(self.prefix + key)
+        value = self._get(key, None)
         self._accept(value is None or value in accepted, key, value, ", ".join(map(repr, accepted)) or "none")
 
     def _get(self, key: str, default: T | None) -> Any:

@@ -10,9 +10,9 @@ import numpy as np
 from ridgeline.model.checkpoint import Checkpoint
 from ridgeline.model.checkpoint.files import Kind
 from ridgeline.model.families.family import Family, Source
-from ridgeline.model.families.fields import MAX_LAYERS, Fields
+from ridgeline.model.families.fields import MAX_CONTEXT, MAX_LAYERS, MAX_VOCABULARY, Fields
 from ridgeline.model.families.llama import NAMES as LLAMA_NAMES
-from ridgeline.model.families.rope import rope, rope_from_config
+from ridgeline.model.families.rope import FACTORS, rope, rope_from_config, rope_from_gguf
 from ridgeline.model.spec import (
     Activation,
     AttentionSpec,
@@ -64,7 +64,6 @@ def _embedding_scale(hidden: int) -> float:
 
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
     fields = Fields(checkpoint.metadata, "gemma3.")
-    fields.refuse("rope.scaling.type", "none", "linear")
     hidden = fields.integer("embedding_length")
     heads = fields.integer("attention.head_count")
     dim = fields.integer("attention.key_length", 256)
@@ -74,23 +73,23 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
     scale = (hidden / heads) ** -0.5 if layers == 62 else dim**-0.5
     kv_heads = fields.integer("attention.head_count_kv", heads, high=heads)
     attention = AttentionSpec(heads, kv_heads, dim, scale, rope=None, qk_norm=True)
-    factor = np.full(dim // 2, fields.number("rope.scaling.factor", 1.0), np.float32)
     ropes = (
         rope(fields.number("rope.freq_base_swa", LOCAL_THETA), dim),
-        rope(fields.number("rope.freq_base", GLOBAL_THETA), dim, factor),
+        rope_from_gguf(checkpoint, fields, dim, GLOBAL_THETA),
     )
     period = fields.integer("attention.sliding_window_pattern", PERIOD)
     full = [(i + 1) % period == 0 for i in range(layers)]
-    window = fields.integer("attention.sliding_window", high=1 << 30)
+    window = fields.integer("attention.sliding_window", high=MAX_CONTEXT)
     return ModelSpec(
         family="gemma3",
         hidden=hidden,
         vocabulary=checkpoint.tensors["token_embd.weight"].shape[0],
-        context=fields.integer("context_length", high=1 << 30),
+        context=fields.integer("context_length", high=MAX_CONTEXT),
         norm=NormSpec("rms", fields.number("attention.layer_norm_rms_epsilon", 1e-6)),
         layers=_layers(attention, fields.integer("feed_forward_length"), full, ropes, window),
         tied_head="output.weight" not in checkpoint.tensors,
         embedding_scale=_embedding_scale(hidden),
+        logit_softcap=fields.number_or_none("final_logit_softcapping"),
     )
 
 
@@ -110,21 +109,19 @@ def from_config(checkpoint: Checkpoint) -> ModelSpec:
     return ModelSpec(
         family="gemma3",
         hidden=hidden,
-        vocabulary=fields.integer("vocab_size", high=1 << 24),
-        context=fields.integer("max_position_embeddings", high=1 << 30),
+        vocabulary=fields.integer("vocab_size", high=MAX_VOCABULARY),
+        context=fields.integer("max_position_embeddings", high=MAX_CONTEXT),
         norm=NormSpec("rms", fields.number("rms_norm_eps", 1e-6)),
         layers=_layers(
             attention,
             fields.integer("intermediate_size"),
             _full_layers(fields, layers),
             _ropes(fields, dim),
-            fields.integer("sliding_window", 4096, high=1 << 30),
+            fields.integer("sliding_window", 4096, high=MAX_CONTEXT),
         ),
         tied_head=fields.flag("tie_word_embeddings", True),
         embedding_scale=_embedding_scale(hidden),
-        logit_softcap=fields.number("final_logit_softcapping")
-        if "final_logit_softcapping" in fields
-        else None,
+        logit_softcap=fields.number_or_none("final_logit_softcapping"),
     )
 
 
@@ -133,24 +130,22 @@ def _full_layers(fields: Fields, layers: int) -> list[bool]:
     if kinds is None:
         period = fields.integer("sliding_window_pattern", PERIOD)
         return [(i + 1) % period == 0 for i in range(layers)]
-    if (
-        not isinstance(kinds, list)
-        or len(kinds) != layers
-        or set(kinds) - {"full_attention", "sliding_attention"}
-    ):
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
         raise CheckpointError(
-            f"model metadata: layer_types is {str(kinds)[:80]}; accepted: full_attention or "
-            f"sliding_attention for each of {layers} layers"
+            f"model metadata: layer_types is {repr(kinds)[:80]}; accepted: {' or '.join(known)} "
+            f"for each of {layers} layers"
         )
     return [kind == "full_attention" for kind in kinds]
 
 
 def _ropes(fields: Fields, dim: int) -> tuple[RopeSpec, RopeSpec]:
     parameters = fields.section("rope_parameters")
-    if "sliding_attention" in parameters:
+    if "sliding_attention" in parameters or "full_attention" in parameters:
         local, whole = (parameters.section(f"{kind}_attention") for kind in ("sliding", "full"))
-        return rope_from_config(fields, dim, LOCAL_THETA, local), rope_from_config(
-            fields, dim, GLOBAL_THETA, whole
+        return (
+            rope_from_config(fields, dim, LOCAL_THETA, local),
+            rope_from_config(fields, dim, GLOBAL_THETA, whole),
         )
     local_theta = fields.number("rope_local_base_freq", LOCAL_THETA)
     return rope(local_theta, dim), rope_from_config(fields, dim, GLOBAL_THETA)
@@ -169,4 +164,5 @@ GEMMA3 = Family(
     from_config=from_config,
     names=NAMES,
     source=source,
+    ignored=(FACTORS,),
 )

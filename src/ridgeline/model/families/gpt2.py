@@ -7,7 +7,7 @@ from dataclasses import replace
 from ridgeline.model.checkpoint import Checkpoint
 from ridgeline.model.checkpoint.files import Kind
 from ridgeline.model.families.family import Family, Source, layer_of
-from ridgeline.model.families.fields import MAX_LAYERS, Fields
+from ridgeline.model.families.fields import MAX_CONTEXT, MAX_LAYERS, MAX_VOCABULARY, Fields
 from ridgeline.model.spec import Activation, AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec, NormSpec
 from ridgeline.types import CheckpointError
 
@@ -38,7 +38,7 @@ def _spec(
 ) -> ModelSpec:
     hidden = fields.integer(keys["hidden"])
     heads = fields.integer(keys["heads"])
-    context = fields.integer(keys["context"], high=1 << 24)
+    context = fields.integer(keys["context"], high=MAX_CONTEXT)
     if hidden % heads:
         raise CheckpointError(
             f"model metadata: {hidden} values for {heads} heads; accepted: a multiple of the heads"
@@ -95,7 +95,7 @@ def from_config(checkpoint: Checkpoint) -> ModelSpec:
     fields.refuse("add_cross_attention", False)
     activation = fields.choice("activation_function", ACTIVATIONS, "gelu_new")
     tied = fields.flag("tie_word_embeddings", True)
-    return _spec(fields, keys, activation, fields.integer("vocab_size", high=1 << 24), tied)
+    return _spec(fields, keys, activation, fields.integer("vocab_size", high=MAX_VOCABULARY), tied)
 
 
 def source(spec: ModelSpec, kind: Kind, name: str, plain: Source) -> Source:
@@ -105,7 +105,7 @@ def source(spec: ModelSpec, kind: Kind, name: str, plain: Source) -> Source:
         attention = layer_of(spec, name).attention
         third = attention.heads * attention.head_dim
         start = "qkv".index(part) * third
-        plain = replace(plain, rows=(start, start + third))
+        plain = replace(plain, rows=(start, start + third), fused_rows=3 * third)
     linear = part in ("q", "k", "v", "o", "up", "down") and not name.endswith(".bias")
     return replace(plain, transposed=linear and kind == "safetensors")
 

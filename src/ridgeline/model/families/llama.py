@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ridgeline.model.checkpoint import Checkpoint
 from ridgeline.model.checkpoint.files import Kind
 from ridgeline.model.families.family import Family, Source, layer_of
-from ridgeline.model.families.fields import MAX_LAYERS, Fields
-from ridgeline.model.families.rope import rope, rope_from_config
+from ridgeline.model.families.fields import MAX_CONTEXT, MAX_LAYERS, MAX_VOCABULARY, Fields
+from ridgeline.model.families.rope import FACTORS, rope_from_config, rope_from_gguf
 from ridgeline.model.spec import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec, NormSpec
 
 NAMES = {
@@ -30,23 +28,16 @@ NAMES = {
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
     fields = Fields(checkpoint.metadata, "llama.")
     fields.refuse("expert_count", 0)
-    fields.refuse("rope.scaling.type", "none", "linear")
     hidden = fields.integer("embedding_length")
     heads = fields.integer("attention.head_count")
     head_dim = fields.integer("attention.key_length", hidden // heads)
     fields.refuse("attention.value_length", head_dim)
-    rotary_dim = fields.integer("rope.dimension_count", head_dim, high=head_dim)
-    factors = None
-    if "rope_freqs.weight" in checkpoint.tensors:
-        factors = checkpoint.tensor("rope_freqs.weight").dequantise()
-    elif "rope.scaling.type" in fields and fields.values["llama.rope.scaling.type"] == "linear":
-        factors = np.full(rotary_dim // 2, fields.number("rope.scaling.factor"), np.float32)
     attention = AttentionSpec(
         heads=heads,
         kv_heads=fields.integer("attention.head_count_kv", heads, high=heads),
         head_dim=head_dim,
         scale=head_dim**-0.5,
-        rope=rope(fields.number("rope.freq_base", 10000.0), rotary_dim, factors),
+        rope=rope_from_gguf(checkpoint, fields, head_dim, theta=10000.0),
         qkv_bias="blk.0.attn_q.bias" in checkpoint.tensors,
         output_bias="blk.0.attn_output.bias" in checkpoint.tensors,
     )
@@ -56,7 +47,7 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
         family="llama",
         hidden=hidden,
         vocabulary=checkpoint.tensors["token_embd.weight"].shape[0],
-        context=fields.integer("context_length", high=1 << 30),
+        context=fields.integer("context_length", high=MAX_CONTEXT),
         norm=NormSpec("rms", fields.number("attention.layer_norm_rms_epsilon")),
         layers=(LayerSpec(attention, feed_forward),) * fields.integer("block_count", high=MAX_LAYERS),
         tied_head="output.weight" not in checkpoint.tensors,
@@ -86,8 +77,8 @@ def from_config(checkpoint: Checkpoint) -> ModelSpec:
     return ModelSpec(
         family="llama",
         hidden=hidden,
-        vocabulary=fields.integer("vocab_size", high=1 << 24),
-        context=fields.integer("max_position_embeddings", 2048, high=1 << 30),
+        vocabulary=fields.integer("vocab_size", high=MAX_VOCABULARY),
+        context=fields.integer("max_position_embeddings", 2048, high=MAX_CONTEXT),
         norm=NormSpec("rms", fields.number("rms_norm_eps", 1e-6)),
         layers=(LayerSpec(attention, feed_forward),) * fields.integer("num_hidden_layers", high=MAX_LAYERS),
         tied_head=fields.flag("tie_word_embeddings", False),
@@ -112,5 +103,5 @@ LLAMA = Family(
     from_config=from_config,
     names=NAMES,
     source=source,
-    ignored=("rope_freqs.weight", "*.rotary_emb.inv_freq"),
+    ignored=(FACTORS, "*.rotary_emb.inv_freq"),
 )
