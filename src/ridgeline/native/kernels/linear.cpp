@@ -58,36 +58,45 @@ void multiply_pair(const PairInput& in, const MatrixView& matrix, int64_t row, i
   }
 }
 
-RIDGELINE_INLINE vfloat add_bias(vfloat y, const float* bias, int64_t column, int64_t rows) {
-  return bias == nullptr ? y : y + load(first_lanes(int(rows - column)), bias + column);
+RIDGELINE_INLINE vfloat load_bias(const float* bias, int64_t column, int64_t width) {
+  return bias == nullptr ? zero() : load(first_lanes(int(width - column)), bias + column);
 }
 
-void finish_pair(const PairInput& in, const StepView& step, int64_t row, int tokens, const float* y,
-                 const float* gate) {
+// Bias, gate and activation, in place.
+void finish_values(const PairInput& in, int tokens, float* y, const float* gate) {
   const LinearPart& part = in.part;
-  const int64_t column = in.pair * kResultStride, width = part.matrix.rows;
-  const A8Layout layout = a8_layout(part.matrix.rows);
-  for (int t = 0; t < tokens; ++t) {
-    vfloat v[2];
+  if (part.bias == nullptr && gate == nullptr && part.activation == Activation::none) return;
+  with_activation(part.activation, [&](auto tag) {
+    constexpr Activation kKind = decltype(tag)::kind;
     for (int half = 0; half < 2; ++half) {
-      const int64_t c = column + half * kTileRows;
-      v[half] = add_bias(load(y + t * kResultStride + half * kTileRows), part.bias, c, width);
-      if (gate != nullptr) {
-        const vfloat g =
-            add_bias(load(gate + t * kResultStride + half * kTileRows), part.gate_bias, c, width);
-        v[half] = activate(part.activation, g) * v[half];
-      } else {
-        v[half] = activate(part.activation, v[half]);
+      const int64_t column = in.pair * kResultStride + half * kTileRows;
+      const vfloat bias = load_bias(part.bias, column, part.matrix.rows);
+      const vfloat gate_bias = load_bias(part.gate_bias, column, part.matrix.rows);
+      for (int i = half * kTileRows; i < tokens * kResultStride; i += kResultStride) {
+        const vfloat v = load(y + i) + bias;
+        store(y + i,
+              gate == nullptr ? activated<kKind>(v) : activated<kKind>(load(gate + i) + gate_bias) * v);
       }
     }
-    if (part.out.a8.data != nullptr) {
-      quantise_group(v[0], v[1], part.out.a8.data + (row + t) * part.out.a8.stride, layout, int(in.pair));
-      continue;
+  });
+}
+
+void write_values(const PairInput& in, const StepView& step, int64_t row, int tokens, const float* y) {
+  const Target& out = in.part.out;
+  if (out.a8.data != nullptr) {
+    const A8Layout layout = a8_layout(in.part.matrix.rows);
+    for (int t = 0; t < tokens; ++t, y += kResultStride) {
+      quantise_group(load(y), load(y + kTileRows), out.a8.data + (row + t) * out.a8.stride, layout,
+                     int(in.pair));
     }
-    float* out = part.out.f32.data != nullptr ? part.out.f32.data + (row + t) * part.out.f32.stride
-                                              : step.logits + (row + t) * step.vocabulary;
-    store_f32(out + column, int(width - column), v[0], part.out.accumulate);
-    store_f32(out + column + kTileRows, int(width - column) - kTileRows, v[1], part.out.accumulate);
+    return;
+  }
+  const int64_t column = in.pair * kResultStride, width = in.part.matrix.rows;
+  const int64_t stride = out.f32.data != nullptr ? out.f32.stride : step.vocabulary;
+  float* p = (out.f32.data != nullptr ? out.f32.data : step.logits) + row * stride + column;
+  for (int t = 0; t < tokens; ++t, y += kResultStride, p += stride) {
+    store_f32(p, int(width - column), load(y), out.accumulate);
+    store_f32(p + kTileRows, int(width - column) - kTileRows, load(y + kTileRows), out.accumulate);
   }
 }
 
@@ -95,7 +104,8 @@ void run_pair(const PairInput& in, const StepView& step, int64_t row, int tokens
   alignas(64) float y[kMaxTokens * kResultStride], gate[kMaxTokens * kResultStride];
   multiply_pair(in, in.part.matrix, row, tokens, y);
   if (in.part.gate.data != nullptr) multiply_pair(in, in.part.gate, row, tokens, gate);
-  finish_pair(in, step, row, tokens, y, in.part.gate.data != nullptr ? gate : nullptr);
+  finish_values(in, tokens, y, in.part.gate.data != nullptr ? gate : nullptr);
+  write_values(in, step, row, tokens, y);
 }
 
 // Pairs [first, first + count) of all parts, for a few rows.

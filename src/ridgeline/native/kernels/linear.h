@@ -59,6 +59,7 @@ RIDGELINE_INLINE void prefetch_group(const uint8_t* tile, int group) {
 
 template <Storage kStorage, int kTokens>
 static void quantised_tile(const TileInput& in, float* y) {
+  if (in.cols < 1) __builtin_unreachable();  // keeps the accumulators out of memory
   const A8Layout layout = a8_layout(in.cols);
   vfloat acc[kTokens];
   for (int t = 0; t < kTokens; ++t) acc[t] = zero();
@@ -94,6 +95,7 @@ static void quantised_tile(const TileInput& in, float* y) {
 
 template <int kTokens>
 static void float_tile(const TileInput& in, float* y) {
+  if (in.cols < 1) __builtin_unreachable();
   vfloat acc[kTokens];
   for (int t = 0; t < kTokens; ++t) acc[t] = zero();
   const auto* weights = reinterpret_cast<const float*>(in.tile);

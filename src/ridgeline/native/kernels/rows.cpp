@@ -84,13 +84,15 @@ void activate(const ActivateLaunch& launch, const StepView& step, Worker& worker
     const float* x = launch.x.data + row * launch.x.stride;
     const float* times =
         launch.times.data == nullptr ? nullptr : launch.times.data + row * launch.times.stride;
-    const auto value = [&](int c) {
-      const vfloat y = activate(launch.activation, load_up_to(x + c, launch.width - c));
-      return times == nullptr ? y : y * load_up_to(times + c, launch.width - c);
-    };
-    write_row(launch.out, row, launch.width, [&](int c, vfloat& a, vfloat& b) {
-      a = value(c);
-      b = value(c + 16);
+    with_activation(launch.activation, [&](auto tag) {
+      const auto value = [&](int c) {
+        const vfloat y = activated<decltype(tag)::kind>(load_up_to(x + c, launch.width - c));
+        return times == nullptr ? y : y * load_up_to(times + c, launch.width - c);
+      };
+      write_row(launch.out, row, launch.width, [&](int c, vfloat& a, vfloat& b) {
+        a = value(c);
+        b = value(c + 16);
+      });
     });
   });
 }

@@ -36,6 +36,7 @@ RIDGELINE_INLINE void quantise_group(vfloat a, vfloat b, uint8_t* row, const A8L
 }
 
 RIDGELINE_INLINE void store_f32(float* p, int count, vfloat a, bool accumulate) {
+  if (count >= 16) return store(p, accumulate ? load(p) + a : a);
   const vmask m = first_lanes(count);
   store(m, p, accumulate ? load(m, p) + a : a);
 }

@@ -48,15 +48,30 @@ RIDGELINE_INLINE vfloat normal_cdf(vfloat x) {
   return select(less(x, zero()), tail, splat(1.0f) - tail);
 }
 
-RIDGELINE_INLINE vfloat activate(Activation kind, vfloat x) {
+template <Activation kKind>
+RIDGELINE_INLINE vfloat activated(vfloat x) {
+  if constexpr (kKind == Activation::silu) return x * sigmoid(x);
+  if constexpr (kKind == Activation::gelu) return x * normal_cdf(x);
+  if constexpr (kKind == Activation::gelu_tanh) {
+    const vfloat u = splat(1.59576912f) * fma(splat(0.044715f) * x, x * x, x);  // 2 sqrt(2 / pi)
+    return x * sigmoid(u);
+  }
+  return x;
+}
+
+template <Activation kKind>
+struct ActivationTag {
+  static constexpr Activation kind = kKind;
+};
+
+// Calls f with the tag of a kind, so that loops over many values decide once.
+template <class F>
+RIDGELINE_INLINE void with_activation(Activation kind, F&& f) {
   switch (kind) {
-    case Activation::silu: return x * sigmoid(x);
-    case Activation::gelu_tanh: {
-      const vfloat u = splat(1.59576912f) * fma(splat(0.044715f) * x, x * x, x);  // 2 sqrt(2 / pi)
-      return x * sigmoid(u);
-    }
-    case Activation::gelu: return x * normal_cdf(x);
-    default: return x;
+    case Activation::silu: return f(ActivationTag<Activation::silu>{});
+    case Activation::gelu: return f(ActivationTag<Activation::gelu>{});
+    case Activation::gelu_tanh: return f(ActivationTag<Activation::gelu_tanh>{});
+    default: return f(ActivationTag<Activation::none>{});
   }
 }
 
