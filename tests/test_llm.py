@@ -204,6 +204,20 @@ def test_a_failing_step_leaves_nothing_behind(make_llm: Callable[..., LLM]) -> N
     assert texts(llm.generate("one", GREEDY)) == expected
 
 
+def test_a_stream_may_be_closed_in_the_midst_of_a_step(make_llm: Callable[..., LLM]) -> None:
+    """As the garbage collector does with one that nobody holds."""
+    executor = FakeExecutor()
+    llm = make_llm(executor)
+    expected = texts(llm.generate("one", GREEDY))
+    left = llm.stream("three", LONG)
+    next(left)
+    executor.edit = lambda logits, tokens: left.close()
+    assert texts(llm.generate("one", GREEDY)) == expected
+    assert not llm.loaded.engine.has_work
+    assert llm.loaded.engine.scheduler.cache.usage == 0
+    assert not llm._latest
+
+
 def test_a_closed_model_says_so(make_llm: Callable[..., LLM]) -> None:
     executor = FakeExecutor()
     llm = make_llm(executor)
@@ -365,6 +379,46 @@ def test_a_dead_engine_tells_everybody(make_async: Callable[..., AsyncLLM]) -> N
     assert executor.closed
 
 
+def test_whatever_ends_the_engine_nobody_is_left_waiting(make_async: Callable[..., AsyncLLM]) -> None:
+    class Panic(BaseException):
+        """As libraries in other languages raise it."""
+
+    def panic(logits: object, tokens: object) -> None:
+        raise Panic("no way on")
+
+    async def main() -> None:
+        llm = make_async(FakeExecutor(edit=panic))
+        with pytest.raises(EngineDeadError, match="engine stopped: Panic: no way on"):
+            await asyncio.wait_for(last_of(llm, "one", GREEDY), 20)
+        llm.close()
+
+    asyncio.run(main())
+
+
+def test_a_request_that_is_no_request_fails_alone(make_async: Callable[..., AsyncLLM]) -> None:
+    async def main() -> None:
+        async with make_async() as llm:
+            with pytest.raises(AttributeError):
+                await last_of(llm, "one", {"temperature": 0})  # type: ignore[arg-type]
+            assert (await last_of(llm, "one", GREEDY)).finished
+
+    asyncio.run(main())
+
+
+def test_a_result_that_was_not_read_yet_outlives_the_engine(make_async: Callable[..., AsyncLLM]) -> None:
+    async def main() -> None:
+        llm = make_async()
+        outputs = llm.generate("one", LONG)
+        await anext(outputs)
+        while llm.loaded.engine.has_work:
+            pass  # this loop gets no turn to read
+        llm.close()
+        states = [state async for state in outputs]
+        assert len(states[-1].outputs[0].token_ids) == 400
+
+    asyncio.run(main())
+
+
 def test_closing_ends_open_requests_and_the_thread(make_async: Callable[..., AsyncLLM]) -> None:
     executor = FakeExecutor(pages=(7000,))
     before = threading.active_count()
@@ -427,6 +481,35 @@ def test_executors_agree_on_a_chat(tiny_llama: Path) -> None:
             )
             answers.append(output.outputs[0].token_ids)
     assert answers[0] == answers[1]
+
+
+LEFT_OPEN = """
+import asyncio, sys, threading
+from ridgeline import LLM, AsyncLLM, SamplingParams
+endless = SamplingParams(max_tokens=None, ignore_eos=True)
+if sys.argv[2] == "async":
+    llm = AsyncLLM(sys.argv[1])
+    stream = llm.generate("one", endless)
+    asyncio.new_event_loop().run_until_complete(anext(stream))
+else:
+    llm = LLM(sys.argv[1])
+    stream = llm.stream("one", endless)
+    next(stream)
+    threading.Thread(target=llm.generate, args=("one", endless), daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize("face", ["sync", "async"])
+def test_a_process_may_end_in_the_midst_of_a_step(tiny_llama: Path, face: str) -> None:
+    command = [sys.executable, "-c", LEFT_OPEN, str(tiny_llama), face]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_closing_lets_go_of_the_weights(tiny_llama: Path) -> None:
+    llm = LLM(str(tiny_llama), max_model_len=128)
+    assert llm.loaded.engine.handle is not None
+    llm.close()
+    assert llm.loaded.engine.handle is None, "the tape holds on to every matrix"
 
 
 def test_a_context_beyond_the_models_is_refused(tiny_llama: Path) -> None:

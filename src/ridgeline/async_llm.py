@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import queue
 import threading
@@ -10,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from ridgeline.config import EngineConfig
 from ridgeline.loading import LoadedFace, Message, Prompt, load_engine, text_of
@@ -19,12 +20,8 @@ from ridgeline.types import (
     Request,
     RequestError,
     RequestOutput,
-    RidgelineError,
     SamplingParams,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 class AsyncLLM(LoadedFace):
@@ -45,6 +42,7 @@ class AsyncLLM(LoadedFace):
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name="ridgeline-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # Python would end the thread in the midst of a step
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
@@ -81,6 +79,7 @@ class AsyncLLM(LoadedFace):
         """Stop the engine and free the model. Idempotent; open requests end with EngineDeadError."""
         with suppress(EngineDeadError):
             self._send(self._request_close)
+        atexit.unregister(self.close)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -111,10 +110,10 @@ class AsyncLLM(LoadedFace):
                 finished = output.finished
                 yield output
         finally:
+            if not finished:
+                await self.abort(name)  # before the id is free, so that it cannot meet the next one's request
             with self._lock:
                 self._open.pop(name, None)
-            if not finished:
-                await self.abort(name)
 
     def _send(self, command: Callable[[], None]) -> None:
         with self._lock:
@@ -134,7 +133,7 @@ class AsyncLLM(LoadedFace):
                 while not self._commands.empty():
                     self._commands.get()()
                 self._deliver(engine.step())
-        except Exception as error:  # whatever it was, nobody may be left waiting
+        except BaseException as error:  # whatever it was, nobody may be left waiting
             failure = EngineDeadError(f"engine stopped: {type(error).__name__}: {error}")
             failure.__cause__ = error
         with self._lock:
@@ -152,7 +151,7 @@ class AsyncLLM(LoadedFace):
         try:
             self._loaded.engine.add(request, text)
             self._routes[request.id] = mailbox
-        except RidgelineError as error:
+        except Exception as error:  # what is wrong with one request must not end the others
             _post([(mailbox, error)])
 
     def _abort(self, request_id: str) -> None:
@@ -161,7 +160,7 @@ class AsyncLLM(LoadedFace):
             self._deliver([output])
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
-        letters: list[tuple[_Mailbox, RequestOutput | RidgelineError]] = []
+        letters: list[tuple[_Mailbox, RequestOutput | Exception]] = []
         for output in outputs:
             mailbox = self._routes[output.request_id]
             if output.finished or mailbox.loop.is_closed():
@@ -180,9 +179,11 @@ class _Mailbox:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._arrived = asyncio.Event()
-        self._latest: RequestOutput | RidgelineError | None = None
+        self._latest: RequestOutput | Exception | None = None
 
-    def put(self, letter: RequestOutput | RidgelineError) -> None:
+    def put(self, letter: RequestOutput | Exception) -> None:
+        if isinstance(self._latest, RequestOutput) and self._latest.finished:
+            return  # the engine may end before its last word was read
         self._latest = letter
         self._arrived.set()
 
@@ -192,14 +193,14 @@ class _Mailbox:
         self._arrived.clear()
         letter = self._latest
         assert letter is not None
-        if isinstance(letter, RidgelineError):
+        if isinstance(letter, Exception):
             raise letter
         return letter
 
 
-def _post(letters: Sequence[tuple[_Mailbox, RequestOutput | RidgelineError]]) -> None:
+def _post(letters: Sequence[tuple[_Mailbox, RequestOutput | Exception]]) -> None:
     """Hand letters to their mailboxes on the readers' loops, with one wake-up for each loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, RequestOutput | RidgelineError]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Mailbox, RequestOutput | Exception]]] = {}
     for mailbox, letter in letters:
         by_loop.setdefault(mailbox.loop, []).append((mailbox, letter))
     for loop, group in by_loop.items():
@@ -207,6 +208,6 @@ def _post(letters: Sequence[tuple[_Mailbox, RequestOutput | RidgelineError]]) ->
             loop.call_soon_threadsafe(_put_all, group)
 
 
-def _put_all(letters: Sequence[tuple[_Mailbox, RequestOutput | RidgelineError]]) -> None:
+def _put_all(letters: Sequence[tuple[_Mailbox, RequestOutput | Exception]]) -> None:
     for mailbox, letter in letters:
         mailbox.put(letter)

@@ -127,6 +127,7 @@ class Engine:
         """Drop all requests and close the executor."""
         for request_id in list(self._requests):
             self.abort(request_id)
+        self.handle = None  # a compiled program keeps its weights alive
         self.executor.close()
 
     # ------------------------------------------------------------------------- requests come and go

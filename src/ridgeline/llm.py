@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import os
 import threading
+import weakref
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from ridgeline.config import EngineConfig
 from ridgeline.loading import LoadedFace, Message, Prompt, load_engine, text_of
 from ridgeline.types import EngineDeadError, Request, RequestError, RequestOutput, SamplingParams
-
-if TYPE_CHECKING:
-    pass
 
 
 class LLM(LoadedFace):
@@ -28,7 +29,10 @@ class LLM(LoadedFace):
         self._lock = threading.RLock()
         self._ids = itertools.count()
         self._latest: dict[str, RequestOutput | None] = {}
+        self._left: deque[str] = deque()  # requests that nobody waits for any more
+        self._stepping = False
         self._closed = False
+        _open.add(self)
 
     def generate(
         self,
@@ -119,8 +123,20 @@ class LLM(LoadedFace):
     def _step(self) -> None:
         """One step for everybody: other threads' requests and open streams advance as well."""
         self._check_open()
-        for output in self._loaded.engine.step():
-            self._latest[output.request_id] = output
+        self._stepping = True
+        try:
+            for output in self._loaded.engine.step():
+                self._latest[output.request_id] = output
+        finally:
+            self._stepping = False
+        self._drop_left()
+
+    def _drop_left(self) -> None:
+        # A stream may be closed by the garbage collector in the midst of a step of this very thread.
+        while self._left and not self._stepping:
+            request_id = self._left.popleft()
+            self._loaded.engine.abort(request_id)
+            self._latest.pop(request_id, None)
 
     @contextmanager
     def _requests(
@@ -141,10 +157,10 @@ class LLM(LoadedFace):
                     self._latest[request_id] = None
             yield ids
         finally:
-            with self._lock:
-                for request_id in ids:
-                    engine.abort(request_id)
-                    self._latest.pop(request_id, None)
+            self._left.extend(ids)
+            if not self._closed:  # when Python ends, a thread that is no more may hold the lock
+                with self._lock:
+                    self._drop_left()
 
     def _params_for(
         self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
@@ -180,3 +196,15 @@ def _chats(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Se
     if one and several:
         raise RequestError("messages mix messages with conversations; accepted: a list of either")
     return [one] if one else several
+
+
+_open: weakref.WeakSet[LLM] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_open.clear)  # a child has none of their threads
+
+
+@atexit.register
+def _close_open() -> None:
+    """Python ends daemon threads where they stand; one that stands in a step takes the process along."""
+    for llm in list(_open):
+        llm.close()
