@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from fake_executor import FakeExecutor, make_engine
 
@@ -119,6 +120,30 @@ def test_prompts_are_texts_or_token_ids(make_llm: Callable[..., LLM]) -> None:
     assert llm.generate([], GREEDY) == []
     with pytest.raises(RequestError, match="prompts mix token ids with prompts"):
         llm.generate([1, "one"], GREEDY)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "kind"),
+    [
+        ({"prompt": "one"}, "prompts came as dict"),
+        ([{"prompt": "one"}], "prompt came as dict"),
+        ((text for text in PROMPTS), "prompts came as generator"),
+        (np.arange(3), "prompts came as ndarray"),
+        (b"one", "prompts came as bytes"),
+        ([1.0], "prompt came as float"),
+        (None, "prompts came as NoneType"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(make_llm: Callable[..., LLM], prompts: Any, kind: str) -> None:
+    with pytest.raises(RequestError, match=f"{kind}; accepted: a list"):
+        make_llm().generate(prompts)
+
+
+def test_what_is_no_conversation_is_refused(make_llm: Callable[..., LLM]) -> None:
+    with pytest.raises(RequestError, match="messages came as str; accepted: a list"):
+        make_llm().chat("hello")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="messages came as generator; accepted: a list"):
+        make_llm().chat(chat for chat in [[{"role": "user", "content": "hello"}]])  # type: ignore[arg-type]
 
 
 def test_parameters_are_the_models_unless_given(make_llm: Callable[..., LLM]) -> None:

@@ -182,20 +182,29 @@ def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many, as many. A list that begins with a number is one prompt of token ids."""
     if isinstance(prompts, str):
         return [prompts]
-    one = [token for token in prompts if isinstance(token, int)]
-    several = [prompt for prompt in prompts if not isinstance(prompt, int)]
+    given = _listed("prompts", prompts)
+    one = [token for token in given if isinstance(token, int)]
+    several = [prompt for prompt in given if not isinstance(prompt, int)]
     if one and several:
         raise RequestError("prompts mix token ids with prompts; accepted: texts, or lists of token ids")
-    return [one] if one else several
+    return [one] if one else [p if isinstance(p, str) else _listed("prompt", p) for p in several]
 
 
 def _chats(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
     """One conversation or many, as many."""
-    one = [message for message in messages if isinstance(message, Mapping)]
-    several = [chat for chat in messages if not isinstance(chat, Mapping)]
+    given = _listed("messages", messages)
+    one = [message for message in given if isinstance(message, Mapping)]
+    several = [chat for chat in given if not isinstance(chat, Mapping)]
     if one and several:
         raise RequestError("messages mix messages with conversations; accepted: a list of either")
     return [one] if one else several
+
+
+def _listed(name: str, given: Any) -> list[Any]:
+    """What must be a list, before anything is made of what is not: a generator, a dict, bytes."""
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise RequestError(f"{name} came as {type(given).__name__}; accepted: a list")
+    return list(given)
 
 
 _open: weakref.WeakSet[LLM] = weakref.WeakSet()
