@@ -39,11 +39,25 @@ def _llama(**changes: Any) -> Any:
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
     }
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHARED, **(sizes | changes)))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**(SHARED | sizes | changes)))
 
 
 def _llama3() -> Any:
     return _llama(head_dim=32, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=False)
+
+
+def _odd() -> Any:
+    """Nothing is a multiple of anything, and the vocabulary is as wide as the stream."""
+    return _llama(
+        vocab_size=50,
+        hidden_size=50,
+        intermediate_size=70,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        head_dim=6,
+        attention_bias=True,
+        mlp_bias=True,
+    )
 
 
 def _gpt2() -> Any:
@@ -51,9 +65,10 @@ def _gpt2() -> Any:
     return transformers.GPT2LMHeadModel(config)
 
 
-def _gemma3() -> Any:
+def _gemma3(**changes: Any) -> Any:
     config = transformers.Gemma3TextConfig(
         **SHARED,
+        **changes,
         hidden_size=96,
         intermediate_size=192,
         num_hidden_layers=7,
@@ -67,7 +82,18 @@ def _gemma3() -> Any:
     return transformers.Gemma3ForCausalLM(config)
 
 
-MODELS: dict[str, Callable[[], Any]] = {"llama": _llama, "llama3": _llama3, "gpt2": _gpt2, "gemma3": _gemma3}
+def _capped() -> Any:
+    return _gemma3(final_logit_softcapping=2.0)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": _llama,
+    "llama3": _llama3,
+    "gpt2": _gpt2,
+    "gemma3": _gemma3,
+    "odd": _odd,
+    "capped": _capped,
+}
 
 
 @dataclass(frozen=True)
@@ -89,12 +115,13 @@ def make(name: str, directory: Path) -> TinyModel:
     """Build, scale and write the model; deterministic."""
     torch.manual_seed(sum(map(ord, name)))
     model = MODELS[name]().float().eval()
+    gemma3 = model.config.model_type == "gemma3_text"
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if weight.ndim == 2 and not key.endswith("wpe.weight"):
                 weight.normal_(0, 1.5 / weight.shape[-1] ** 0.5)
             else:
-                weight.normal_(0, 0.2).add_(0 if name == "gemma3" or key.endswith("bias") else 1)
+                weight.normal_(0, 0.2).add_(0 if gemma3 or key.endswith("bias") else 1)
     folder = directory / name
     model.save_pretrained(folder, safe_serialization=True)
     write_tokenizer(folder)
@@ -222,6 +249,8 @@ def write_gguf(model: Any, path: Path, storage: gguf.GGMLQuantizationType | None
         writer.add_value_length(config.head_dim)
     if arch == "gemma3":
         writer.add_sliding_window(config.sliding_window)
+        if config.final_logit_softcapping is not None:
+            writer.add_final_logit_softcapping(config.final_logit_softcapping)
         writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
     elif arch == "llama":
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])

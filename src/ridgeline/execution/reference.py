@@ -123,7 +123,8 @@ class ReferenceExecutor:
     @_apply.register
     def _(self, op: Norm, run: _Run) -> Float32Array:
         x = run.values[op.x.name]
-        grouped = x.reshape(len(x), -1, op.head_dim or op.x.width).astype(np.float64)
+        width = op.head_dim or op.x.width
+        grouped = x.reshape(len(x), op.x.width // width, width).astype(np.float64)
         if op.spec.kind == "layer":
             grouped = grouped - grouped.mean(axis=-1, keepdims=True)
         scale = 1 / np.sqrt(np.mean(grouped**2, axis=-1, keepdims=True) + op.spec.eps)

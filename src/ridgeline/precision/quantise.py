@@ -57,13 +57,13 @@ def quantise_activations(x: Float32Array) -> tuple[Int8Array, Float32Array]:
     np.divide(np.float32(127), amax, out=inverse, where=amax >= TINY)
     with np.errstate(invalid="ignore", over="ignore"):
         codes = np.clip(np.rint(groups * inverse[..., None]), -127, 127).astype(np.int8)
-    return codes.reshape(len(x), -1), scales
+    return codes.reshape(len(x), groups.shape[1] * GROUP), scales
 
 
 def dequantise_activations(codes: Int8Array, scales: Float32Array, width: int) -> Float32Array:
     """The float32 (rows, width) values that codes and scales of `quantise_activations` stand for."""
     values = codes.reshape(*scales.shape, GROUP) * scales[..., None]
-    return values.reshape(len(codes), -1)[:, :width]
+    return values.reshape(codes.shape)[:, :width]
 
 
 def _grouped(x: Float32Array) -> Float32Array:
