@@ -14,7 +14,7 @@ from fake_executor import FakeDetokenizer, FakeExecutor, letter, make_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ridgeline.cache.kv import pages_for
+from ridgeline.config import pages_for
 from ridgeline.engine import Engine
 from ridgeline.types import (
     CompletionOutput,

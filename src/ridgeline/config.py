@@ -15,6 +15,11 @@ PAGE_TOKENS = 16
 """KV slots in a page: one attention tile of every executor."""
 
 
+def pages_for(tokens: int) -> int:
+    """Pages that `tokens` slots fill, the last one perhaps in part."""
+    return -(-tokens // PAGE_TOKENS)
+
+
 def _check(ok: bool, name: str, seen: object, accepted: str) -> None:
     if not ok:
         raise ConfigError(f"{name} is {seen!r}; accepted: {accepted}")

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ridgeline.sampling.noise import derived_seed
 from ridgeline.sampling.sampler import Chooser, Sampled, Sampler
@@ -33,14 +33,7 @@ from ridgeline.types import (
 
 if TYPE_CHECKING:
     from ridgeline.execution.base import Executor
-
-
-class Detokenizer(Protocol):
-    """Text of one sequence, token by token; never returns half a character."""
-
-    def push(self, token_id: int) -> str: ...
-
-    def finish(self) -> str: ...
+    from ridgeline.model.detokenizer import Detokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ridgeline.engine import Engine
 from ridgeline.resources.ceilings import Ceilings
-from ridgeline.resources.roofline import difference, mbu, mfu
+from ridgeline.resources.roofline import mbu, mfu
 from ridgeline.types import CapacityError, Request, RequestError, SamplingParams, Work
 
 
@@ -112,11 +112,14 @@ class _Meter:
         self._prompts = prompts
 
     def prefill(self) -> Phase:
-        self._add(1)
+        ids = self._add(1)
         before = self._totals()
         start = time.perf_counter()
-        while self._engine.has_work:
-            self._engine.step()
+        try:
+            while self._engine.has_work:
+                self._engine.step()
+        finally:
+            self._abort(ids)
         elapsed_s = time.perf_counter() - start
         steps, executor_s, work = self._since(before)
         return Phase(sum(map(len, self._prompts)), steps, elapsed_s, executor_s, work)
@@ -142,8 +145,7 @@ class _Meter:
                     elapsed_s, executor_s, work = elapsed_s + step_s, executor_s + inside_s, work + done
                     steps += 1
         finally:
-            for request_id in ids:
-                self._engine.abort(request_id)
+            self._abort(ids)
         return Phase(steps * len(ids), steps, elapsed_s, executor_s, work)
 
     def _add(self, max_tokens: int) -> list[str]:
@@ -152,6 +154,10 @@ class _Meter:
         for request_id, prompt in zip(ids, self._prompts, strict=True):
             self._engine.add(Request(request_id, prompt, params), stream=False)
         return ids
+
+    def _abort(self, ids: Sequence[str]) -> None:
+        for request_id in ids:
+            self._engine.abort(request_id)
 
     def _totals(self) -> tuple[int, float, Work]:
         stats = self._engine.stats
@@ -163,7 +169,7 @@ class _Meter:
 
     def _since(self, before: tuple[int, float, Work]) -> tuple[int, float, Work]:
         steps, elapsed_s, work = self._totals()
-        return steps - before[0], elapsed_s - before[1], difference(work, before[2])
+        return steps - before[0], elapsed_s - before[1], work - before[2]
 
 
 def _prompts(workload: Workload, vocabulary: int) -> list[tuple[int, ...]]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ridgeline.config import PAGE_TOKENS
+from ridgeline.config import pages_for
 from ridgeline.execution.base import Executor
 from ridgeline.types import Float32Array, RequestError, Segment, SequenceRows, Step
 
@@ -61,8 +61,7 @@ class Scorer:
 
     def _steps(self, tokens: Sequence[int], first: int) -> Iterator[tuple[Step, Sequence[int]]]:
         """Steps over the rows that predict something, each with the tokens that its outputs predict."""
-        count = -(-len(tokens) // PAGE_TOKENS)
-        tables = tuple([index % pages for index in range(count)] for pages in self.pages)
+        tables = tuple([index % pages for index in range(pages_for(len(tokens)))] for pages in self.pages)
         start, last = 0, len(tokens) - 1
         while start < last:
             scored = start >= first

@@ -10,12 +10,7 @@ from array import array
 from collections.abc import Iterable
 
 from ridgeline.cache.pages import PagePool
-from ridgeline.config import PAGE_TOKENS
-
-
-def pages_for(tokens: int) -> int:
-    """Pages that `tokens` slots fill, the last one perhaps in part."""
-    return -(-tokens // PAGE_TOKENS)
+from ridgeline.config import PAGE_TOKENS, pages_for
 
 
 class SequencePages:
@@ -80,10 +75,6 @@ class KVCache:
         if not self.pools:
             return None
         return (pages.length + min(pool.free_pages for pool in self.pools)) * PAGE_TOKENS
-
-    def can_grow(self, pages: SequencePages, slots: int) -> bool:
-        missing = pages_for(slots) - pages.length
-        return missing <= 0 or all(pool.free_pages >= missing for pool in self.pools)
 
     def grow(self, pages: SequencePages, slots: int) -> bool:
         """Make the tables cover `slots` slots in every group, or change nothing and return False."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ridgeline.resources.roofline import difference, mbu
+from ridgeline.resources.roofline import mbu
 from ridgeline.types import RequestOutput, RidgelineError, Work
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Figures:
             output_tokens=len(output.outputs[0].token_ids),
             first_token_s=first - times.arrived_s,
             decode_s=(times.finished_s or first) - first,
-            decode_work=difference(after, before),
+            decode_work=after - before,
         )
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ridgeline.config import PAGE_TOKENS
+from ridgeline.config import pages_for
 from ridgeline.types import CapacityError
 
 POOL_SHARE = 0.5
@@ -84,21 +84,17 @@ def plan_memory(demand: Demand, free_bytes: int, kv_cache_memory_bytes: int | No
     return Ledger(demand.weights_bytes, demand.activation_bytes, kv_bytes, pages, free_bytes)
 
 
-def _ceil_pages(tokens: int) -> int:
-    return -(-tokens // PAGE_TOKENS)
-
-
 def _page_rule(demand: Demand, group: KVGroup) -> tuple[int, int]:
     """(pages for each sequence, pages that all share) of a group's pool.
 
     A window group holds the window, whose ends lie inside pages, and the rows of the step, which all
     sequences together bound by the token budget.
     """
-    whole = _ceil_pages(demand.max_model_len)
+    whole = pages_for(demand.max_model_len)
     if group.window is None:
         return whole, 0
-    each = min(_ceil_pages(group.window) + 2, whole)
-    return each, min(_ceil_pages(demand.max_num_batched_tokens), whole - each)
+    each = min(pages_for(group.window) + 2, whole)
+    return each, min(pages_for(demand.max_num_batched_tokens), whole - each)
 
 
 def _pages(demand: Demand, sequences: float) -> tuple[int, ...]:

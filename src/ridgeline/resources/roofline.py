@@ -6,15 +6,8 @@ architectures", CACM 52(4), 2009.
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from ridgeline.resources.ceilings import Ceilings
 from ridgeline.types import Work
-
-
-def difference(later: Work, earlier: Work) -> Work:
-    """What was done between two readings of a running total."""
-    return Work(*(getattr(later, f.name) - getattr(earlier, f.name) for f in fields(Work)))
 
 
 def memory_s(work: Work, ceilings: Ceilings) -> float:
