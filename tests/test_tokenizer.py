@@ -439,6 +439,8 @@ def test_sampling_defaults(tmp_path: Path) -> None:
     chosen = {"temperature": 0.6, "top_p": 0.95, "top_k": None, "eos_token_id": 2, "do_sample": True}
     assert generation_defaults(Folder(chosen)) == {"temperature": 0.6, "top_p": 0.95}
     assert generation_defaults(Folder({"do_sample": False, "top_k": 5})) == {"temperature": 0.0}
+    careful = {"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.1}
+    assert generation_defaults(Folder(careful)) == {"temperature": 0.0, "repetition_penalty": 1.1}
     with pytest.raises(CheckpointError, match="recommended top_p is 7"):
         generation_defaults(Folder({"top_p": 7}))
     keys = {

@@ -36,6 +36,8 @@ def _from_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_folder(checkpoint: TokenizerSource) -> dict[str, Any]:
     config = json_sidecar(checkpoint.path, checkpoint.sidecar, "generation_config.json")
-    if config.get("do_sample") is False:
-        return {"temperature": 0.0}
-    return {name: config[name] for name in _NAMES if config.get(name) is not None}
+    found = {name: config[name] for name in _NAMES if config.get(name) is not None}
+    if config.get("do_sample") is not False:
+        return found
+    # Greedy: of the rest, only a penalty makes a difference.
+    return {"temperature": 0.0} | {name: found[name] for name in found if name == "repetition_penalty"}
