@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from fake_executor import FakeExecutor, make_engine
+from fake_executor import FakeDetokenizer, FakeExecutor, make_engine
 
 import ridgeline
 from ridgeline import (
@@ -241,6 +243,30 @@ def test_a_stream_may_be_closed_in_the_midst_of_a_step(make_llm: Callable[..., L
     assert not llm.loaded.engine.has_work
     assert llm.loaded.engine.scheduler.cache.usage == 0
     assert not llm._latest
+
+
+def test_an_interrupt_waits_for_the_end_of_the_step(
+    make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm()
+    expected = llm.generate("one", GREEDY)[0].outputs
+    stream = llm.stream("one", GREEDY)
+    next(stream)
+    push, pushes = FakeDetokenizer.push, itertools.count()
+
+    def interrupted(self: FakeDetokenizer, token_id: int) -> str:
+        if next(pushes) == 8:
+            signal.raise_signal(signal.SIGINT)
+        return push(self, token_id)
+
+    monkeypatch.setattr(FakeDetokenizer, "push", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(PROMPTS, LONG)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert list(llm.loaded.engine._requests) == [next(stream).request_id], "only the stream goes on"
+    assert list(stream)[-1].outputs == expected
+    assert llm.loaded.engine.scheduler.cache.usage == 0
 
 
 def test_a_closed_model_says_so(make_llm: Callable[..., LLM]) -> None:

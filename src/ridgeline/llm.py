@@ -5,12 +5,13 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import signal
 import threading
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 from ridgeline.config import EngineConfig
@@ -73,7 +74,7 @@ class LLM(LoadedFace):
 
     def close(self) -> None:
         """Free the model. Idempotent; requests under way are aborted."""
-        with self._lock:
+        with self._turn():
             if not self._closed:
                 self._closed = True
                 self._loaded.engine.close()
@@ -96,7 +97,7 @@ class LLM(LoadedFace):
         with self._requests(texts, tokens, each, stream=False) as ids:
             results: list[RequestOutput] = []
             while len(results) < len(ids):
-                with self._lock:
+                with self._turn():
                     result = self._latest[ids[len(results)]]  # reported once, when it has finished
                     if result is None:
                         self._step()
@@ -111,7 +112,7 @@ class LLM(LoadedFace):
         with self._requests([text], [tokens], each, stream=True) as (request_id,):
             finished = False
             while not finished:
-                with self._lock:
+                with self._turn():
                     output = self._latest[request_id]
                     if output is None:
                         self._step()
@@ -119,6 +120,12 @@ class LLM(LoadedFace):
                     self._latest[request_id] = None
                 finished = output.finished
                 yield output
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Nobody else touches the engine in the block, and Ctrl-C waits for its end."""
+        with self._lock, _uninterrupted():
+            yield
 
     def _step(self) -> None:
         """One step for everybody: other threads' requests and open streams advance as well."""
@@ -150,7 +157,7 @@ class LLM(LoadedFace):
         ids = [f"{next(self._ids)}" for _ in tokens]
         engine = self._loaded.engine
         try:
-            with self._lock:
+            with self._turn():
                 self._check_open()
                 for request_id, text, prompt, each in zip(ids, texts, tokens, params, strict=True):
                     engine.add(Request(request_id, prompt, each), text, stream)
@@ -159,7 +166,7 @@ class LLM(LoadedFace):
         finally:
             self._left.extend(ids)
             if not self._closed:  # when Python ends, a thread that is no more may hold the lock
-                with self._lock:
+                with self._turn():
                     self._drop_left()
 
     def _params_for(
@@ -176,6 +183,28 @@ class LLM(LoadedFace):
     def _check_open(self) -> None:
         if self._closed:
             raise EngineDeadError("model is closed; accepted: requests before close()")
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put off an interrupt to the end of the block. Only the main thread is ever interrupted."""
+    before = signal.getsignal(signal.SIGINT)
+    # None: a handler that Python cannot put back.
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupts: list[int] = []
+
+    def put_off(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+
+    signal.signal(signal.SIGINT, put_off)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if interrupts:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
