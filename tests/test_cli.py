@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import typer
+from command_line import Cli, Outcome, command_line, piped
 
-from ridgeline.cli import main as cli
+from ridgeline.cli.app import app
 from ridgeline.cli.errors import user_message
 from ridgeline.cli.run import read_prompt
 from ridgeline.config import EngineConfig
@@ -30,44 +30,9 @@ if TYPE_CHECKING:
 VERBS = ("run", "chat", "pull", "list", "show", "rm", "perplexity", "probe", "bench")
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Outcome]
-
-
 @pytest.fixture
 def ridgeline(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
-    """Runs the command line in this process, with a cache of its own and no network."""
-    monkeypatch.setenv("RIDGELINE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("RIDGELINE_ISA", "portable")
-
-    def call(*arguments: object, stdin: str = "") -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["ridgeline", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", piped(stdin))
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capfd.readouterr()
-        assert isinstance(left.value.code, int)
-        return Outcome(left.value.code, out, err)
-
-    return call
-
-
-def piped(text: str) -> object:
-    """Standard input as a pipe that has ended; /dev/null for no text."""
-    if not text:
-        return Path(os.devnull).open(encoding="utf-8")
-    reader, writer = os.pipe()
-    with os.fdopen(writer, "w", encoding="utf-8") as file:
-        file.write(text)
-    return os.fdopen(reader, encoding="utf-8")
+    return command_line(monkeypatch, capfd, tmp_path / "cache")
 
 
 @pytest.fixture
@@ -85,7 +50,7 @@ def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_help_lists_every_verb_and_starts_without_numpy() -> None:
     heavy = "{'numpy', 'rich', 'torch'}"
-    code = f"import sys; from ridgeline.cli import main; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys; from ridgeline.cli import app; print(sorted({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
@@ -106,7 +71,7 @@ def test_version(ridgeline: Cli) -> None:
 
 
 def test_every_flag_has_an_environment_twin() -> None:
-    group = typer.main.get_command(cli.app)
+    group = typer.main.get_command(app)
     flags = [
         p for command in group.commands.values() for p in command.params if p.param_type_name == "option"
     ]

@@ -29,7 +29,7 @@ def bench(
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
-    """Measure prefill and decode. The last line of --json is one JSON object."""
+    """Measure prefill and decode, as shares of the ceilings. The last line of --json is one JSON object."""
     from ridgeline.apps.benchmark import Workload, measure, summary
     from ridgeline.config import EngineConfig
     from ridgeline.loading import load_engine

@@ -34,7 +34,7 @@ def chat(
     threads: options.Threads = None,
     device: options.Device = None,
 ) -> None:
-    """Talk with a model: several turns, slash commands, markdown as it streams."""
+    """Talk with a model, in several turns. Has slash commands, and renders markdown as it streams."""
     sampling = given(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
@@ -58,12 +58,14 @@ class _Chat:
 
     def __init__(self, llm: LLM, conversation: Any) -> None:
         from ridgeline.cli.chat_commands import ChatCommands
+        from ridgeline.cli.figures import known_ceilings
 
         self.llm = llm
         self.conversation = conversation
         self.commands = ChatCommands(conversation)
         self.interactive = sys.stdin.isatty()
         self.rendered = sys.stdout.isatty()
+        self.ceilings = known_ceilings(llm.config.threads, measure=self.rendered)
 
     def talk(self) -> None:
         from ridgeline.cli.output import note
@@ -73,15 +75,15 @@ class _Chat:
         with _line_editing(self.interactive):
             while not self.commands.left:
                 try:
-                    text = _read_turn(">>> " if self.interactive else "")
+                    self._take(_read_turn(">>> " if self.interactive else ""))
                 except EOFError:
                     if self.interactive:
                         print()
                     break
                 except KeyboardInterrupt:
+                    if not self.interactive:
+                        raise
                     print()
-                    continue
-                self._take(text)
 
     def _take(self, text: str) -> None:
         from ridgeline.types import RidgelineError
@@ -91,12 +93,14 @@ class _Chat:
                 print(self.commands.run(text), end="", flush=True)
             elif text.strip():
                 self._answer(text[1:] if text.startswith("//") else text)
+        except BrokenPipeError:
+            raise  # nobody reads the answers any more
         except (RidgelineError, OSError) as error:
             print(f"error: {user_message(error)}", file=sys.stderr, flush=True)
 
     def _answer(self, text: str) -> None:
         """Ask the model; what it said so far is kept when it is stopped, and nothing when it fails."""
-        from ridgeline.cli.figures import Figures, known_ceilings
+        from ridgeline.cli.figures import Figures
         from ridgeline.cli.output import note
 
         self.conversation.say("user", text)
@@ -112,7 +116,7 @@ class _Chat:
         self.conversation.say("assistant", output.outputs[0].text)
         if output.finished:
             figures = Figures.of(output, before, self.llm.stats.decode.work)
-            self.commands.last_line = figures.line(known_ceilings(self.llm.config.threads))
+            self.commands.last_line = figures.line(self.ceilings)
             if self.rendered:
                 note(self.commands.last_line)
 

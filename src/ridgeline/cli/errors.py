@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[
@@ -14,7 +16,7 @@ def user_message(error: Exception) -> str | None:
     from ridgeline.types import RidgelineError
 
     if isinstance(error, _UsageError):
-        text = str(getattr(error, "format_message", error.__str__)())
+        text = _usage_message(error)
     elif isinstance(error, RidgelineError):
         text = str(error)
     elif isinstance(error, OSError) and error.strerror:
@@ -24,3 +26,14 @@ def user_message(error: Exception) -> str | None:
     else:
         return None
     return " ".join(text.split())
+
+
+def _usage_message(error: Exception) -> str:
+    """What typer says, the value where its parser leaves it out, and where to read what is accepted."""
+    text = str(getattr(error, "format_message", error.__str__)()).removesuffix(".")
+    details: list[Any] = getattr(error.__cause__, "errors", list)()
+    if details:
+        text += f": {details[0].get('input')!r}"
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "ridgeline"
+    return f"{text} (`{command} --help` lists what is accepted)"

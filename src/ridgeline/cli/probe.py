@@ -12,7 +12,7 @@ Force = Annotated[bool, flag("force", "Measure again even if this machine is kno
 
 
 def probe(force: Force = False, threads: Threads = None, json: Json = False) -> None:
-    """Measure the machine's ceilings: read bandwidth and arithmetic peaks. Takes a few seconds, once."""
+    """Measure the machine's read bandwidth and arithmetic peaks. Takes a few seconds, once."""
     from ridgeline.resources.machine import usable_cores
     from ridgeline.resources.probe import full_ceilings
 
@@ -22,12 +22,12 @@ def probe(force: Force = False, threads: Threads = None, json: Json = False) -> 
     if json:
         print_json(found.to_json())
         return
-    bf16 = f"{found.bf16_flops_per_s / 1e9:.0f} Gflop/s" if found.bf16_flops_per_s else "no instructions"
+    bf16 = f"{found.bf16_flops_per_s / 1e9:.0f} Gflop/s" if found.bf16_flops_per_s else "not at this level"
     facts(
         {
             "machine": found.machine,
             "threads": found.threads,
-            "instructions": found.isa,
+            "instruction level": found.isa,
             "memory read": f"{found.read_bytes_per_s / 1e9:.1f} GB/s",
             "int8": f"{found.int8_ops_per_s / 1e9:.0f} Gop/s",
             "bf16": bf16,

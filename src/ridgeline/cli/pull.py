@@ -8,7 +8,9 @@ import typer
 
 from ridgeline.cli.progress import download_bar
 
-Name = Annotated[str, typer.Argument(help="Catalog name, or hf.co/<org>/<repo>[:<file or quant>].")]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="Catalog name, or hf.co/<org>/<repo>[:<file or quant>].")
+]
 
 
 def pull(name: Name) -> None:

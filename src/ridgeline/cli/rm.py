@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-Name = Annotated[str, typer.Argument(help="Name of a pulled model, as `ridgeline list` shows it.")]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of a pulled model, as `ridgeline list` shows it.")
+]
 
 
 def rm(name: Name) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Prompt = Annotated[
     str | None,
-    typer.Argument(help="What to ask; `-` or a pipe reads it from standard input.", show_default=False),
+    typer.Argument(metavar="PROMPT", help="What to ask; `-` or a pipe reads it from standard input."),
 ]
 _UNADVISED: dict[str, Any] = {"temperature": 0.2, "top_p": 0.9}
 """Sampling for a person who reads the answer, where the model's makers recommend nothing: the plain

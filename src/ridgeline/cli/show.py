@@ -10,11 +10,11 @@ import typer
 from ridgeline.cli.options import Json
 from ridgeline.cli.output import count, facts, print_json, size
 
-Name = Annotated[str, typer.Argument(help="Name of a pulled model, or a path.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a pulled model, or a path.")]
 
 
 def show(name: Name, json: Json = False) -> None:
-    """Describe a model from its metadata: family, size, formats, context, cost of a token."""
+    """Describe a model. Only its metadata is read: family, size, formats, context, memory of a token."""
     from ridgeline.apps.describe import describe
     from ridgeline.model.catalog import resolve
 
