@@ -17,6 +17,7 @@ from ridgeline import native
 
 TEAM = native.Team(2)
 ONE_THREAD = native.Team(1)
+FIVE_THREADS = native.Team(5)
 NAN = 0x7FFF  # as bfloat16
 BF16, F32 = np.dtype(np.uint16), np.dtype(np.float32)
 
@@ -232,6 +233,19 @@ def test_a_row_is_not_touched_by_values_that_it_cannot_see(isa: str, pool: np.dt
 
 
 @pytest.mark.parametrize("isa", LEVELS)
+def test_the_sign_of_a_zero_does_not_depend_on_the_block(isa: str) -> None:
+    """A flushed product leaves -0, which a masked slot, computed for a neighbour, would clear."""
+    shape = Shape(heads=1, kv_heads=1, head_dim=32, scale=1.0)
+    q, k, v = (np.zeros((3, 32), np.float32) for _ in range(3))
+    q[:, 0], k[0, 0], v[0] = 1, -60, -1e-20
+    v[1], v[2] = -0.0, 1
+    whole = run_in_chunks(isa, shape, (q, k, v), [0, 3], [0])
+    by_row = run_in_chunks(isa, shape, (q, k, v), [0, 1, 2, 3], [0])
+    np.testing.assert_array_equal(by_row.view(np.uint32), whole.view(np.uint32))
+    assert (whole[1] == 0).all()
+
+
+@pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("window", [0, 25])
 def test_several_segments_with_bias_and_without_mask(isa: str, window: int) -> None:
     """Two stored segments, one of them seen whole, and the sequence's own: alone and beside others."""
@@ -258,6 +272,35 @@ def test_several_segments_with_bias_and_without_mask(isa: str, window: int) -> N
     joined = [np.concatenate([o[:3], x, o[3:]]) for o, x in zip(others, (q, k, v), strict=True)]
     batch = harness.run([before, mine, after], *joined)
     np.testing.assert_array_equal(batch[3:16], alone)
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+def test_long_segments_are_split_alike_by_one_thread_and_by_many(isa: str) -> None:
+    """A row over two stored segments and its own, each of several splits, alone and in company."""
+    shape = Shape(heads=4, kv_heads=2, head_dim=16)
+    first, second, own = Part(300), Part(530, 300, -1.0, causal=False), Part(261, 830, 0.5)
+    outs = []
+    for team in (ONE_THREAD, TEAM, FIVE_THREADS):
+        rng = np.random.default_rng(10)
+        pages = iter(rng.permutation(90).tolist())
+        harness = Harness(isa, shape, 530, 90, team)
+        places = [tuple(next(pages) for _ in range(-(-s.length // 16))) for s in (first, second, own)]
+        contexts = []
+        for segment, place in zip((first, second, own), places, strict=True):
+            q, k, v = make_tokens(rng, shape, segment.length)
+            harness.run([Rows(0, segment.length, (Part(segment.length),), (place,))], q, k, v)
+            kv = [widen(bf16(x)).reshape(segment.length, 2, -1) for x in (k, v)]
+            contexts.append(Context(kv[0], kv[1], segment))
+        last = tuple(x[-1:] for x in (q, k, v))
+        mine = Rows(260, 1, (first, second, own), tuple(places))
+        alone = harness.run([mine], *last)
+        other = Rows(0, 40, (Part(40),), (tuple(next(pages) for _ in range(3)),))
+        company = [np.concatenate([x, o]) for x, o in zip(last, make_tokens(rng, shape, 40), strict=True)]
+        outs += [alone, harness.run([mine, other], *company)[:1]]
+    expected = attention_of(shape, q[-1].reshape(4, -1), 830 + 260, contexts)
+    np.testing.assert_allclose(outs[0][0], expected, rtol=1e-4, atol=2e-6)
+    for out in outs[1:]:
+        np.testing.assert_array_equal(out.view(np.uint32), outs[0].view(np.uint32))
 
 
 @pytest.mark.parametrize("isa", LEVELS)

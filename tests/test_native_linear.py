@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -173,8 +175,8 @@ def test_rows_do_not_depend_on_the_batch(isa: str, storage: str) -> None:
     rng = np.random.default_rng(3)
     x, weights = normal(rng, 29, 192), normal(rng, 84, 192)
     whole = run_linear(isa, storage, x, weights)
-    with_one_thread = native.Team(1)
-    np.testing.assert_array_equal(run_linear(isa, storage, x, weights, with_one_thread), whole)
+    for threads in (1, 5):
+        np.testing.assert_array_equal(run_linear(isa, storage, x, weights, native.Team(threads)), whole)
     for row in range(len(x)):
         np.testing.assert_array_equal(run_linear(isa, storage, x[row : row + 1], weights)[0], whole[row])
 
@@ -290,3 +292,23 @@ def test_a_closed_team_does_not_run() -> None:
         tape.run(plain_step(1))
     with pytest.raises(ValueError, match=r"^threads is 0"):
         native.Team(0)
+
+
+def test_a_team_does_not_run_in_a_forked_child() -> None:
+    """It has no threads there. In a process of its own, because this one has threads of others."""
+    program = """
+import os, numpy as np
+from ridgeline import native
+team = native.Team(2)
+native.pack(np.zeros((1, 4), np.uint8), "F32", 1, team)
+child = os.fork()
+if child == 0:
+    try:
+        native.pack(np.zeros((1, 4), np.uint8), "F32", 1, team)
+    except RuntimeError as error:
+        os._exit(7 if "fork" in str(error) else 1)
+    os._exit(1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+native.pack(np.zeros((1, 4), np.uint8), "F32", 1, team)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)

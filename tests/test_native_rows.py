@@ -138,13 +138,15 @@ def test_profile_names_every_launch_and_runs_the_step(isa: str) -> None:
 
 
 def test_denormals_are_flushed_and_the_callers_state_is_restored() -> None:
-    tiny = np.full((1, 16), 1e-39, np.float32)
+    """By every thread: there are rows for all of them."""
+    tiny = np.full((20_000, 64), 1e-39, np.float32)
     for isa in LEVELS:
-        tape = native.Tape(TEAM, isa, 1)
-        out = np.zeros((1, 16), np.float32)
-        tape.add(tiny, out, 16)
-        tape.run(plain_step(1))
-        assert not out.any()
+        tape = native.Tape(TEAM, isa, len(tiny))
+        out = np.zeros_like(tiny)
+        tape.add(tiny, out, 64)
+        for _ in range(4):
+            tape.run(plain_step(len(tiny)))
+            assert not out.any()
         assert (tiny + out == tiny).all(), "denormals work again after the run"
 
 
@@ -206,6 +208,22 @@ def test_a_step_that_contradicts_itself_is_refused(changed: dict[str, object], m
     tape.run(step_with())
     with pytest.raises(ValueError, match=message):
         tape.run(step_with(**changed))
+
+
+def test_a_window_is_checked_from_the_earliest_row_on() -> None:
+    """Rows 16 to 20 with a window of 5: the first sees slots of page 0, the last does not."""
+    arrays = {
+        "positions": ints([16, 17, 18, 19, 20, 20]),
+        "slots": ints([16, 17, 18, 19, 20, 20]),
+        "segment_length": ints([21, 21]),
+        "table_begin": ints([0, 2, 4]),
+        "tables": ints([3, 1, 0, 2]).reshape(1, 4),
+    }
+    checking_tape(window=5).run(step_with(**arrays))
+    with pytest.raises(ValueError, match=r"^tables\[0\] is 9; accepted: 0 to 3"):
+        checking_tape(window=5).run(step_with(**arrays | {"tables": ints([9, 1, 0, 2]).reshape(1, 4)}))
+    last = Rows(20, 1, (Part(21),), ((9, 2),))
+    checking_tape(window=5).run(step_inputs([last], output_rows=[0], logits=np.zeros((1, 10), np.float32)))
 
 
 def test_pages_that_a_window_has_left_are_not_checked() -> None:

@@ -67,6 +67,11 @@ Team::Team(int threads) : threads_(threads), owner_process_(getpid()) {
 Team::~Team() { close(); }
 
 void Team::close() {
+  if (owner_process_ != getpid()) {  // the threads, and whoever held the mutex, are not in this process
+    for (auto& worker : workers_) worker.detach();
+    workers_.clear();
+    return;
+  }
   std::lock_guard lock(mutex_);
   if (closed_) return;
   closed_ = true;
@@ -74,20 +79,15 @@ void Team::close() {
   gate_.store(kOpen);
   job_.fetch_add(1);
   wake();
-  for (auto& worker : workers_) {
-    if (owner_process_ == getpid()) {
-      worker.join();
-    } else {
-      worker.detach();
-    }
-  }
+  for (auto& worker : workers_) worker.join();
 }
 
 void Team::run(int phases, void (*task)(void*, int), void* argument) {
+  if (owner_process_ != getpid()) {
+    throw std::runtime_error("the team's threads stayed in the parent of this fork");
+  }
   std::lock_guard lock(mutex_);
   if (closed_) throw std::runtime_error("the team is closed");
-  if (owner_process_ != getpid())
-    throw std::runtime_error("the team's threads stayed in the parent of this fork");
   if (phases > phase_capacity_) {
     words_.reset(new Word[size_t(phases) * size_t(threads_ + 1)]);
     phase_capacity_ = phases;
