@@ -108,8 +108,7 @@ struct AttentionLaunch {
 // Arithmetic whose peak is measured.
 enum class PeakFormat : uint8_t { int8, bf16, fp32 };
 
-// Kernels of one ISA level. Every worker calls the same kernel, and in it the same phases
-// (Worker::for_units).
+// Kernels of one ISA level. Every worker makes the same calls, each with the same phases (Worker::for_units).
 struct Kernels {
   const char* name;
   void (*embed)(const EmbedLaunch&, const StepView&, Worker&);

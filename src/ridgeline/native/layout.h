@@ -2,12 +2,11 @@
 //
 // Packed matrix: tiles of 16 output rows, one after the other, each one run of memory that is read from its
 // start to its end. Missing rows of the last tile are zeros.
-//   quantised tile: blocks of a 64-byte header and the codes that belong to it. Q4_1 has a block per group of
-//   32
-//     inputs, its header 16 scales and 16 minima in float16; the others a block per two groups, its header 16
-//     scales of the first group and 16 of the second. Where the groups are odd, the last block has one.
-//     The codes of a group are 64-byte chunks; byte r*4+i of a chunk belongs to row r, so that a chunk is 16
-//     lanes of four inputs.
+//   quantised tile: blocks of a 64-byte header and the codes that belong to it. Q4_1 has a block per group
+//     of 32 inputs, its header 16 scales and 16 minima in float16; the others a block per two groups, its
+//     header 16 scales of the first and 16 of the second. If the groups are odd, the last block has one.
+//     The codes of a group are 64-byte chunks; byte r*4+i of a chunk belongs to row r, so that a chunk is
+//     16 lanes of four inputs.
 //       W4: chunk j of 4: input 8j+i in the low nibble, input 8j+4+i in the high one.
 //       W8: chunk j of 8: input 4j+i as an unsigned byte (code + 128).
 //   float32 tile: for each input 16 floats.

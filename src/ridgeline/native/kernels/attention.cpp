@@ -1,6 +1,5 @@
 // Paged attention with online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022). Where
-// blocks of rows are too few to keep the workers busy, their splits are computed side by side
-// (FlashDecoding).
+// blocks of rows are too few for the workers, their splits are computed side by side (FlashDecoding).
 #include "attention_block.h"
 
 RIDGELINE_BEGIN
@@ -15,6 +14,10 @@ int splits_of(const AttentionLaunch& launch, const StepView& step, const RowBloc
   return splits;
 }
 
+int64_t units_of(const AttentionLaunch& launch, const StepView& step, int block) {
+  return int64_t(splits_of(launch, step, step.blocks[block])) * launch.kv_heads;
+}
+
 // One split as a unit of work.
 struct SplitUnit {
   int block, kv_head, segment, split;
@@ -25,8 +28,8 @@ SplitUnit find_unit(const AttentionLaunch& launch, const StepView& step, int64_t
   for (int b = 0; b < step.block_count; ++b) {
     const RowBlock& block = step.blocks[b];
     const int splits = splits_of(launch, step, block);
-    if (unit >= int64_t(splits) * launch.kv_heads) {
-      unit -= int64_t(splits) * launch.kv_heads;
+    if (unit >= units_of(launch, step, b)) {
+      unit -= units_of(launch, step, b);
       continue;
     }
     int split = int(unit % splits), segment = step.segment_begin[block.sequence];
@@ -40,20 +43,21 @@ SplitUnit find_unit(const AttentionLaunch& launch, const StepView& step, int64_t
   return {};
 }
 
-// The state that a split leaves for the merge. Units have room for kBlockRows rows each.
-State partial_state(const AttentionLaunch& launch, const StepView& step, int64_t unit) {
+// The state that a split leaves for the merge. Every unit has room for a whole block of rows.
+State partial_state(const AttentionLaunch& launch, Arena& arena) {
   const size_t queries = size_t(kBlockRows) * (launch.heads / launch.kv_heads);
-  Arena arena{nullptr};
-  arena.take_state(queries, round_up(size_t(launch.head_dim), 16));
-  arena = {step.partials + size_t(unit) * arena.used};
   return arena.take_state(queries, round_up(size_t(launch.head_dim), 16));
 }
 
 size_t partial_bytes(const AttentionLaunch& launch) {
-  Arena arena{nullptr};
-  arena.take_state(size_t(kBlockRows) * (launch.heads / launch.kv_heads),
-                   round_up(size_t(launch.head_dim), 16));
+  Arena arena;
+  partial_state(launch, arena);
   return arena.used;
+}
+
+State partial_state(const AttentionLaunch& launch, const StepView& step, int64_t unit) {
+  Arena arena{reinterpret_cast<uintptr_t>(step.partials) + size_t(unit) * partial_bytes(launch)};
+  return partial_state(launch, arena);
 }
 
 void run_by_splits(const AttentionLaunch& launch, const StepView& step, int64_t units, const Buffers& buffers,
@@ -66,8 +70,7 @@ void run_by_splits(const AttentionLaunch& launch, const StepView& step, int64_t 
   worker.for_units(int64_t(step.block_count) * launch.kv_heads, [&](int64_t i) {
     const int block = int(i / launch.kv_heads), kv_head = int(i % launch.kv_heads);
     int64_t unit = 0;
-    for (int b = 0; b < block; ++b)
-      unit += int64_t(splits_of(launch, step, step.blocks[b])) * launch.kv_heads;
+    for (int b = 0; b < block; ++b) unit += units_of(launch, step, b);
     const int splits = splits_of(launch, step, step.blocks[block]);
     unit += int64_t(kv_head) * splits;
     BlockTask task(launch, step, step.blocks[block], kv_head, buffers);
@@ -80,20 +83,19 @@ void run_by_splits(const AttentionLaunch& launch, const StepView& step, int64_t 
 }  // namespace
 
 size_t attention_scratch_bytes(const AttentionLaunch& launch) {
-  Arena arena{nullptr};
+  Arena arena;
   lay_out(launch, arena);
   return arena.used;
 }
 
 void attention(const AttentionLaunch& launch, const StepView& step, Worker& worker) {
-  Arena arena{worker.scratch};
+  Arena arena{reinterpret_cast<uintptr_t>(worker.scratch)};
   const Buffers buffers = lay_out(launch, arena);
   const int64_t tasks = int64_t(step.block_count) * launch.kv_heads;
   constexpr int64_t kTasksPerWorker = 4;
   if (worker.team->threads() > 1 && tasks < kTasksPerWorker * worker.team->threads()) {
     int64_t units = 0;
-    for (int b = 0; b < step.block_count; ++b)
-      units += int64_t(splits_of(launch, step, step.blocks[b])) * launch.kv_heads;
+    for (int b = 0; b < step.block_count; ++b) units += units_of(launch, step, b);
     if (units > tasks && units * int64_t(partial_bytes(launch)) <= step.partial_bytes) {
       return run_by_splits(launch, step, units, buffers, worker);
     }

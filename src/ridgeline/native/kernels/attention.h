@@ -1,6 +1,5 @@
-// Register tiles of attention: scores of a few queries against up to four pages, and the sum of values.
-// A query's arithmetic is the same in every tile shape and from every source: dimensions in order, then slots
-// in order.
+// Register tiles of attention: scores of a few queries against up to four pages, and the sum of values. A
+// query's arithmetic is the same in every shape and from every source: dimensions, then slots, in order.
 #pragma once
 
 #include "../launch.h"
@@ -36,8 +35,7 @@ struct F32Pages {
     return load(m, page[slot / kPageTokens] + (kPageTokens + slot % kPageTokens) * head_dim + column);
   }
 };
-// A tile that was widened to float32 for many queries: keys [head_dim][kTileSlots], values
-// [kTileSlots][stride].
+// A tile widened to float32 for many queries: keys [head_dim][kTileSlots], values [kTileSlots][stride].
 struct Widened {
   float *key_rows, *value_rows;
   int stride;

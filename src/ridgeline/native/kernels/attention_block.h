@@ -58,9 +58,9 @@ struct State {
   float *top, *sum, *o;  // (queries), (queries), (queries, value_stride)
 };
 
-// Cuts memory into arrays; with a null base it only counts.
+// Cuts memory into arrays; at base 0 it only counts.
 struct Arena {
-  uint8_t* base;
+  uintptr_t base = 0;
   size_t used = 0;
 
   template <class T>

@@ -1,5 +1,4 @@
-// Linear layers: pairs of tiles times blocks of rows, with bias, gate, activation and quantisation in one
-// pass.
+// Linear layers: pairs of tiles times blocks of rows, with bias, gate, activation and quantisation.
 #include "linear.h"
 
 #include "rows.h"
@@ -128,8 +127,7 @@ void linear(const LinearLaunch& launch, const StepView& step, Worker& worker) {
   worker.for_units(c.units, [&](int64_t unit) {
     const int64_t row_begin = unit / c.pair_units * c.rows_per_unit;
     const int64_t row_end = row_begin + c.rows_per_unit < rows ? row_begin + c.rows_per_unit : rows;
-    // The activations of a few rows stay in the first-level cache while the unit's weights pass from the
-    // second.
+    // A few rows stay in the first-level cache while the unit's weights pass from the second.
     for (int64_t row = row_begin; row < row_end; row += kMaxTokens) {
       const int tokens = int(row_end - row < kMaxTokens ? row_end - row : kMaxTokens);
       run_pairs(launch, step, unit % c.pair_units * c.pairs_per_unit, c.pairs_per_unit, row, tokens);

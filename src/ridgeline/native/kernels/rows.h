@@ -8,7 +8,7 @@ RIDGELINE_BEGIN
 
 constexpr float kInverse127 = 1.0f / 127.0f, kTiny = 0x1p-100f;
 
-// The largest magnitude of 32 values. As integers, so that a NaN counts as the largest and shows in the
+// The largest magnitude of 32 values. Compared as integers, so that a NaN is the largest and shows in the
 // scale.
 RIDGELINE_INLINE float largest_magnitude(vfloat a, vfloat b) {
   const int32_t largest = reduce_max(max(bits(abs(a)), bits(abs(b))));
