@@ -255,7 +255,7 @@ def test_an_interrupt_waits_for_the_end_of_the_step(
     push, pushes = FakeDetokenizer.push, itertools.count()
 
     def interrupted(self: FakeDetokenizer, token_id: int) -> str:
-        if next(pushes) == 8:
+        if next(pushes) == 5:  # the stream's second
             signal.raise_signal(signal.SIGINT)
         return push(self, token_id)
 
