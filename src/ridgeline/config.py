@@ -11,6 +11,7 @@ from ridgeline.types import ConfigError
 DEVICES = ("auto", "cpu", "reference")
 KV_FORMATS = ("auto", "KV16", "KV32")
 WEIGHT_FORMATS = ("auto", "W8A8-g32", "W4A8-g32", "W32A32")
+MAX_THREADS = 4096
 PAGE_TOKENS = 16
 """KV slots in a page: one attention tile of every executor."""
 
@@ -58,7 +59,9 @@ class EngineConfig:
         _check(self.device in DEVICES, "device", self.device, ", ".join(DEVICES))
         _check(self.weights in WEIGHT_FORMATS, "weights", self.weights, ", ".join(WEIGHT_FORMATS))
         _check(self.kv_format in KV_FORMATS, "kv_format", self.kv_format, ", ".join(KV_FORMATS))
-        for name in ("threads", "max_model_len", "kv_cache_memory_bytes"):
+        within = self.threads is None or (type(self.threads) is int and 1 <= self.threads <= MAX_THREADS)
+        _check(within, "threads", self.threads, f"1 to {MAX_THREADS}, or none for one per usable core")
+        for name in ("max_model_len", "kv_cache_memory_bytes"):
             _positive_or_none(name, getattr(self, name))
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             _check(getattr(self, name) is not None, name, None, "a positive number")

@@ -14,6 +14,7 @@ from ridgeline.model.build import decoder
 from ridgeline.model.chat_template import template_source
 from ridgeline.model.checkpoint import open_checkpoint
 from ridgeline.model.families import read_spec
+from ridgeline.model.weights import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,14 @@ class ModelDescription:
 
 
 def describe(path: Path) -> ModelDescription:
-    """Describe the model at `path` without reading its weights. Raises CheckpointError."""
+    """Describe the model at `path` without reading its weights.
+
+    Raises CheckpointError, also when its tensors are not those that its metadata asks for.
+    """
     with closing(open_checkpoint(path)) as checkpoint:
         spec = read_spec(checkpoint)
         program = decoder(spec)
+        Weights(spec, program, checkpoint)  # refuses missing, left-over and misshapen tensors
         storages = Counter(info.storage for info in checkpoint.tensors.values())
         return ModelDescription(
             path=str(checkpoint.path),

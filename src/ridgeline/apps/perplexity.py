@@ -87,6 +87,14 @@ def _score(logits: Float32Array, targets: Sequence[int]) -> NDArray[np.float64]:
     return scores
 
 
+def check_context(context: int) -> None:
+    """Raise RequestError for chunks that leave too little to score."""
+    if context < MIN_CONTEXT:
+        raise RequestError(
+            f"a chunk of {context} tokens leaves too little to score; accepted: at least {MIN_CONTEXT}"
+        )
+
+
 def score_text(
     scorer: Scorer,
     tokens: Sequence[int],
@@ -100,10 +108,7 @@ def score_text(
     `begin_token` is given when the model begins its texts with one. `on_chunk` is told the running figure
     after each chunk. Raises RequestError when the text is shorter than one chunk.
     """
-    if context < MIN_CONTEXT:
-        raise RequestError(
-            f"a chunk of {context} tokens leaves too little to score; accepted: at least {MIN_CONTEXT}"
-        )
+    check_context(context)
     whole = len(tokens) // context
     if whole == 0:
         raise RequestError(f"the text has {len(tokens)} tokens; accepted: at least one chunk of {context}")

@@ -35,13 +35,14 @@ def perplexity(
     json: options.Json = False,
 ) -> None:
     """Perplexity of a text file, scored as llama-perplexity does."""
-    from ridgeline.apps.perplexity import Scorer, score_text
+    from ridgeline.apps.perplexity import Scorer, check_context, score_text
     from ridgeline.config import EngineConfig
     from ridgeline.loading import load_engine
     from ridgeline.types import RequestError
 
     if chunks is not None and chunks < 1:
         raise RequestError(f"chunks is {chunks}; accepted: at least 1")
+    check_context(ctx)
     text = _read(file)
     engine_options = given(model=model, weights=weights, threads=threads, device=device)
     fetch(model)

@@ -61,6 +61,7 @@ _SMOLLM2 = CatalogEntry(
     hub_revision="ab810cf68114990406fdf996510dd3d3c6adbdf5",
 )
 CATALOG: Mapping[str, CatalogEntry] = {entry.name: entry for entry in (_SMOLLM2,)}
+_NAMES = f"{', '.join(CATALOG)}, {hub.FORM}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,9 @@ def resolve(name_or_path: str | Path, pull_missing: bool = True, progress: Progr
     text = os.fspath(name_or_path)
     if isinstance(name_or_path, Path) or "/" in text or os.sep in text or path.suffix == ".gguf":
         raise CheckpointError(f"{path} does not exist; accepted: a GGUF file, or a folder with a model")
-    raise CheckpointError(f"{text!r} is not a known model; accepted: {_accepted()}")
+    raise CheckpointError(
+        f"{text!r} is not a known model; accepted: {_NAMES}, or a path to a GGUF file or a model's folder"
+    )
 
 
 def pull(name: str, progress: Progress = silent) -> Path:
@@ -106,7 +109,7 @@ def pull(name: str, progress: Progress = silent) -> Path:
     """
     parsed = _parse(name)
     if parsed is None:
-        raise CheckpointError(f"{name!r} is not a known model; accepted: {_accepted()}")
+        raise CheckpointError(f"{name!r} is not a known model; accepted: {_NAMES}")
     lock = cache_dir() / "locks" / (_shown(parsed).replace("/", "--").replace(":", "--") + ".lock")
     with only_one(lock, progress):
         if isinstance(parsed, CatalogEntry):
@@ -152,10 +155,6 @@ def _parse(name: str) -> CatalogEntry | HubName | None:
 
 def _shown(name: CatalogEntry | HubName) -> str:
     return name.name if isinstance(name, CatalogEntry) else str(name)
-
-
-def _accepted() -> str:
-    return f"{', '.join(CATALOG)}, {hub.FORM}, or a path to a GGUF file or a model's folder"
 
 
 def _file(entry: CatalogEntry) -> Path:

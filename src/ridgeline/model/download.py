@@ -226,11 +226,12 @@ def pip_download(requirement: str, folder: Path, total_bytes: int | None, progre
     wheels = sorted(folder.glob("*.whl"))
     if process.returncode == 0 and len(wheels) == 1:
         return wheels[0]
-    if "No space left on device" in errors or "Disk quota exceeded" in errors:
+    if any(sign in errors for sign in _FULL_DISK):
         raise full_disk(folder.parent)
     raise FetchError(f"pip: {_pip_reason(errors)}")
 
 
+_FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")
 _NO_NETWORK = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "Network is unreachable")
 
 

@@ -62,8 +62,9 @@ def plan_memory(demand: Demand, free_bytes: int, kv_cache_memory_bytes: int | No
     available = int(free_bytes * (1 - RESERVE_SHARE)) - fixed
     if available <= 0:
         raise CapacityError(
-            f"the weights need {_gib(fixed)} and {_gib(free_bytes)} of memory are free; "
-            "accepted: a smaller model or format (--weights)"
+            f"the weights need {_gib(demand.weights_bytes)} and the step's buffers "
+            f"{_gib(demand.activation_bytes)}, and {_gib(free_bytes)} of memory are free; "
+            "accepted: a smaller model or format (--weights), or fewer sequences at once"
         )
     if kv_cache_memory_bytes is not None and kv_cache_memory_bytes > available:
         raise CapacityError(
