@@ -124,7 +124,8 @@ class CpuExecutor:
             shape = (pages, group.kv_heads, 2 * PAGE_TOKENS * group.head_dim)
             for layer in group.layers:
                 if layer not in self._pools:
-                    memory = allocate(int(np.prod(shape)) * dtype.itemsize)
+                    # Small pages: a short prompt touches the start of every layer's pool.
+                    memory = allocate(int(np.prod(shape)) * dtype.itemsize, huge_pages=False)
                     self._pools[layer] = memory.view(dtype).reshape(shape)
 
     def _logits_for(self, outputs: int, logits: Value) -> Float32Array:
