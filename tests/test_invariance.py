@@ -156,3 +156,17 @@ def test_preemption_happens_and_changes_nothing(solo: LLM, tiny: Tiny) -> None:
         scheduler = llm._loaded.engine.scheduler
         assert scheduler.preemptions > 0
         assert all(pool.free_pages == pool.pages for pool in scheduler.cache.pools)
+
+
+def test_a_batch_of_32_is_32_requests_alone(solo: LLM, tiny: Tiny) -> None:
+    random = np.random.default_rng(5)
+    batch = [
+        (
+            tuple(random.integers(3, VOCABULARY, random.integers(1, 70)).tolist()),
+            SamplingParams(temperature=0.0 if i % 2 else 0.9, seed=i, max_tokens=12, ignore_eos=True),
+        )
+        for i in range(32)
+    ]
+    expected = [tokens_of(solo, [request])[0] for request in batch]
+    with crowded(tiny("gemma3").folder, 2, 37, None) as llm:
+        assert tokens_of(llm, batch) == expected
