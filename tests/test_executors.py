@@ -4,7 +4,7 @@ pages, odd sizes, and the storages of GGUF files."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from running import PAGES, Loaded, load, relative_error
+from running import PAGES, Loaded, assert_executors_agree, load, relative_error
 from tiny_models import VOCABULARY, TinyModel, write_gguf
 
 from ridgeline.config import KV_FORMATS, WEIGHT_FORMATS
@@ -159,18 +159,6 @@ def test_odd_sizes_equal_transformers(tiny: Tiny, name: str, file: str, kind: st
 @pytest.mark.parametrize("weights", ["W8A8-g32", "W4A8-g32"])
 def test_odd_sizes_quantise_like_the_reference(tiny: Tiny, weights: str) -> None:
     assert_executors_agree(tiny("odd").folder, weights, [token % 50 for token in TOKENS])
-
-
-def assert_executors_agree(path: Path, weights: str, tokens: Sequence[int]) -> None:
-    """Most rows to the last places; a few have a code that lies on a rounding boundary."""
-    reference = load(path, "reference", weights, "KV32")
-    batch = [reference.rows(tokens[i : i + 3], pages=[i]) for i in range(0, 60, 3)]
-    expected = reference.logits(*batch)
-    for isa in isa_levels():
-        error = np.abs(load(path, isa, weights, "KV32").logits(*batch) - expected).max(axis=1)
-        error /= np.abs(expected).max()
-        assert np.quantile(error, 0.25) < 1e-5
-        assert error.max() < 0.1
 
 
 def through(model: TinyModel, storage: gguf.GGMLQuantizationType) -> TinyModel:

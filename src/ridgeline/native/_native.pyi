@@ -234,4 +234,4 @@ class Tape:
         """Run one step, without the GIL. ValueError if the step does not fit or contradicts itself."""
 
     def profile(self, step: StepInputs) -> list[float]:
-        """The same as `run`; seconds per launch, from barrier to barrier."""
+        """The same as `run`; seconds per launch, as worker 0 sees them."""
