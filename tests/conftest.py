@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import triton_interpreter
 
 if TYPE_CHECKING:
     from tiny_models import TinyModel
@@ -20,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    triton_interpreter.use_where_there_is_no_gpu()
     config.addinivalue_line("markers", "full: takes long; runs only with --full")
 
 

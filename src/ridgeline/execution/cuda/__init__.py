@@ -1,0 +1,1 @@
+"""The CUDA executor: programs lowered to Triton kernels and PyTorch's dense products."""

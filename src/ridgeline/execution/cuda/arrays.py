@@ -1,0 +1,141 @@
+"""What the kernels pass between each other: tensors that belong together, and how they lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+GROUP = 32
+"""Neighbouring values of a row that share a scale, in weights and in activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class A8:
+    """Activations in A8-g32: `codes` int8 (rows, groups * 32), zeros after the width; `scales` float32
+    (rows, groups)."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __getitem__(self, rows: slice) -> A8:
+        return A8(self.codes[rows], self.scales[rows])
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+
+Activations = Tensor | A8
+"""float32 or bfloat16 (rows, width), the values of a row side by side; or A8-g32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A matrix of `rows` outputs by `cols` inputs as it lies on the device, output-major.
+
+    bits 32: codes float32 (rows, cols). bits 16: codes bfloat16 (rows, cols).
+    bits 8: codes int8 (rows, groups * 32), scales float16 (rows, groups); value = code * d.
+    bits 4: codes uint8 (rows, groups * 16), scales float16 (rows, groups, 2) with d and m;
+    value = code * d + m. Byte i of a row holds value 2i in its low half and value 2i + 1 in its high half.
+    Codes beyond `cols` stand for nothing: whoever multiplies them has zeros on the other side.
+    """
+
+    bits: Literal[4, 8, 16, 32]
+    cols: int
+    codes: Tensor
+    scales: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + (self.scales.nbytes if self.scales is not None else 0)
+
+    def slice(self, begin: int, end: int) -> Packed:
+        """Some of the outputs, as a view."""
+        scales = self.scales[begin:end] if self.scales is not None else None
+        return Packed(self.bits, self.cols, self.codes[begin:end], scales)
+
+
+@dataclass(frozen=True, slots=True)
+class NormWeights:
+    """A norm: float32 gain (width,), and a bias for a layer norm."""
+
+    kind: Literal["rms", "layer"]
+    eps: float
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+# An item of attention's work is a block of rows of one sequence, and which part of its memory to look at:
+# the splits `split_begin` … `split_end` − 1 of each of the segments `segment_begin` … `segment_end` − 1.
+# Its result is final where `partial` is −1, and else goes to that place of the partial results.
+ITEM_ROW, ITEM_ROWS, ITEM_SEGMENT_BEGIN, ITEM_SEGMENT_END = 0, 1, 2, 3
+ITEM_SPLIT_BEGIN, ITEM_SPLIT_END, ITEM_PARTIAL = 4, 5, 6
+ITEM_FIELDS = 8
+
+# A segment: slots that hold tokens, rotary position of the first one, score bias (the bits of a float32),
+# 1 where causal, and where its table of page ids begins in the group's tables.
+SEGMENT_LENGTH, SEGMENT_FIRST_POSITION, SEGMENT_BIAS, SEGMENT_CAUSAL, SEGMENT_TABLE = 0, 1, 2, 3, 4
+SEGMENT_FIELDS = 8
+
+# A merge: a block of rows whose partial results `first` … `first + count` − 1 become one, in that order.
+MERGE_ROW, MERGE_ROWS, MERGE_FIRST, MERGE_COUNT = 0, 1, 2, 3
+MERGE_FIELDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class WorkList:
+    """Attention's work in a step for one memory group; all int32, in buffers of fixed size.
+
+    `counts` (2,) says how many of `items` (capacity, ITEM_FIELDS) and `merges` (capacity, MERGE_FIELDS)
+    are to be done; what follows them is left over from other steps. `segments` (capacity, SEGMENT_FIELDS),
+    `tables` (capacity,) page ids.
+    """
+
+    counts: Tensor
+    items: Tensor
+    merges: Tensor
+    segments: Tensor
+    tables: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Partials:
+    """Room for partial results of attention, float32, by (partial, head of the group's packed rows).
+
+    `mixed` (partials, kv_heads, BLOCK_M, BLOCK_D) is not yet divided by `total`; `top` and `total`
+    (partials, kv_heads, BLOCK_M) are the running maximum (of scores times log2 e) and sum.
+    """
+
+    mixed: Tensor
+    top: Tensor
+    total: Tensor
+
+
+# How a row's token is drawn; columns of an int64 (outputs, DRAW_FIELDS) tensor. Floats are the bits of a
+# float64. `wanted` 0 leaves the row to the host. A temperature of 0 is greedy. `top_k` 0, `top_p` 1 and a
+# `log_min_p` of −inf switch the filter off. seed is a uint64.
+DRAW_WANTED, DRAW_TEMPERATURE, DRAW_TOP_K, DRAW_TOP_P = 0, 1, 2, 3
+DRAW_LOG_MIN_P, DRAW_SEED, DRAW_CHOICE, DRAW_POSITION = 4, 5, 6, 7
+DRAW_FIELDS = 8
+
+
+def padded_groups(cols: int) -> int:
+    """Groups that `cols` values fill, the last one perhaps in part."""
+    return -(-cols // GROUP)
+
+
+def empty_activations(kind: str, rows: int, width: int, device: torch.device) -> Activations:
+    """Room for values of a program's kind: "f32", "bf16" or "A8-g32"."""
+    if kind == "A8-g32":
+        groups = padded_groups(width)
+        codes = torch.zeros((rows, groups * GROUP), dtype=torch.int8, device=device)
+        return A8(codes, torch.zeros((rows, groups), dtype=torch.float32, device=device))
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    return torch.zeros((rows, width), dtype=dtype, device=device)
