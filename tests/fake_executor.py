@@ -17,6 +17,7 @@ import numpy as np
 from ridgeline.cache.kv import KVCache
 from ridgeline.config import PAGE_TOKENS
 from ridgeline.engine import Engine, ModelFacts
+from ridgeline.execution.draw import Drawer, undrawn
 from ridgeline.scheduling.scheduler import Scheduler
 from ridgeline.types import Float32Array, SequenceRows, Step, StepResult, Work
 
@@ -63,6 +64,7 @@ class FakeExecutor:
         self.closed = False
         self._logits = np.zeros((0, vocabulary), np.float32)
         noise = np.random.default_rng(1)
+        self._drawer = Drawer()
         self._noise = (noise.standard_normal((2, _OFFSETS + vocabulary)) * 2).astype(np.float32)
 
     def load(self, weights: Any) -> None:
@@ -86,7 +88,9 @@ class FakeExecutor:
             self._check(sequence)
         rows = [self._answer(s, s.start + row) for s in step.sequences for row in s.outputs]
         self._logits = np.array(rows, np.float32).reshape(len(rows), self.vocabulary)
-        return FakeFuture(StepResult(self._logits, 0.001, Work(int8_ops=step.rows, read_bytes=1)))
+        self._drawn = self._drawer.rows(self._logits, step.draws)
+        logits = undrawn(self._logits, step.draws)
+        return FakeFuture(StepResult(logits, self._drawn, 0.001, Work(int8_ops=step.rows, read_bytes=1)))
 
     def transfer(self, moves: Sequence[Any]) -> None:
         for move in moves:

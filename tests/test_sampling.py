@@ -12,12 +12,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ridgeline.execution import draw
+from ridgeline.execution.draw import Candidates
+from ridgeline.execution.noise import SEED, Address, NoiseSource, derived_seed, gumbel, gumbel_bound
 from ridgeline.sampling import processors
-from ridgeline.sampling.noise import SEED, Address, NoiseSource, derived_seed, gumbel, gumbel_bound
-from ridgeline.sampling.processors import Candidates, TokenHistory
+from ridgeline.sampling.processors import TokenHistory
 from ridgeline.sampling.sampler import Chooser, Sampled, Sampler
 from ridgeline.sampling.stop import StopMatcher
-from ridgeline.types import SamplingParams, StepResult, Work
+from ridgeline.types import SamplingParams, Step, StepResult, Work
 
 VOCABULARY = 200
 
@@ -167,19 +169,19 @@ def everything(logits: NDArray[np.float32]) -> Candidates:
 
 @given(rows, st.integers(1, 320))
 def test_largest_keeps_the_first_among_equals(values: NDArray[np.float32], count: int) -> None:
-    assert processors.largest(values, count).tolist() == sorted(ranked(values)[:count].tolist())
+    assert draw.largest(values, count).tolist() == sorted(ranked(values)[:count].tolist())
 
 
 @pytest.mark.parametrize("count", [1, 2, 40, 512, 513, 4000])
 @pytest.mark.parametrize("values", [4, 1000, 10**9])
 def test_largest_of_a_long_row_equals_sorting_it(count: int, values: int) -> None:
     row = np.random.default_rng(count).integers(0, values, 5000).astype(np.float32)
-    assert processors.largest(row, count).tolist() == sorted(ranked(row)[:count].tolist())
+    assert draw.largest(row, count).tolist() == sorted(ranked(row)[:count].tolist())
 
 
 @given(rows, st.floats(0.01, 0.999))
 def test_top_p_is_the_smallest_sufficient_set(values: NDArray[np.float32], p: float) -> None:
-    kept = processors.top_p(p)(everything(values))
+    kept = draw.top_p(p)(everything(values))
     probabilities = np.exp(values.astype(np.float64) - values.max())
     probabilities /= probabilities.sum()
     order = ranked(values)
@@ -198,17 +200,17 @@ def test_top_p_of_a_long_row_equals_sorting_it(spread: float, p: float) -> None:
     order = ranked(row)
     mass = np.cumsum(weights[order], dtype=np.float64)
     expected = order[: int(np.searchsorted(mass, p * mass[-1])) + 1]
-    assert processors.top_p(p)(everything(row)).ids.tolist() == sorted(expected.tolist())
+    assert draw.top_p(p)(everything(row)).ids.tolist() == sorted(expected.tolist())
 
 
 def test_filters_never_leave_nothing() -> None:
     row = random_row(3)
-    for narrow in (processors.top_k(1), processors.top_p(1e-9), processors.min_p(1.0)):
+    for narrow in (draw.top_k(1), draw.top_p(1e-9), draw.min_p(1.0)):
         assert narrow(everything(row)).ids.tolist() == [int(row.argmax())]
     tied = np.zeros(50, np.float32)
-    assert processors.min_p(1.0)(everything(tied)).ids.size == 50
-    assert processors.top_k(3)(everything(tied)).ids.tolist() == [0, 1, 2]
-    assert processors.top_p(0.1)(everything(tied)).ids.tolist() == [0, 1, 2, 3, 4]
+    assert draw.min_p(1.0)(everything(tied)).ids.size == 50
+    assert draw.top_k(3)(everything(tied)).ids.tolist() == [0, 1, 2]
+    assert draw.top_p(0.1)(everything(tied)).ids.tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -238,7 +240,7 @@ def test_filters_agree_with_transformers(settings_: dict[str, float], seed: int)
     for name, value in settings_.items():
         expected = makers[name](value)(None, expected)
     params = SamplingParams(**settings_)  # type: ignore[arg-type]
-    kept = Chooser(params, 0, 0, (), ()).candidates(scores[0].numpy())
+    kept = draw.candidates(scores[0].numpy(), Chooser(params, 0, 0, (), ()).draw(0))
     mine = np.full(5000, -np.inf, np.float32)
     mine[kept.ids] = kept.logits
     assert np.array_equal(mine, expected[0].numpy())
@@ -306,7 +308,7 @@ def test_processors_run_in_the_documented_order() -> None:
     chooser = Chooser(params, 0, 0, [0], ())
     chooser.append(0)
     row = np.array([-2.0, 0.25], np.float32)
-    kept = chooser.candidates(chooser.adjusted(row))
+    kept = draw.candidates(chooser.adjusted(row), chooser.draw(1))
     assert kept.logits.tolist() == [((-2.0 + 4.0) / 2.0 - 1.0) / 0.5, 0.5]
     assert row.tolist() == [-2.0, 0.25], "the executor's logits stay as they are"
 
@@ -322,15 +324,29 @@ class Row:
 
 @dataclass(frozen=True)
 class RowPlan:
+    """By default every row's token is drawn by the executor where that can be."""
+
     sampled: Sequence[Row]
+    on_host: bool = False
+
+    @property
+    def step(self) -> Step:
+        kinds = [(row.chooser, len(row.token_ids)) for row in self.sampled]
+        if self.on_host:
+            return Step(())
+        return Step((), tuple(None if c.needs_logits else c.draw(at) for c, at in kinds))
 
 
 @dataclass(frozen=True)
 class Done:
     logits: NDArray[np.float32]
+    step: Step
 
     def result(self) -> StepResult:
-        return StepResult(self.logits, 0.0, Work())
+        draws = self.step.draws
+        return StepResult(
+            draw.undrawn(self.logits, draws), draw.Drawer().rows(self.logits, draws), 0.0, Work()
+        )
 
 
 def row_of(
@@ -340,9 +356,14 @@ def row_of(
 
 
 def choose(logits: NDArray[np.float32], sampled: Sequence[Row]) -> list[Sampled]:
-    return Sampler().finish(Done(logits), RowPlan(sampled))
+    """The tokens of the rows, which must be the same whoever draws them."""
+    plans = [RowPlan(sampled, on_host) for on_host in (False, True)]
+    drawn, chosen = (Sampler().finish(Done(logits, plan.step), plan) for plan in plans)
+    assert drawn == chosen
+    return drawn
 
 
+UNSAMPLED = "the largest logit, over the temperature, is not a finite number"
 MANY_PARAMS = [
     SamplingParams(temperature=0),
     SamplingParams(),
@@ -392,7 +413,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_softmax() -> None:
     chooser = Chooser(SamplingParams(), 11, 0, (), ())
     for position in range(draws):
         plan = RowPlan([Row(chooser, range(position))])
-        counts[sampler.finish(Done(logits), plan)[0].token_id] += 1
+        counts[sampler.finish(Done(logits, plan.step), plan)[0].token_id] += 1
     expected = draws * np.exp(logits[0].astype(np.float64))
     assert ((counts - expected) ** 2 / expected).sum() < 18.47, "chi-square, 4 degrees of freedom, 0.1%"
 
@@ -418,18 +439,18 @@ def test_a_row_that_cannot_be_sampled_fails_alone(params: SamplingParams, bad: f
     plan = [row_of(params, seed=i) for i in range(3)]
     sampled = choose(logits, plan)
     assert [s.error is None for s in sampled] == [True, False, True]
-    assert sampled[1].error == f"largest logit is {bad}; accepted: a finite number"
+    assert sampled[1].error == UNSAMPLED
     assert sampled[0] == choose(logits[:1], plan[:1])[0]
 
 
 def test_a_row_whose_every_token_is_forbidden_fails() -> None:
     params = SamplingParams(temperature=0, min_tokens=1)
     (sampled,) = choose(np.zeros((1, 3), np.float32), [row_of(params, ends=(0, 1, 2))])
-    assert sampled.error == "largest logit is -inf; accepted: a finite number"
+    assert sampled.error == UNSAMPLED
     (sampled,) = choose(
         np.array([[3e38, 1.0]], np.float32), [row_of(SamplingParams(temperature=1e-4, top_p=0.5))]
     )
-    assert sampled.error == "logits over temperature overflow; accepted: finite numbers"
+    assert sampled.error == UNSAMPLED
 
 
 def test_an_exception_in_one_row_fails_that_row() -> None:

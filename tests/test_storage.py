@@ -130,8 +130,10 @@ def test_the_minimum_of_a_block_is_checked_too() -> None:
 
 def test_formats_have_one_name_each() -> None:
     assert parse_format("W4A8-g32").weight_bits == 4
-    assert not parse_format("W32A32").quantises_activations
-    with pytest.raises(ConfigError, match=r"'int8'; accepted: W4A8-g32, W8A8-g32, W32A32"):
+    assert parse_format("W8A16-g32").activation_bits == 16
+    with pytest.raises(
+        ConfigError, match=r"'int8'; accepted: W4A8-g32, W8A8-g32, W4A16-g32, W8A16-g32, W16A16, W32A32"
+    ):
         parse_format("int8")
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from ridgeline.types import ConfigError
 
-DEVICES = ("auto", "cpu", "reference")
+DEVICES = ("auto", "cpu", "cuda", "reference")
 KV_FORMATS = ("auto", "KV16", "KV32")
-WEIGHT_FORMATS = ("auto", "W8A8-g32", "W4A8-g32", "W32A32")
+WEIGHT_FORMATS = ("auto", "W4A8-g32", "W8A8-g32", "W4A16-g32", "W8A16-g32", "W16A16", "W32A32")
 MAX_THREADS = 4096
 PAGE_TOKENS = 16
 """KV slots in a page: one attention tile of every executor."""
@@ -35,7 +35,9 @@ def _positive_or_none(name: str, value: object) -> None:
 class EngineConfig:
     """Settings of one engine. None and "auto" mean: measured or read from the model.
 
-    `weights` is the format of linear layers ("auto": as a quantised file has them, W8A8-g32 for floats).
+    `device` "auto" is a GPU that the CUDA executor can use, if there is one, else the CPU.
+    `weights` is the format of linear layers ("auto": with the bits that a quantised file has; for floats
+    W8A8-g32 on a CPU and W16A16 on a GPU).
     `kv_format` is that of stored keys and values ("auto": KV16, and KV32 beside float32 weights).
     `max_model_len` bounds prompt and output together (default: the model's context, or what fits).
     `max_num_batched_tokens` is a step's token budget, `max_num_seqs` how many sequences run at once.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ridgeline.sampling.noise import derived_seed
+from ridgeline.execution.noise import derived_seed
 from ridgeline.sampling.sampler import Chooser, Sampled, Sampler
 from ridgeline.sampling.stop import StopMatcher
 from ridgeline.scheduling.scheduler import Plan, Scheduler

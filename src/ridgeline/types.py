@@ -109,12 +109,19 @@ class Segment:
     causal: bool = True
 
 
+def drawn_token(output: int) -> int:
+    """Stands in a step for a token that is not known yet: the one drawn for that output of the step that
+    was launched before."""
+    return -1 - output
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceRows:
     """The rows of one sequence in a step: tokens to run from slot `start` of its last segment.
 
-    Row i is written to slot `start + i` and stands at rotary position `first_position + start + i` of the
-    last segment. `outputs` names the rows (ascending, counted from 0) whose logits are wanted.
+    A token is an id of the vocabulary, or a `drawn_token` of the step before. Row i is written to slot
+    `start + i` and stands at rotary position `first_position + start + i` of the last segment. `outputs`
+    names the rows (ascending, counted from 0) whose logits, or a token drawn from them, are wanted.
     """
 
     tokens: Sequence[int]
@@ -124,10 +131,36 @@ class SequenceRows:
 
 
 @dataclass(frozen=True, slots=True)
+class Draw:
+    """How the executor draws a token from a row of logits (`execution.draw` has the rule).
+
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch the filter off. The noise is keyed
+    by `seed` (0 to 2⁶⁴−1), `choice` and `position`, that of the drawn token.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    choice: int = 0
+    position: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """One pass of a program: rows grouped by sequence. There is no prefill phase and no decode phase."""
+    """One pass of a program: rows grouped by sequence. There is no prefill phase and no decode phase.
+
+    `draws` says for each output, in order, how its token is drawn on the device, or None where the host
+    wants its logits; no draws at all are None for every output.
+    """
 
     sequences: tuple[SequenceRows, ...]
+    draws: tuple[Draw | None, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -140,10 +173,15 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gave. `logits` is float32 (outputs, vocabulary) in the order of the step's outputs and
-    belongs to the executor: it is valid until the executor's next `run`."""
+    """What a step gave, in the order of its outputs.
+
+    `logits` is float32 (outputs without a draw, vocabulary) and belongs to the executor: it is valid until
+    the second `run` after the step's own. `tokens` is int32 (outputs,): the token drawn, −1 where the step
+    has no draw for the output or where its logits have no largest finite value.
+    """
 
     logits: Float32Array
+    tokens: Int32Array
     elapsed_s: float
     work: Work
 

@@ -9,7 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ridgeline.model.program import Attention, Embed, Linear, Operation, Program, StepLoad, StoreKV, Value
+from ridgeline.model.program import (
+    Attention,
+    Embed,
+    Linear,
+    Operation,
+    Program,
+    Select,
+    StepLoad,
+    StoreKV,
+    Value,
+)
 from ridgeline.types import Work
 
 
@@ -30,8 +40,8 @@ class Border:
 
 
 def borders(program: Program, launches: Sequence[Launch]) -> tuple[Border, ...]:
-    """The border of each launch. The program's output leaves the launch that makes it."""
-    readers: dict[str, set[int]] = {program.output.name: {0}}
+    """The border of each launch. What the host reads leaves the launch that makes it."""
+    readers: dict[str, set[int]] = {op.out.name: {0} for op in program.operations if program.leaves(op.out)}
     for op in program.operations:
         for value in op.inputs:
             readers.setdefault(value.name, set()).add(id(op))
@@ -59,7 +69,11 @@ class Footprint:
 def launch_work(launch: Launch, border: Border, load: StepLoad, footprint: Footprint) -> Work:
     """Arithmetic of the covered operations and bytes that the launch moves."""
     work = Work.total(op.work(load) for op in launch.covers)
-    read = sum(load.rows_of(v) * footprint.value_row_bytes(v) for v in border.reads)
+    picked = {op.x.name for op in launch.covers if isinstance(op, Select)}  # of these, only the chosen rows
+    read = sum(
+        (load.outputs if v.name in picked else load.rows_of(v)) * footprint.value_row_bytes(v)
+        for v in border.reads
+    )
     written = sum(load.rows_of(v) * footprint.value_row_bytes(v) for v in border.writes)
     for op in launch.covers:
         if isinstance(op, Embed):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ridgeline.config import PAGE_TOKENS
 from ridgeline.execution.base import FinishedStep, Limits, check_memory_kinds
+from ridgeline.execution.draw import Drawer, undrawn
 from ridgeline.execution.step_arrays import StepArrays, rope_tables
 from ridgeline.model.program import (
     Activate,
@@ -29,6 +30,7 @@ from ridgeline.model.program import (
     Program,
     Quantise,
     Rope,
+    Sample,
     Select,
     Softcap,
     StepLoad,
@@ -36,17 +38,10 @@ from ridgeline.model.program import (
     Weight,
 )
 from ridgeline.model.weights import Weights
-from ridgeline.precision.quantise import dequantise_activations, quantise_activations
+from ridgeline.precision.quantise import dequantise_activations, quantise_activations, round_bfloat16
 from ridgeline.types import Float32Array, Int32Array, PageCopy, Step, StepResult
 
 Float64Array = NDArray[np.float64]
-
-
-def round_bfloat16(x: Float32Array) -> Float32Array:
-    """Nearest bfloat16 of each value, ties to even, still in float32."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
-    return np.where(np.isnan(x), x, rounded.view(np.float32))
 
 
 _ROUND: dict[str, Callable[[Float32Array], Float32Array]] = {"KV16": round_bfloat16, "KV32": np.asarray}
@@ -69,11 +64,18 @@ class ReferenceExecutor:
         self._weights: dict[str, Float32Array] = {}
         self._memory: dict[int, Float32Array] = {}  # layer -> (2, pages, PAGE_TOKENS, kv_heads, head_dim)
         self._groups: dict[int, tuple[int, ...]] = {}
+        self._drawer = Drawer()
+        self._drawn = np.empty(0, np.int32)
 
     def load(self, weights: Weights) -> None:
         for name in weights:
-            held = weights.matrix(name).dequantise() if name in weights.formats else weights.vector(name)
-            self._weights[name] = held
+            if name not in weights.formats:
+                self._weights[name] = weights.vector(name)
+                continue
+            matrix = weights.matrix(name).dequantise()
+            # Beside bfloat16 activations, weights are multiplied as bfloat16 too.
+            sixteen = weights.formats[name].activation_bits == 16
+            self._weights[name] = round_bfloat16(matrix) if sixteen else matrix
 
     def compile(self, program: Program) -> Program:
         check_memory_kinds(program, "reference")
@@ -86,12 +88,15 @@ class ReferenceExecutor:
 
     def run(self, handle: Program, step: Step) -> FinishedStep:
         started = time.perf_counter()
-        run = _Run(StepArrays.of(step, len(handle.groups)))
+        run = _Run(StepArrays.of(step, len(handle.groups), self._drawn))
         for op in handle.operations:
-            run.values[op.out.name] = self._apply(op, run)
-        logits = run.values[handle.output.name]
+            if isinstance(op, Sample):
+                self._drawn = self._drawer.rows(run.values[op.logits.name], step.draws)
+            else:
+                run.values[op.out.name] = self._apply(op, run)
+        logits = undrawn(run.values[handle.output.name], step.draws)
         work = handle.work(StepLoad.of(step, handle.groups))
-        return FinishedStep(StepResult(logits, time.perf_counter() - started, work))
+        return FinishedStep(StepResult(logits, self._drawn, time.perf_counter() - started, work))
 
     def transfer(self, moves: Sequence[PageCopy]) -> None:
         for move in moves:
@@ -134,7 +139,10 @@ class ReferenceExecutor:
 
     @_apply.register
     def _(self, op: Quantise, run: _Run) -> Float32Array:
-        return dequantise_activations(*quantise_activations(run.values[op.x.name]), op.x.width)
+        x = run.values[op.x.name]
+        if op.out.kind == "bf16":
+            return round_bfloat16(x)
+        return dequantise_activations(*quantise_activations(x), op.x.width)
 
     @_apply.register
     def _(self, op: Linear, run: _Run) -> Float32Array:

@@ -40,7 +40,9 @@ class StepArrays:
     tables: Int32Array
 
     @classmethod
-    def of(cls, step: Step, groups: int) -> StepArrays:
+    def of(cls, step: Step, groups: int, drawn: Int32Array | None = None) -> StepArrays:
+        """`drawn` holds the tokens of the step before, for those that this step leaves open; without it
+        they stay as they are, below 0."""
         sequences = step.sequences
         segments = [segment for s in sequences for segment in s.segments]
         counts = [len(s.tokens) for s in sequences]
@@ -50,8 +52,13 @@ class StepArrays:
         row_sequence = np.repeat(np.arange(len(sequences), dtype=np.int32), counts)
         first = np.array([s.segments[-1].first_position for s in sequences], np.int32)
         outputs = [row + offset for s, offset in zip(sequences, begin, strict=False) for row in s.outputs]
+        tokens = np.array([*chain.from_iterable(s.tokens for s in sequences)], np.int32)
+        if drawn is not None and tokens.size and tokens.min() < 0:
+            # A token that could not be drawn ends its sequence; what is run in its place does not matter.
+            known = np.maximum(drawn[np.where(tokens < 0, -1 - tokens, 0)], 0)
+            tokens = np.where(tokens < 0, known, tokens)
         return cls(
-            tokens=np.array([*chain.from_iterable(s.tokens for s in sequences)], np.int32),
+            tokens=tokens,
             positions=slots + first[row_sequence],
             slots=slots,
             row_sequence=row_sequence,

@@ -17,6 +17,7 @@ from ridgeline.model.program import (
     Operation,
     Program,
     Rope,
+    Sample,
     Select,
     Softcap,
     StoreKV,
@@ -84,6 +85,7 @@ def decoder(spec: ModelSpec) -> Program:
     logits = build.append(Linear(Value("head", "logits", spec.vocabulary, selected=True), final, head))
     if spec.logit_softcap is not None:
         logits = build.append(Softcap(replace(logits, name="logits"), logits, spec.logit_softcap))
+    build.append(Sample(Value("drawn", "drawn", 1, selected=True), logits))
     return Program("decoder", tuple(build.operations), groups, logits)
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 from ridgeline.model.spec import Activation, NormSpec, RopeSpec
 from ridgeline.types import Step, Work
 
-Kind = Literal["tokens", "positions", "f32", "A8-g32", "kv", "logits"]
+Kind = Literal["tokens", "positions", "f32", "bf16", "A8-g32", "kv", "logits", "drawn"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +129,13 @@ class Operation:
         raise TypeError(f"{type(self).__name__} does not count its work")
 
 
+def _work_in(kind: Kind, ops: int) -> Work:
+    """Products with values of a kind run at that format's rate."""
+    if kind == "A8-g32":
+        return Work(int8_ops=ops)
+    return Work(bf16_flops=ops) if kind == "bf16" else Work(fp32_flops=ops)
+
+
 @dataclass(frozen=True, slots=True)
 class Embed(Operation):
     """Row of a table for each token, or for each position, times `scale`."""
@@ -169,12 +176,13 @@ class Norm(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Quantise(Operation):
-    """Round float32 activations to A8-g32 (`precision.quantise` has the exact rule)."""
+    """Round float32 activations to A8-g32 or bfloat16 (`precision.quantise` has the exact rules)."""
 
     x: Value
 
     def work(self, load: StepLoad) -> Work:
-        return Work(fp32_flops=4 * load.rows_of(self.out) * self.out.width)
+        per_value = 4 if self.out.kind == "A8-g32" else 1
+        return Work(fp32_flops=per_value * load.rows_of(self.out) * self.out.width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +195,7 @@ class Linear(Operation):
 
     def work(self, load: StepLoad) -> Work:
         ops = 2 * load.rows_of(self.x) * self.weight.shape[0] * self.weight.shape[1]
-        return Work(int8_ops=ops) if self.x.kind == "A8-g32" else Work(fp32_flops=ops)
+        return _work_in(self.x.kind, ops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +238,8 @@ class Attention(Operation):
     window: int | None = None
 
     def work(self, load: StepLoad) -> Work:
-        return Work(fp32_flops=(4 * self.head_dim + 3) * self.heads * load.pairs[self.group])
+        pairs = self.heads * load.pairs[self.group]
+        return _work_in(self.query.kind, 4 * self.head_dim * pairs) + Work(fp32_flops=3 * pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,8 +276,22 @@ class Softcap(Operation):
 
 
 @dataclass(frozen=True, slots=True)
+class Sample(Operation):
+    """Draw a token from the logits of each output for which the step says how (`execution.draw`).
+
+    The work is that of one comparison per logit; filters and noise depend on the request.
+    """
+
+    logits: Value
+
+    def work(self, load: StepLoad) -> Work:
+        return Work(fp32_flops=load.rows_of(self.logits) * self.logits.width)
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
-    """An ordered, single-assignment list of operations that ends in `output`."""
+    """An ordered, single-assignment list of operations. `output` is the logits; a value of kind "drawn" is
+    read by the host too."""
 
     name: str
     operations: tuple[Operation, ...]
@@ -284,6 +307,10 @@ class Program:
                     f"{type(op).__name__} {op.out.name}: reads {missing} before, or assigns twice"
                 )
             known.add(op.out.name)
+
+    def leaves(self, value: Value) -> bool:
+        """Whether the host reads a value."""
+        return value.name == self.output.name or value.kind == "drawn"
 
     def weights(self) -> Iterator[Weight]:
         """Every weight that the program reads, once, in order of first use."""

@@ -6,23 +6,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ridgeline.model.program import Linear, Operation, Program, Quantise, Value
+from ridgeline.model.program import Attention, Kind, Linear, Operation, Program, Quantise, Value
 from ridgeline.precision.formats import Format
+
+_KINDS: dict[int, Kind] = {8: "A8-g32", 16: "bf16"}
 
 
 def with_precision(program: Program, formats: Mapping[str, Format]) -> Program:
-    """Insert a `Quantise` before the linears whose weight's format takes 8-bit activations.
+    """Insert a `Quantise` before the operations that take narrower activations than float32: linears as
+    their weight's format says, and attention, whose queries are 16 bits wide where all linears' inputs are.
 
-    Linears that read the same value share one quantised copy of it.
+    Operations that read the same value share one quantised copy of it.
     """
     operations: list[Operation] = []
-    quantised: dict[str, Value] = {}
+    quantised: dict[tuple[str, int], Value] = {}
+    query_bits = 16 if all(fmt.activation_bits == 16 for fmt in formats.values()) else 32
+
+    def narrowed(x: Value, bits: int) -> Value:
+        if bits == 32:
+            return x
+        if (x.name, bits) not in quantised:
+            kind = _KINDS[bits]
+            quantised[x.name, bits] = replace(x, name=f"{x.name}.a{bits}", kind=kind)
+            operations.append(Quantise(quantised[x.name, bits], x))
+        return quantised[x.name, bits]
+
     for op in program.operations:
-        if isinstance(op, Linear) and formats[op.weight.name].quantises_activations:
-            x = op.x
-            if x.name not in quantised:
-                quantised[x.name] = replace(x, name=f"{x.name}.a8", kind="A8-g32")
-                operations.append(Quantise(quantised[x.name], x))
-            op = replace(op, x=quantised[x.name])
+        if isinstance(op, Linear):
+            op = replace(op, x=narrowed(op.x, formats[op.weight.name].activation_bits))
+        elif isinstance(op, Attention):
+            op = replace(op, query=narrowed(op.query, query_bits))
         operations.append(op)
     return replace(program, operations=tuple(operations))

@@ -14,34 +14,35 @@ from ridgeline.model.families import family_of
 from ridgeline.model.families.family import Family, Source
 from ridgeline.model.program import Embed, Linear, Program
 from ridgeline.model.spec import ModelSpec
-from ridgeline.precision.formats import FORMATS, Format, parse_format
+from ridgeline.precision.formats import Format, auto_format, parse_format
 from ridgeline.precision.quantise import quantise_tensor, storage_of
 from ridgeline.precision.storage import STORAGES, Tensor, check_finite
 from ridgeline.types import CheckpointError, Float32Array
-
-DEFAULT_FORMAT = "W8A8-g32"
-NATIVE_FORMATS = {"Q4_0": "W4A8-g32", "Q4_1": "W4A8-g32", "Q8_0": "W8A8-g32"}
-"""Storages that run as they are, and the format that they are then in."""
 
 
 class Weights:
     """The weights that a canonical program names, read from one checkpoint.
 
-    `choice` is the format of matrices: "auto" keeps a quantised tensor as it is and stores floats as
-    W8A8-g32. Vectors and tables that are only looked up by position stay float32.
+    `choice` is the format of matrices: "auto" is what suits `device` (`precision.formats.auto_format`).
+    Vectors and tables that are only looked up by position stay float32.
 
     Raises CheckpointError when a tensor is missing, left over, or of another shape than the program's.
     """
 
     def __init__(
-        self, spec: ModelSpec, program: Program, checkpoint: Checkpoint, choice: str = "auto"
+        self,
+        spec: ModelSpec,
+        program: Program,
+        checkpoint: Checkpoint,
+        choice: str = "auto",
+        device: str = "cpu",
     ) -> None:
         self._checkpoint = checkpoint
         self._shapes = {weight.name: weight.shape for weight in program.weights()}
         self._sources = _sources(family_of(checkpoint), spec, checkpoint, self._shapes)
         self._check_shapes()
         self.formats: Mapping[str, Format] = {
-            name: self._format(name, choice) for name in sorted(_matrices(program))
+            name: self._format(name, choice, device) for name in sorted(_matrices(program))
         }
 
     def __iter__(self) -> Iterator[str]:
@@ -51,7 +52,7 @@ class Weights:
         """A matrix in the storage of its format; it may be a view of the mapped file."""
         held = self._read(name)
         fmt = self.formats[name]
-        if NATIVE_FORMATS.get(held.storage.name) == fmt.name:
+        if held.storage.name in fmt.storages:
             return held
         return quantise_tensor(held, fmt, self._sources[name].tensor)
 
@@ -79,11 +80,10 @@ class Weights:
         check_finite(tensor, source.tensor)
         return source.apply(tensor)
 
-    def _format(self, name: str, choice: str) -> Format:
+    def _format(self, name: str, choice: str, device: str) -> Format:
         if choice != "auto":
             return parse_format(choice)
-        storage = self._checkpoint.tensors[self._sources[name].tensor].storage
-        return FORMATS[NATIVE_FORMATS.get(storage, DEFAULT_FORMAT)]
+        return auto_format(self._checkpoint.tensors[self._sources[name].tensor].storage, device)
 
     def _nbytes(self, name: str) -> int:
         shape = self._shapes[name]
@@ -91,7 +91,7 @@ class Weights:
             return 4 * math.prod(shape)
         held = self._checkpoint.tensors[self._sources[name].tensor].storage
         fmt = self.formats[name]
-        storage = STORAGES[held] if NATIVE_FORMATS.get(held) == fmt.name else storage_of(fmt)
+        storage = STORAGES[held] if held in fmt.storages else storage_of(fmt)
         return math.prod(shape[:-1]) * storage.row_bytes(shape[-1])
 
     def _check_shapes(self) -> None:

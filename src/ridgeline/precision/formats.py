@@ -1,4 +1,8 @@
-"""Number formats by their unambiguous names: `W4A8-g32` is 4-bit weights, 8-bit activations, groups of 32."""
+"""Number formats by their unambiguous names: `W4A8-g32` is 4-bit weights, 8-bit activations, groups of 32.
+
+Activations of 8 bits are A8-g32, of 16 bits bfloat16, of 32 bits float32. With activations of 16 bits the
+weights are multiplied as bfloat16 too: a value that codes and scales stand for is rounded once more.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,12 @@ class Format:
     group: int
 
     @property
-    def quantises_activations(self) -> bool:
-        return self.activation_bits < 32
+    def storages(self) -> tuple[str, ...]:
+        """The storages whose tensors run in this format as they are; the first is our own quantiser's."""
+        return _STORAGES[self.weight_bits]
+
+
+_STORAGES = {4: ("Q4_1", "Q4_0"), 8: ("Q8_0",), 16: ("BF16",), 32: ("F32",)}
 
 
 FORMATS: dict[str, Format] = {
@@ -30,6 +38,9 @@ FORMATS: dict[str, Format] = {
     for fmt in (
         Format("W4A8-g32", 4, 8, 32),
         Format("W8A8-g32", 8, 8, 32),
+        Format("W4A16-g32", 4, 16, 32),
+        Format("W8A16-g32", 8, 16, 32),
+        Format("W16A16", 16, 16, 0),
         Format("W32A32", 32, 32, 0),
     )
 }
@@ -41,3 +52,33 @@ def parse_format(name: str) -> Format:
     if fmt is None:
         raise ConfigError(f"number format is {name!r}; accepted: {', '.join(FORMATS)}")
     return fmt
+
+
+DEVICE_FORMATS: dict[str, tuple[str, ...]] = {
+    "cpu": ("W4A8-g32", "W8A8-g32", "W32A32"),
+    "cuda": tuple(FORMATS),
+    "reference": tuple(FORMATS),
+}
+"""The formats that each device runs."""
+
+_AUTO = {
+    "cpu": {"Q4_0": "W4A8-g32", "Q4_1": "W4A8-g32", "": "W8A8-g32"},
+    "cuda": {"Q4_0": "W4A16-g32", "Q4_1": "W4A16-g32", "Q8_0": "W8A16-g32", "": "W16A16"},
+}
+
+
+def auto_format(storage: str, device: str) -> Format:
+    """The format in which a device runs a weight of some storage when nobody chose one.
+
+    Quantised weights keep their bits. A CPU multiplies 8-bit integers fastest, and a GPU has arithmetic to
+    spare beside its memory, which it spends on activations of 16 bits.
+    """
+    table = _AUTO["cuda" if device == "cuda" else "cpu"]
+    return FORMATS[table.get(storage, table[""])]
+
+
+def check_device_format(name: str, device: str) -> None:
+    """Raise ConfigError unless `device` runs the format of that name, or the name is "auto"."""
+    accepted = DEVICE_FORMATS[device]
+    if name != "auto" and name not in accepted:
+        raise ConfigError(f"weights is {name!r}; accepted on {device}: auto, {', '.join(accepted)}")

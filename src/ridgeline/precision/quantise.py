@@ -12,13 +12,16 @@ A group below `TINY` becomes zeros, because 127/amax would leave the range of fl
 reproduce codes and scales bit for bit; a denormal scale may be flushed to zero, since its codes are zero.
 The rule says nothing about groups that hold an infinity or NaN.
 
-**Weights, W8A8-g32**, stored as Q8_0: d = float16(amax / 127), code = rint(w / d), clipped to -127..127.
+**Activations, A16.** The nearest bfloat16, ties to even.
 
-**Weights, W4A8-g32**, stored as Q4_1: m = float16(min), rounded down, d = float16((max - m) / 15),
+**Weights of 8 bits**, stored as Q8_0: d = float16(amax / 127), code = rint(w / d), clipped to -127..127.
+
+**Weights of 4 bits**, stored as Q4_1: m = float16(min), rounded down, d = float16((max - m) / 15),
 code = rint((w - m) / d), clipped to 0..15.
 
 In both, d is the next larger float16 where rounding it down would clip a code, codes are computed with the
-rounded m and d, and all codes are 0 where d is 0. So no weight is off by more than d/2.
+rounded m and d, and all codes are 0 where d is 0. So no weight is off by more than d/2. Weights of 16 bits
+are the nearest bfloat16.
 """
 
 from __future__ import annotations
@@ -66,6 +69,13 @@ def dequantise_activations(codes: Int8Array, scales: Float32Array, width: int) -
     return values.reshape(codes.shape)[:, :width]
 
 
+def round_bfloat16(x: Float32Array) -> Float32Array:
+    """Nearest bfloat16 of each value, ties to even, still in float32."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(x), x, rounded.view(np.float32))
+
+
 def _grouped(x: Float32Array) -> Float32Array:
     """(rows, width) to (rows, groups, 32), filled up with zeros."""
     rows, width = x.shape
@@ -94,7 +104,7 @@ def quantise_tensor(tensor: Tensor, fmt: Format, name: str = "weight") -> Tensor
 
     A tensor that already has that storage is checked and returned as it is. Errors as `quantise_weight`'s.
     """
-    storage, encode = _ENCODERS[fmt.name]
+    storage, encode = storage_of(fmt), _ENCODERS[fmt.weight_bits]
     if tensor.storage is storage:
         check_finite(tensor, name)
         return tensor
@@ -112,7 +122,7 @@ def quantise_tensor(tensor: Tensor, fmt: Format, name: str = "weight") -> Tensor
 
 def storage_of(fmt: Format) -> Storage:
     """The storage that `quantise_tensor` gives a weight of this format."""
-    return _ENCODERS[fmt.name][0]
+    return STORAGES[fmt.storages[0]]
 
 
 def _decoded_blocks(tensor: Tensor) -> Iterator[tuple[slice, Float32Array]]:
@@ -176,8 +186,16 @@ def _encode_f32(weight: Float32Array) -> ByteArray:
     return np.ascontiguousarray(weight, "<f4").view(np.uint8)
 
 
-_ENCODERS: dict[str, tuple[Storage, Callable[[Float32Array], ByteArray]]] = {
-    "W8A8-g32": (STORAGES["Q8_0"], _encode_q8_0),
-    "W4A8-g32": (STORAGES["Q4_1"], _encode_q4_1),
-    "W32A32": (STORAGES["F32"], _encode_f32),
+def _encode_bf16(weight: Float32Array) -> ByteArray:
+    rounded = round_bfloat16(weight)
+    if not np.isfinite(rounded).all():  # the largest float32 values round to infinity
+        raise _RangeError(float(weight[~np.isfinite(rounded)][0]))
+    return (rounded.view(np.uint32) >> 16).astype("<u2").view(np.uint8)
+
+
+_ENCODERS: dict[int, Callable[[Float32Array], ByteArray]] = {
+    8: _encode_q8_0,
+    4: _encode_q4_1,
+    16: _encode_bf16,
+    32: _encode_f32,
 }

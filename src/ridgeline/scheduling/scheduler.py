@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from ridgeline.cache.kv import KVCache
 from ridgeline.config import PAGE_TOKENS
 from ridgeline.scheduling.sequence import Sequence
-from ridgeline.types import Segment, SequenceRows, Step
+from ridgeline.types import Draw, Segment, SequenceRows, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,15 +184,19 @@ class Scheduler:
 
 
 def _plan_of(chunks: Ordered[tuple[Sequence, int]], now_s: float) -> Plan:
-    """The step for these chunks; logits are wanted only of a row that ends its sequence's known tokens."""
+    """The step for these chunks; a token is wanted only of a row that ends its sequence's known tokens."""
     rows = []
     sampled = []
+    draws: list[Draw | None] = []
     for sequence, count in chunks:
         start, end = sequence.computed, sequence.computed + count
         outputs: tuple[int, ...] = ()
         if end == len(sequence.token_ids):
             outputs = (count - 1,)
             sampled.append(sequence)
+            chooser = sequence.chooser
+            draws.append(None if chooser.needs_logits else chooser.draw(end))
         segments = (Segment(sequence.pages.tables, end),)
         rows.append(SequenceRows(sequence.token_ids[start:end], start, segments, outputs))
-    return Plan(Step(tuple(rows)), tuple(sequence for sequence, _ in chunks), tuple(sampled), now_s)
+    planned = tuple(sequence for sequence, _ in chunks)
+    return Plan(Step(tuple(rows), tuple(draws)), planned, tuple(sampled), now_s)

@@ -20,7 +20,7 @@ def value_row_bytes(value: Value) -> int:
     """Bytes of one row of a value in its buffer; values that live elsewhere take none."""
     if value.kind == "A8-g32":
         return a8_row_bytes(value.width)
-    return 4 * value.width if value.kind in ("f32", "logits") else 0
+    return 4 * value.width if value.kind in ("f32", "logits", "drawn") else 0
 
 
 def assign_buffers(
@@ -38,7 +38,7 @@ def assign_buffers(
     for index, (launch, border) in enumerate(zip(launches, crossing, strict=True)):
         inherited = {new.name: old.name for new, old in launch.overwrites}
         for value in border.writes:
-            if value.kind == "kv":
+            if value.kind in ("kv", "drawn"):
                 continue
             if value.kind == "logits":
                 buffers[value.name] = None

@@ -14,6 +14,7 @@ from ridgeline.execution.base import KV_VALUE_BYTES, FinishedStep, Limits, check
 from ridgeline.execution.cpu.buffers import assign_buffers, value_row_bytes
 from ridgeline.execution.cpu.launches import Binding, CpuLaunch
 from ridgeline.execution.cpu.lower import lower
+from ridgeline.execution.draw import Drawer, undrawn
 from ridgeline.execution.lowering import Footprint, WorkModel
 from ridgeline.execution.step_arrays import StepArrays, rope_tables
 from ridgeline.model.program import MemoryGroup, Program, Rope, StepLoad, Value, Weight
@@ -49,7 +50,10 @@ class CpuExecutor:
         self._vectors: dict[str, Float32Array] = {}
         self._pools: dict[int, NDArray[np.uint16] | Float32Array] = {}
         self._groups: dict[int, MemoryGroup] = {}
-        self._logits = np.empty((0, 0), np.float32)
+        self._drawer = Drawer()
+        self._drawn = np.empty(0, np.int32)
+        # Results stay valid during one more run, so runs take turns with two arrays.
+        self._logits = [np.empty((0, 0), np.float32)] * 2
 
     def load(self, weights: Weights) -> None:
         for name in weights:
@@ -84,15 +88,16 @@ class CpuExecutor:
 
     def run(self, handle: CpuHandle, step: Step) -> FinishedStep:
         started = time.perf_counter()
-        arrays = StepArrays.of(step, len(handle.program.groups))
+        arrays = StepArrays.of(step, len(handle.program.groups), self._drawn)
         for spec, buffers in handle.ropes.items():
             for buffer, table in zip(buffers, rope_tables(spec, arrays.positions), strict=True):
                 buffer[: len(table)] = table
         logits = self._logits_for(len(arrays.output_rows), handle.program.output)
         handle.tape.run(_inputs(arrays, logits))
+        self._drawn = self._drawer.rows(logits, step.draws)
         elapsed_s = time.perf_counter() - started
         work = handle.work.at(StepLoad.of(step, handle.program.groups))
-        return FinishedStep(StepResult(logits, elapsed_s, work))
+        return FinishedStep(StepResult(undrawn(logits, step.draws), self._drawn, elapsed_s, work))
 
     def transfer(self, moves: Sequence[PageCopy]) -> None:
         for move in moves:
@@ -129,11 +134,13 @@ class CpuExecutor:
                     self._pools[layer] = memory.view(dtype).reshape(shape)
 
     def _logits_for(self, outputs: int, logits: Value) -> Float32Array:
-        """The executor's own array, grown when a step wants more rows."""
-        if len(self._logits) < outputs or self._logits.shape[1] != logits.width:
+        """One of the executor's own arrays, grown when a step wants more rows."""
+        self._logits.reverse()
+        mine = self._logits[0]
+        if len(mine) < outputs or mine.shape[1] != logits.width:
             rows = 1 << (max(outputs, 1) - 1).bit_length()
-            self._logits = np.empty((rows, logits.width), np.float32)
-        return self._logits[:outputs]
+            mine = self._logits[0] = np.empty((rows, logits.width), np.float32)
+        return mine[:outputs]
 
     def _footprint(self, program: Program) -> Footprint:
         value_bytes = KV_VALUE_BYTES[self._limits.kv_format]

@@ -209,6 +209,14 @@ class SoftcapLaunch(Launch):
         to.tape.softcap(self.softcap.x.width, self.softcap.cap)
 
 
+@dataclass(frozen=True, slots=True)
+class SampleLaunch(Launch):
+    """Drawing tokens, which is NumPy's work: the executor does it when the tape has run."""
+
+    def bind(self, to: Binding) -> None:
+        """Nothing of it is on the tape."""
+
+
 CpuLaunch = (
     EmbedLaunch
     | NormLaunch
@@ -219,4 +227,5 @@ CpuLaunch = (
     | ActivateLaunch
     | AddLaunch
     | SoftcapLaunch
+    | SampleLaunch
 )

@@ -22,6 +22,7 @@ from ridgeline.execution.cpu.launches import (
     NormLaunch,
     QuantiseLaunch,
     RopeStoreLaunch,
+    SampleLaunch,
     SoftcapLaunch,
 )
 from ridgeline.execution.lowering import check_lowering
@@ -36,6 +37,7 @@ from ridgeline.model.program import (
     Program,
     Quantise,
     Rope,
+    Sample,
     Select,
     Softcap,
     StoreKV,
@@ -77,7 +79,7 @@ class _Lowering:
 
     def only_user(self, value: Value) -> Operation | None:
         users = self.users.get(value.name, [])
-        return users[0] if len(users) == 1 and value.name != self.program.output.name else None
+        return users[0] if len(users) == 1 and not self.program.leaves(value) else None
 
     def then_quantise(self, value: Value) -> tuple[tuple[Operation, ...], Value]:
         """The `Quantise` that alone reads `value`, if there is one, and the value that then leaves."""
@@ -216,6 +218,9 @@ class _Lowering:
     def softcap(self, op: Softcap) -> CpuLaunch:
         return SoftcapLaunch((op,), ((op.out, op.x),), op)
 
+    def sample(self, op: Sample) -> CpuLaunch:
+        return SampleLaunch((op,), ())
+
 
 _RULES: dict[type[Operation], Callable[..., CpuLaunch]] = {
     Embed: _Lowering.embed,
@@ -228,4 +233,5 @@ _RULES: dict[type[Operation], Callable[..., CpuLaunch]] = {
     Activate: _Lowering.activate,
     Add: _Lowering.add,
     Softcap: _Lowering.softcap,
+    Sample: _Lowering.sample,
 }
