@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ridgeline.cli import options
@@ -10,6 +11,7 @@ from ridgeline.cli.output import console, print_json, table
 from ridgeline.cli.progress import fetch
 
 if TYPE_CHECKING:
+    from ridgeline.config import EngineConfig
     from ridgeline.resources.ceilings import Ceilings
 
 PromptTokens = Annotated[int, flag("prompt-tokens", "Tokens of each prompt.", "-p")]
@@ -33,7 +35,7 @@ def bench(
     from ridgeline.apps.benchmark import Workload, measure, summary
     from ridgeline.config import EngineConfig
     from ridgeline.loading import load_engine
-    from ridgeline.resources import probe
+    from ridgeline.types import CapacityError
 
     workload = Workload(prompt_tokens, output_tokens, batch)
     room = EngineConfig()
@@ -44,13 +46,16 @@ def bench(
     )
     fetch(model)
     loaded = load_engine(config)
+    before = None
     try:
         # Other tenants share the memory: what the machine gives now counts, not what it gave some day.
-        before = probe.measure(loaded.config.threads, seconds=probe.BESIDE_PROBE_S)
+        with suppress(CapacityError):  # the engine may have left a GPU too little memory to measure with
+            before = _ceilings_now(loaded.config)
         rounds = measure(loaded.engine, workload, loaded.config.max_num_batched_tokens, repeats)
     finally:
         loaded.engine.close()
-    ceilings = probe.measure(loaded.config.threads, seconds=probe.BESIDE_PROBE_S).best_with(before)
+    after = _ceilings_now(loaded.config)
+    ceilings = after.best_with(before) if before is not None else after
     settled = loaded.config
     result = {
         "model": settled.model,
@@ -63,7 +68,15 @@ def bench(
         _show(result, ceilings)
 
 
+def _ceilings_now(config: EngineConfig) -> Ceilings:
+    from ridgeline.resources import probe
+
+    return probe.measure(config.threads, seconds=probe.BESIDE_PROBE_S, device=config.device)
+
+
 def _show(result: dict[str, Any], ceilings: Ceilings) -> None:
+    from ridgeline.cli.figures import parallel_units, peaks
+
     shown = table(
         "", "tokens/s", "spread", "memory", "arithmetic", right=("tokens/s", "memory", "arithmetic")
     )
@@ -78,8 +91,8 @@ def _show(result: dict[str, Any], ceilings: Ceilings) -> None:
     console().print(
         f"{result['batch']} × ({result['prompt_tokens']} prompt + {result['output_tokens']} output tokens), "
         f"median of {result['repeats']}; shares of {ceilings.read_bytes_per_s / 1e9:.1f} GB/s read, "
-        f"{ceilings.int8_ops_per_s / 1e9:.0f} Gop/s int8, {ceilings.fp32_flops_per_s / 1e9:.0f} Gflop/s fp32 "
-        f"({ceilings.threads} threads, {ceilings.isa})",
+        + ", ".join(f"{peak} {name}" for name, peak in peaks(ceilings).items())
+        + f" ({ceilings.threads} {parallel_units(ceilings)}, {ceilings.isa})",
         style="dim",
         soft_wrap=True,
     )

@@ -56,19 +56,38 @@ class Figures:
         return " · ".join(parts)
 
 
-def known_ceilings(threads: int | None, measure: bool = False) -> Ceilings | None:
-    """This machine's ceilings for a figure beside an answer, None where they cannot be had.
+def known_ceilings(threads: int | None, measure: bool = False, device: str = "cpu") -> Ceilings | None:
+    """The ceilings of an engine's device for a figure beside an answer, None where they cannot be had.
 
-    With `measure`, a machine that is not known yet is measured quickly, once, in about a second.
+    With `measure`, a device that is not known yet is measured quickly, once: in about a second, a GPU in
+    some seconds.
     """
-    from ridgeline.resources.ceilings import load_ceilings
+    from ridgeline.resources import probe
 
     try:
-        found = load_ceilings(threads)
-        if found is None and measure:
-            from ridgeline.resources.probe import quick_ceilings
-
-            found = quick_ceilings(threads)
-        return found
+        if measure:
+            return probe.quick_ceilings(threads, device=device)
+        return probe.known_ceilings(threads, device=device)
     except RidgelineError:
         return None  # an answer is worth more than a figure
+
+
+def rate(per_s: float, unit: str) -> str:
+    """Arithmetic per second for people: 917 Gop/s, 788.1 Tflop/s."""
+    return f"{per_s / 1e12:.1f} T{unit}/s" if per_s >= 1e13 else f"{per_s / 1e9:.0f} G{unit}/s"
+
+
+def peaks(ceilings: Ceilings) -> dict[str, str]:
+    """The arithmetic peaks by format, of which the hardware may lack some."""
+    rates = {
+        "int8": (ceilings.int8_ops_per_s, "op"),
+        "fp8": (ceilings.fp8_flops_per_s, "flop"),
+        "bf16": (ceilings.bf16_flops_per_s, "flop"),
+        "fp32": (ceilings.fp32_flops_per_s, "flop"),
+    }
+    return {name: rate(per_s, unit) for name, (per_s, unit) in rates.items() if per_s > 0}
+
+
+def parallel_units(ceilings: Ceilings) -> str:
+    """What `Ceilings.threads` counts on this device."""
+    return "multiprocessors" if ceilings.device == "cuda" else "threads"

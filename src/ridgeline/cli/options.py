@@ -17,7 +17,7 @@ Model = Annotated[
     str | None,
     flag("model", "Catalog name, path, or hf.co/<org>/<repo>[:<file or quant>] (default: smollm2).", "-m"),
 ]
-Device = Annotated[str | None, flag("device", "Where to run: auto, cpu or reference.")]
+Device = Annotated[str | None, flag("device", "Where to run: auto, cpu, cuda or reference.")]
 Threads = Annotated[int | None, flag("threads", "CPU threads (default: one per usable core).", "-t")]
 WeightFormat = Annotated[
     str | None,

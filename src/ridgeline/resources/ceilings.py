@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ridgeline.resources.cuda import GPU
 from ridgeline.resources.machine import choose_isa, machine, usable_cores
 from ridgeline.resources.paths import cache_dir, write_atomic
 
@@ -21,10 +22,14 @@ FULL_PROBE_S = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """Measured limits of one machine at a number of threads and an instruction-set level.
+    """Measured limits of one CPU or GPU.
 
-    A multiply-add counts as two operations. A peak is 0 where the machine has no instructions for that
-    format; `roofline` then charges such work at the fp32 peak. `seconds_each` says how long each
+    Of a CPU (`device` "cpu") at a number of threads and an instruction-set level; of a GPU (`device`
+    "cuda") as a whole: there `threads` counts its multiprocessors and `isa` is its architecture (sm_90).
+    A multiply-add counts as two operations. A peak is 0 where the hardware has no instructions for that
+    format; `roofline` then charges such work at the fp32 peak. `launch_s` is what one kernel launch costs in
+    a stream of many, `graph_launch_s` what one kernel costs in the replay of a CUDA graph; with the rates
+    of the link to the host (page-locked memory) they are 0 for a CPU. `seconds_each` says how long each
     measurement took, `measured_at` when (ISO 8601, UTC).
     """
 
@@ -37,6 +42,12 @@ class Ceilings:
     machine: str
     measured_at: str
     seconds_each: float = FULL_PROBE_S
+    device: str = "cpu"
+    fp8_flops_per_s: float = 0.0
+    launch_s: float = 0.0
+    graph_launch_s: float = 0.0
+    host_to_device_bytes_per_s: float = 0.0
+    device_to_host_bytes_per_s: float = 0.0
 
     @property
     def full(self) -> bool:
@@ -44,43 +55,57 @@ class Ceilings:
         return self.seconds_each >= FULL_PROBE_S
 
     def best_with(self, other: Ceilings) -> Ceilings:
-        """The higher rate of each kind: whatever else ran on the machine only makes measurements slower."""
+        """The better figure of each kind: whatever else ran on the machine only makes measurements slower."""
         rates = {name: max(getattr(self, name), getattr(other, name)) for name in _RATES}
-        return replace(self, **rates)
+        costs = {name: min(getattr(self, name), getattr(other, name)) for name in _COSTS}
+        return replace(self, **rates, **costs)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 _RATES = tuple(f.name for f in fields(Ceilings) if f.name.endswith("_per_s"))
+_COSTS = ("launch_s", "graph_launch_s")
 
 
-def load_ceilings(threads: int | None = None, isa: str | None = None) -> Ceilings | None:
+def load_ceilings(
+    threads: int | None = None, isa: str | None = None, gpu: GPU | None = None
+) -> Ceilings | None:
     """The ceilings measured earlier on this machine, None if there are none; never measures.
 
-    `threads` defaults to the usable cores and `isa` to the level that the CPU executor chooses.
+    Those of `gpu`, or where none is named those of the CPU: there `threads` defaults to the usable cores
+    and `isa` to the level that the CPU executor chooses.
     """
-    threads = threads or usable_cores()
-    isa = isa or choose_isa()
+    if gpu is not None:
+        device, threads, isa = "cuda", gpu.multiprocessors, gpu.isa
+    else:
+        device, threads, isa = "cpu", threads or usable_cores(), isa or choose_isa()
     try:
-        content = json.loads(_path(threads, isa).read_bytes())
+        content = json.loads(_path(threads, isa, gpu.description if gpu else None).read_bytes())
         ceilings = Ceilings(**content)
     except (OSError, ValueError, TypeError):
         return None  # not measured, or a damaged file: measuring again mends both
-    rates = [getattr(ceilings, name) for name in _RATES]
-    if not all(isinstance(rate, int | float) and math.isfinite(rate) and rate >= 0 for rate in rates):
+    figures = [getattr(ceilings, name) for name in _RATES + _COSTS]
+    if not all(
+        isinstance(figure, int | float) and math.isfinite(figure) and figure >= 0 for figure in figures
+    ):
         return None
     known = ceilings.read_bytes_per_s > 0 and ceilings.fp32_flops_per_s > 0
-    return ceilings if known and (ceilings.threads, ceilings.isa) == (threads, isa) else None
+    same = (ceilings.device, ceilings.threads, ceilings.isa) == (device, threads, isa)
+    return ceilings if known and same else None
 
 
 def save_ceilings(ceilings: Ceilings) -> Path:
     """Keep the ceilings for later processes; raises CapacityError when the cache cannot be written."""
-    path = _path(ceilings.threads, ceilings.isa)
+    gpu = ceilings.machine if ceilings.device == "cuda" else None
+    path = _path(ceilings.threads, ceilings.isa, gpu)
     write_atomic(path, (json.dumps(ceilings.to_json(), indent=2) + "\n").encode())
     return path
 
 
-def _path(threads: int, isa: str) -> Path:
-    name = hashlib.sha256(f"{PROBE_VERSION} {machine().name}".encode()).hexdigest()[:16]
+def _path(threads: int, isa: str, gpu: str | None) -> Path:
+    """The file of the CPU's or of a GPU's ceilings. A GPU's are this machine's too: its launches and its
+    link depend on both."""
+    subject = f"{PROBE_VERSION} {machine().name}" + (f" {gpu}" if gpu else "")
+    name = hashlib.sha256(subject.encode()).hexdigest()[:16]
     return cache_dir() / "ceilings" / f"{name}-{threads}-{isa}.json"

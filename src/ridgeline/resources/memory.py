@@ -1,8 +1,10 @@
 """The memory ledger: what a model takes on this machine, and how large its KV pools become.
 
 The stated default: the KV pools hold `max_num_seqs` sequences of `max_model_len` tokens, or as many as fit
-half of the memory that is free beside the weights; one such sequence may take all of it but a reserve.
-Pools are taken from the system page by page as they are used, so a large pool costs nothing at first.
+a share of the memory that is free beside the weights; one such sequence may take all of it but a reserve.
+In the system's memory the share is a half: pools are taken page by page as they are used, so a large pool
+costs nothing at first, but other programs live there too. A GPU's memory is taken at once and serves little
+else, so a pool takes all of it but the reserve: PyTorch's workspaces and captured graphs live in that.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ from ridgeline.config import pages_for
 from ridgeline.types import CapacityError
 
 POOL_SHARE = 0.5
+GPU_POOL_SHARE = 1.0
+"""Share of what is free beside the weights and the reserve that pools take unasked."""
+
 RESERVE_SHARE = 0.1
 """Share of the free memory that stays untouched: the process itself, its stack of libraries, the system."""
 
@@ -53,9 +58,17 @@ class Ledger:
         return self.weights_bytes + self.activation_bytes + self.kv_bytes
 
 
-def plan_memory(demand: Demand, free_bytes: int, kv_cache_memory_bytes: int | None = None) -> Ledger:
+def plan_memory(
+    demand: Demand,
+    free_bytes: int,
+    kv_cache_memory_bytes: int | None = None,
+    *,
+    pool_share: float = POOL_SHARE,
+    memory: str = "memory",
+) -> Ledger:
     """Size the KV pools in `free_bytes`, or in `kv_cache_memory_bytes` where that is given.
 
+    `free_bytes` are of the memory that weights, buffers and pools lie in, which errors call `memory`.
     Raises CapacityError when the weights, or the pages of one sequence of `max_model_len`, do not fit.
     """
     fixed = demand.weights_bytes + demand.activation_bytes
@@ -63,22 +76,22 @@ def plan_memory(demand: Demand, free_bytes: int, kv_cache_memory_bytes: int | No
     if available <= 0:
         raise CapacityError(
             f"the weights need {_gib(demand.weights_bytes)} and the step's buffers "
-            f"{_gib(demand.activation_bytes)}, and {_gib(free_bytes)} of memory are free; "
+            f"{_gib(demand.activation_bytes)}, and {_gib(free_bytes)} of {memory} are free; "
             "accepted: a smaller model or format (--weights), or fewer sequences at once"
         )
     if kv_cache_memory_bytes is not None and kv_cache_memory_bytes > available:
         raise CapacityError(
             f"kv_cache_memory_bytes is {kv_cache_memory_bytes}; accepted: at most {available}, "
-            "what is free beside the weights"
+            f"what {memory} is free beside the weights"
         )
     limit = available if kv_cache_memory_bytes is None else kv_cache_memory_bytes
     one = _pool_bytes(demand, 1.0)
     if one > limit:
         raise CapacityError(
             f"one sequence of {demand.max_model_len} tokens needs {_gib(one)} of KV cache and {_gib(limit)} "
-            f"can be had; accepted: --max-model-len up to {_longest(demand, limit)}"
+            f"of {memory} can be had; accepted: --max-model-len up to {_longest(demand, limit)}"
         )
-    share = limit if kv_cache_memory_bytes is not None else available * POOL_SHARE
+    share = limit if kv_cache_memory_bytes is not None else available * pool_share
     sequences = _sequences(demand, max(int(share), one))
     pages = _pages(demand, sequences)
     kv_bytes = sum(n * group.page_bytes for n, group in zip(pages, demand.groups, strict=True))

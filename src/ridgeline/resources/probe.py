@@ -1,4 +1,8 @@
-"""Measure the machine's ceilings: read bandwidth and the arithmetic peak of each number format."""
+"""Measure the machine's ceilings: read bandwidth and the arithmetic peak of each number format.
+
+Every function takes a `device`: "cuda" means the current GPU, whose threads and instruction set are not for
+choosing, and everything else the CPU. They raise ConfigError where "cuda" cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 
 from ridgeline.resources.ceilings import FULL_PROBE_S, Ceilings, load_ceilings, save_ceilings
+from ridgeline.resources.cuda import cuda_device
 from ridgeline.resources.machine import (
     choose_isa,
     free_memory_bytes,
@@ -45,8 +50,17 @@ def read_bandwidth(threads: int, seconds: float = FULL_PROBE_S) -> dict[str, flo
         team.close()
 
 
-def measure(threads: int | None = None, isa: str | None = None, seconds: float = FULL_PROBE_S) -> Ceilings:
-    """Measure this machine's ceilings, `seconds` for each access pattern, of which the best counts."""
+def measure(
+    threads: int | None = None, isa: str | None = None, seconds: float = FULL_PROBE_S, device: str = "cpu"
+) -> Ceilings:
+    """Measure the ceilings, `seconds` for each access pattern, of which the best counts.
+
+    Raises CapacityError when there is too little memory to measure.
+    """
+    if device == "cuda":
+        from ridgeline.resources.cuda_probe import measure_gpu
+
+        return measure_gpu(seconds)
     from ridgeline.native import Team, probe_peak
 
     threads = threads or usable_cores()
@@ -70,24 +84,33 @@ def measure(threads: int | None = None, isa: str | None = None, seconds: float =
     )
 
 
-def full_ceilings(threads: int | None = None, isa: str | None = None, force: bool = False) -> Ceilings:
+def known_ceilings(
+    threads: int | None = None, isa: str | None = None, device: str = "cpu"
+) -> Ceilings | None:
+    """The ceilings measured earlier, None if there are none; never measures."""
+    return load_ceilings(threads, isa, cuda_device() if device == "cuda" else None)
+
+
+def full_ceilings(
+    threads: int | None = None, isa: str | None = None, force: bool = False, device: str = "cpu"
+) -> Ceilings:
     """The full measurements, from the cache unless there are none or `force` asks for fresh ones.
 
     Raises CapacityError when there is too little memory to measure.
     """
-    cached = None if force else load_ceilings(threads, isa)
-    if cached is not None and cached.full:
-        return cached
-    return _measured(threads, isa, FULL_PROBE_S)
+    known = None if force else known_ceilings(threads, isa, device)
+    if known is not None and known.full:
+        return known
+    return _measured(threads, isa, FULL_PROBE_S, device)
 
 
-def quick_ceilings(threads: int | None = None, isa: str | None = None) -> Ceilings:
+def quick_ceilings(threads: int | None = None, isa: str | None = None, device: str = "cpu") -> Ceilings:
     """The cached ceilings, or quick measurements, which are then kept. Raises CapacityError."""
-    return load_ceilings(threads, isa) or _measured(threads, isa, QUICK_PROBE_S)
+    return known_ceilings(threads, isa, device) or _measured(threads, isa, QUICK_PROBE_S, device)
 
 
-def _measured(threads: int | None, isa: str | None, seconds: float) -> Ceilings:
-    ceilings = measure(threads, isa, seconds)
+def _measured(threads: int | None, isa: str | None, seconds: float, device: str) -> Ceilings:
+    ceilings = measure(threads, isa, seconds, device)
     with suppress(CapacityError):  # where nothing can be written, the next process measures again
         save_ceilings(ceilings)
     return ceilings

@@ -30,6 +30,15 @@ def predicted_s(work: Work, ceilings: Ceilings, overhead_s: float = 0.0) -> floa
     return max(memory_s(work, ceilings), arithmetic_s(work, ceilings)) + overhead_s
 
 
+def launch_overhead_s(launches: int, ceilings: Ceilings, graph: bool) -> float:
+    """Seconds that a step of `launches` kernels takes beside its work, launched one by one or as a graph.
+
+    The overhead of `predicted_s`. Launches overlap with the kernels before them, so that one by one they
+    cost less than this in steps whose kernels are long. 0 for a CPU, which launches nothing.
+    """
+    return launches * (ceilings.graph_launch_s if graph else ceilings.launch_s)
+
+
 def mbu(work: Work, elapsed_s: float, ceilings: Ceilings) -> float:
     """Model bandwidth utilisation: the share of the read bandwidth that was used (1.0 = all of it)."""
     return memory_s(work, ceilings) / elapsed_s if elapsed_s > 0 else 0.0
