@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ridgeline.model.program import (
     Attention,
@@ -25,7 +26,12 @@ from ridgeline.types import Work
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel call. `overwrites` pairs a value that is written with the one whose buffer it takes over."""
+    """One kernel call. `overwrites` pairs a value that is written with the one whose buffer it takes over.
+
+    What a launch writes `side_by_side` lies in the columns of one buffer.
+    """
+
+    side_by_side: ClassVar[bool] = False
 
     covers: tuple[Operation, ...]
     overwrites: tuple[tuple[Value, Value], ...]

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ridgeline.config import PAGE_TOKENS
 from ridgeline.execution.base import KV_VALUE_BYTES, FinishedStep, Limits, check_memory_kinds
-from ridgeline.execution.cpu.buffers import assign_buffers, value_row_bytes
+from ridgeline.execution.buffers import assign_buffers
+from ridgeline.execution.cpu.buffers import new_buffer, value_row_bytes
 from ridgeline.execution.cpu.launches import Binding, CpuLaunch
 from ridgeline.execution.cpu.lower import lower
 from ridgeline.execution.draw import Drawer, undrawn
@@ -68,13 +69,13 @@ class CpuExecutor:
         self._make_pools(program)
         launches = lower(program)
         rows = self._limits.max_rows
-        buffers = assign_buffers(program, launches, rows)
+        buffers = assign_buffers(program, launches, lambda values: [new_buffer(v, rows) for v in values])
         specs = {op.spec for op in program.operations if isinstance(op, Rope)}
         ropes = {spec: _rope_buffers(spec, rows) for spec in specs}
         tape = Tape(self._team, self.isa, rows)
         binding = Binding(
             tape=tape,
-            buffer=lambda value: buffers[value.name],
+            buffer=lambda value: buffers.get(value.name),  # the logits are the step's own
             matrix=self._matrix,
             vector=lambda weight: self._vectors[weight.name] if weight else None,
             pool=lambda layer: self._pools[layer],

@@ -9,7 +9,8 @@ The rules, each local and guarded by "nobody else reads it":
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from ridgeline.execution.cpu.launches import (
     ActivateLaunch,
@@ -25,7 +26,8 @@ from ridgeline.execution.cpu.launches import (
     SampleLaunch,
     SoftcapLaunch,
 )
-from ridgeline.execution.lowering import check_lowering
+from ridgeline.execution.fusion import Fusion
+from ridgeline.execution.lowering import Launch
 from ridgeline.model.program import (
     Activate,
     Add,
@@ -36,55 +38,23 @@ from ridgeline.model.program import (
     Operation,
     Program,
     Quantise,
-    Rope,
     Sample,
     Select,
     Softcap,
     StoreKV,
     Value,
 )
-from ridgeline.model.spec import RopeSpec
 
 A8_HEAD_MULTIPLE = 32  # attention quantises its heads one by one, so a group must not span two
 
 
 def lower(program: Program) -> tuple[CpuLaunch, ...]:
     """The program's launches in order; checked to cover it exactly."""
-    launches = tuple(_Lowering(program).launches())
-    check_lowering(program, launches)
-    return launches
+    return _Lowering(program).lower()
 
 
-class _Lowering:
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.producer = {op.out.name: op for op in program.operations}
-        self.users: dict[str, list[Operation]] = {}
-        for op in program.operations:
-            for value in op.inputs:
-                self.users.setdefault(value.name, []).append(op)
-        self.done: set[int] = set()
-
-    def launches(self) -> list[CpuLaunch]:
-        made: list[CpuLaunch] = []
-        for op in self.program.operations:
-            if id(op) in self.done or self._joins_store(op):
-                continue
-            launch = _RULES[type(op)](self, op)
-            self.done.update(id(covered) for covered in launch.covers)
-            made.append(launch)
-        return made
-
-    # -- who reads a value
-
-    def only_user(self, value: Value) -> Operation | None:
-        users = self.users.get(value.name, [])
-        return users[0] if len(users) == 1 and not self.program.leaves(value) else None
-
-    def then_quantise(self, value: Value) -> tuple[tuple[Operation, ...], Value]:
-        """The `Quantise` that alone reads `value`, if there is one, and the value that then leaves."""
-        user = self.only_user(value)
-        return ((user,), user.out) if isinstance(user, Quantise) else ((), value)
+class _Lowering(Fusion[CpuLaunch]):
+    executor = "CPU"
 
     def then_add(self, value: Value) -> tuple[Add, Value] | None:
         """The `Add` that alone reads `value`, with its other side, if that is a stream it may overwrite."""
@@ -92,10 +62,7 @@ class _Lowering:
         if not isinstance(user, Add):
             return None
         stream = user.y if user.x is value or user.x.name == value.name else user.x
-        made = self.producer.get(stream.name)
-        ready = made is not None and id(made) in self.done
-        rest = [u for u in self.users[stream.name] if u is not user and id(u) not in self.done]
-        return (user, stream) if ready and not rest and stream.name != value.name else None
+        return (user, stream) if stream.name != value.name and self.may_overwrite(stream, user) else None
 
     # -- rules, one for each operation that may come first in a launch
 
@@ -170,36 +137,14 @@ class _Lowering:
         return gate, up
 
     def store(self, op: StoreKV) -> CpuLaunch:
-        attention = self.only_user(op.out)
-        if not isinstance(attention, Attention):
-            raise ValueError(f"{op.out.name}: the CPU executor stores keys and values for one attention")
-        query, query_norm, query_rope = self._head_chain(attention.query)
-        key, key_norm, key_rope = self._head_chain(op.key)
+        attention = self.attention_of(op)
+        query, query_norm, query_rope = self.head_chain(attention.query)
+        key, key_norm, key_rope = self.head_chain(op.key)
         chain = [c for c in (query_norm, query_rope, key_norm, key_rope) if c is not None]
-        rope = self._shared(query_rope, key_rope, op)
+        rope = self.shared_rope(query_rope, key_rope, op)
         overwrites = () if attention.query.name == query.name else ((attention.query, query),)
         covers = (*chain, op)
         return RopeStoreLaunch(covers, overwrites, op, attention, query, key, rope, query_norm, key_norm)
-
-    def _shared(self, query: Rope | None, key: Rope | None, op: StoreKV) -> RopeSpec | None:
-        specs = {r.spec if r else None for r in (query, key)}
-        if len(specs) > 1:
-            raise ValueError(f"{op.out.name}: the CPU executor turns queries and keys by one rope")
-        return specs.pop()
-
-    def _head_chain(self, value: Value) -> tuple[Value, Norm | None, Rope | None]:
-        """What lies between a projection and its use: an optional head norm, then an optional rope."""
-        rope = norm = None
-        op = self.producer[value.name]
-        if isinstance(op, Rope):
-            rope, value = op, op.x
-            op = self.producer[value.name]
-        if isinstance(op, Norm) and op.head_dim is not None:
-            norm, value = op, op.x
-        return value, norm, rope
-
-    def _joins_store(self, op: Operation) -> bool:
-        return isinstance(op, Rope) or (isinstance(op, Norm) and op.head_dim is not None)
 
     def attention(self, op: Attention) -> CpuLaunch:
         quantise, out = self.then_quantise(op.out) if op.head_dim % A8_HEAD_MULTIPLE == 0 else ((), op.out)
@@ -221,17 +166,16 @@ class _Lowering:
     def sample(self, op: Sample) -> CpuLaunch:
         return SampleLaunch((op,), ())
 
-
-_RULES: dict[type[Operation], Callable[..., CpuLaunch]] = {
-    Embed: _Lowering.embed,
-    Select: _Lowering.select,
-    Norm: _Lowering.norm,
-    Quantise: _Lowering.quantise,
-    Linear: _Lowering.linear,
-    StoreKV: _Lowering.store,
-    Attention: _Lowering.attention,
-    Activate: _Lowering.activate,
-    Add: _Lowering.add,
-    Softcap: _Lowering.softcap,
-    Sample: _Lowering.sample,
-}
+    rules: ClassVar[Mapping[type[Operation], Callable[[Any, Any], Launch]]] = {
+        Embed: embed,
+        Select: select,
+        Norm: norm,
+        Quantise: quantise,
+        Linear: linear,
+        StoreKV: store,
+        Attention: attention,
+        Activate: activate,
+        Add: add,
+        Softcap: softcap,
+        Sample: sample,
+    }
