@@ -17,11 +17,15 @@ KV_VALUE_BYTES = {"KV16": 2, "KV32": 4}
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an executor makes room for: rows in a step, and pages in the pool of each memory group."""
+    """What an executor makes room for: rows in a step, and pages in the pool of each memory group.
+
+    A step usually has at most `max_sequences` sequences and outputs; one with more may be slower.
+    """
 
     max_rows: int
     pages: tuple[int, ...]
     kv_format: str = "KV16"
+    max_sequences: int = 64
 
 
 def page_bytes(group: MemoryGroup, kv_format: str) -> int:
@@ -33,7 +37,9 @@ class Executor(Protocol):
     """Runs programs over weights and sequence memory that it owns.
 
     The order of use is load, compile, then run and transfer at will. `run` checks nothing that the engine
-    guarantees but refuses a step that contradicts itself. After `close` nothing may be called but `close`.
+    guarantees but refuses a step that contradicts itself. It may return before the step is done, and the
+    next step may be run before this one's result is asked for: steps and transfers take effect in the order
+    in which they were launched. After `close` nothing may be called but `close`.
     """
 
     def load(self, weights: Weights) -> None:

@@ -163,8 +163,7 @@ class ReferenceExecutor:
     @_apply.register
     def _(self, op: StoreKV, run: _Run) -> Float32Array:
         arrays, memory = run.arrays, self._memory[op.layer]
-        last = arrays.segment_begin[1:][arrays.row_sequence] - 1
-        pages = arrays.tables[op.group][arrays.table_begin[last] + arrays.slots // PAGE_TOKENS]
+        pages = arrays.row_pages(op.group)
         for side, value in enumerate((op.key, op.value)):
             stored = self._round(run.values[value.name]).reshape(len(pages), *memory.shape[3:])
             memory[side, pages, arrays.slots % PAGE_TOKENS] = stored

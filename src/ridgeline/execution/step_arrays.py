@@ -10,6 +10,7 @@ from itertools import accumulate, chain
 import numpy as np
 from numpy.typing import NDArray
 
+from ridgeline.config import PAGE_TOKENS
 from ridgeline.model.spec import RopeSpec
 from ridgeline.types import Float32Array, Int32Array, Step
 
@@ -72,6 +73,13 @@ class StepArrays:
             table_begin=np.array(_offsets(len(s.tables[0]) for s in segments), np.int32),
             tables=_tables([s.tables for s in segments], groups),
         )
+
+
+    def row_pages(self, group: int) -> Int32Array:
+        """The page of a memory group that each row's keys and values are written to."""
+        last = self.segment_begin[1:][self.row_sequence] - 1
+        pages: Int32Array = self.tables[group][self.table_begin[last] + self.slots // PAGE_TOKENS]
+        return pages
 
 
 def _offsets(counts: Iterable[int]) -> list[int]:
