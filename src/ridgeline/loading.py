@@ -108,6 +108,8 @@ def load_engine(config: EngineConfig) -> LoadedModel:
     from ridgeline.model.rewrite import with_precision
     from ridgeline.model.tokenizer import Tokenizer
     from ridgeline.model.weights import Weights
+    from ridgeline.precision.formats import check_device_format
+    from ridgeline.resources.cuda import choose_device
     from ridgeline.scheduling.scheduler import Scheduler
 
     with ExitStack() as on_failure, closing(open_checkpoint(resolve(config.model))) as checkpoint:
@@ -115,11 +117,14 @@ def load_engine(config: EngineConfig) -> LoadedModel:
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         template = ChatTemplate.from_checkpoint(checkpoint, tokenizer)
         defaults = SamplingParams(**generation_defaults(checkpoint))
+        config = replace(config, device=choose_device(config.device))
+        check_device_format(config.weights, config.device)
         canonical = decoder(spec)
-        weights = Weights(spec, canonical, checkpoint, config.weights)
+        weights = Weights(spec, canonical, checkpoint, config.weights, config.device)
         program = with_precision(canonical, weights.formats)
         config, pages = settled(config, spec, program, weights)
-        executor = make_executor(config, Limits(config.max_num_batched_tokens, pages, config.kv_format))
+        limits = Limits(config.max_num_batched_tokens, pages, config.kv_format, config.max_num_seqs)
+        executor = make_executor(config, limits)
         on_failure.callback(executor.close)
         executor.load(weights)
         handle = executor.compile(program)
@@ -138,7 +143,8 @@ def settled(
 ) -> tuple[EngineConfig, tuple[int, ...]]:
     """The config with nothing left to choose, and the pages in the pool of each memory group.
 
-    A context that was not asked for is the model's, halved until one sequence of it fits the memory.
+    The device has been chosen already. A context that was not asked for is the model's, halved until one
+    sequence of it fits the memory.
     Raises ConfigError when the model cannot do what was asked, CapacityError when the memory cannot.
     """
     from ridgeline.resources.machine import usable_cores
@@ -150,7 +156,6 @@ def settled(
     kv_format = "KV32" if config.weights == "W32A32" else "KV16"
     config = replace(
         config,
-        device="cpu" if config.device == "auto" else config.device,
         kv_format=kv_format if config.kv_format == "auto" else config.kv_format,
         threads=config.threads or usable_cores(),
         max_model_len=asked or longest,
@@ -170,8 +175,9 @@ def settled(
 def memory_ledger(config: EngineConfig, program: Program, weights: Weights) -> Ledger:
     """Where the memory goes for a config that names its context, KV format and device."""
     from ridgeline.execution.base import page_bytes
+    from ridgeline.resources.cuda import cuda_free_memory_bytes
     from ridgeline.resources.machine import free_memory_bytes
-    from ridgeline.resources.memory import Demand, KVGroup, plan_memory
+    from ridgeline.resources.memory import GPU_POOL_SHARE, Demand, KVGroup, plan_memory
 
     assert config.max_model_len is not None
     widened = sum(4 * math.prod(weight.shape) for weight in program.weights())
@@ -185,6 +191,14 @@ def memory_ledger(config: EngineConfig, program: Program, weights: Weights) -> L
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
     )
+    if config.device == "cuda":
+        return plan_memory(
+            demand,
+            cuda_free_memory_bytes(),
+            config.kv_cache_memory_bytes,
+            pool_share=GPU_POOL_SHARE,
+            memory="GPU memory",
+        )
     return plan_memory(demand, free_memory_bytes(), config.kv_cache_memory_bytes)
 
 
@@ -194,6 +208,11 @@ def make_executor(config: EngineConfig, limits: Limits) -> Executor:
         from ridgeline.execution.reference import ReferenceExecutor
 
         return ReferenceExecutor(limits)
+    if config.device == "cuda":
+        from ridgeline.execution.cuda.device import Gpu
+        from ridgeline.execution.cuda.executor import CudaExecutor
+
+        return CudaExecutor(limits, Gpu())
     from ridgeline.execution.cpu.executor import CpuExecutor
 
     assert config.threads is not None

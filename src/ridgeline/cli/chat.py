@@ -65,7 +65,7 @@ class _Chat:
         self.commands = ChatCommands(conversation)
         self.interactive = sys.stdin.isatty()
         self.rendered = sys.stdout.isatty()
-        self.ceilings = known_ceilings(llm.config.threads, measure=self.rendered)
+        self.ceilings = known_ceilings(llm.config.threads, self.rendered, llm.config.device)
 
     def talk(self) -> None:
         from ridgeline.cli.output import note

@@ -21,7 +21,7 @@ Device = Annotated[str | None, flag("device", "Where to run: auto, cpu, cuda or 
 Threads = Annotated[int | None, flag("threads", "CPU threads (default: one per usable core).", "-t")]
 WeightFormat = Annotated[
     str | None,
-    flag("weights", "Format of linear layers: auto, W8A8-g32, W4A8-g32, W32A32."),
+    flag("weights", "Format of linear layers: auto, W4A8-g32, W8A8-g32, W32A32; on a GPU also W4A16-g32 …"),
 ]
 MaxModelLen = Annotated[
     int | None,

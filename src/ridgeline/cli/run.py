@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from ridgeline.cli.figures import Figures
+    from ridgeline.config import EngineConfig
     from ridgeline.llm import LLM
     from ridgeline.types import RequestOutput, SamplingParams
 
@@ -53,23 +54,23 @@ def run(
     from ridgeline.types import SamplingParams
 
     SamplingParams(**sampling)  # a mistake is told before the model is loaded
-    figures, used_threads = _load_and_answer(engine, text, system, sampling)
+    figures, config = _load_and_answer(engine, text, system, sampling)
     # The model is gone by now, so that measuring an unknown machine takes no memory on top of it.
     from ridgeline.cli.figures import known_ceilings
     from ridgeline.cli.output import note
 
-    note(figures.line(known_ceilings(used_threads, measure=True)))
+    note(figures.line(known_ceilings(config.threads, measure=True, device=config.device)))
 
 
 def _load_and_answer(
     engine: dict[str, Any], text: str, system: str | None, sampling: dict[str, Any]
-) -> tuple[Figures, int | None]:
+) -> tuple[Figures, EngineConfig]:
     from ridgeline.cli.progress import fetch
     from ridgeline.llm import LLM
 
     fetch(engine.get("model"))
     with LLM(**engine) as llm:
-        return answer(llm, text, system, sampling), llm.config.threads
+        return answer(llm, text, system, sampling), llm.config
 
 
 def answer(llm: LLM, text: str, system: str | None, sampling: dict[str, Any]) -> Figures:
