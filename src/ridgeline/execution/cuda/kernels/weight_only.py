@@ -1,8 +1,9 @@
 """Products of bfloat16 activations with weights of 4 or 8 bits, which are unpacked in registers.
 
 A weight is multiplied as bfloat16(float32(code * d + m)); sums are float32. One row is bound by reading the
-weights and takes a matrix-vector kernel; more rows take a matrix product on the tensor cores. Both run along
-the inputs in one order that only the matrix decides, so a row's result does not depend on its neighbours.
+weights and takes a matrix-vector kernel; more rows take a matrix product on the tensor cores. Each adds along
+the inputs in one order that only the matrix decides; the two orders differ, so a row alone may differ in its
+last bits from the same row among others.
 """
 
 from __future__ import annotations
