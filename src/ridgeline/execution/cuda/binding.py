@@ -143,8 +143,8 @@ class DeviceBinding:
             ),
         )
 
-    def work_rule(self, group: int, size: StepSize) -> tuple[int | None, int, int, WorkLimits]:
-        """(window, rows of a block, KV heads, limits) for a group's work list."""
+    def work_rule(self, group: int, size: StepSize) -> tuple[int | None, int, WorkLimits]:
+        """(window, rows of a block, limits) for a group's work list."""
         attention = self._attentions[group]
         block_m = self._tile(attention, size)
         limits = WorkLimits(
@@ -153,7 +153,7 @@ class DeviceBinding:
             programs=self._programs(attention),
         )
         rows = block_rows(attention.heads // attention.kv_heads, block_m)
-        return attention.window, rows, attention.kv_heads, limits
+        return attention.window, rows, limits
 
     def _tile(self, attention: Attention, size: StepSize) -> int:
         return tile_rows(attention.heads // attention.kv_heads, 1 if size.single else self._rows)

@@ -89,6 +89,8 @@ class _Turn:
 class CudaExecutor:
     """Implements `execution.base.Executor`. Owns the weights, the pools and the buffers on the device."""
 
+    asynchronous = True
+
     def __init__(self, limits: Limits, device: Device, graphs: bool = True) -> None:
         self._limits = limits
         self._device = device
