@@ -9,7 +9,7 @@ lost, shared, or read through a stale table is an error here, or makes different
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,10 @@ class FakeFuture:
 
 class FakeExecutor:
     """`windows[g]` and `pages[g]` describe memory group g; `edit(logits, tokens)` may change a row's logits,
-    given the tokens that it sees in group 0."""
+    given the tokens that it sees in group 0. Results are kept back until they are asked for, and until one
+    more step was run at most."""
+
+    asynchronous = False
 
     def __init__(
         self,
@@ -62,7 +65,8 @@ class FakeExecutor:
         self.steps: list[Step] = []
         self.fail: Exception | None = None
         self.closed = False
-        self._logits = np.zeros((0, vocabulary), np.float32)
+        self._logits = self._older = np.zeros((0, vocabulary), np.float32)
+        self._drawn = np.zeros(0, np.int32)
         noise = np.random.default_rng(1)
         self._drawer = Drawer()
         self._noise = (noise.standard_normal((2, _OFFSETS + vocabulary)) * 2).astype(np.float32)
@@ -79,7 +83,9 @@ class FakeExecutor:
         assert 0 < step.rows <= self.max_rows, f"{step.rows} rows in a step of at most {self.max_rows}"
         if self.fail is not None:
             raise self.fail
-        self._logits.fill(np.nan)  # logits of the step before may no longer be read
+        step = self._known(step)
+        self._older.fill(np.nan)  # logits of the second step before may no longer be read
+        self._older = self._logits
         self.steps.append(step)
         written: set[tuple[int, int, int]] = set()
         for sequence in step.sequences:
@@ -91,6 +97,15 @@ class FakeExecutor:
         self._drawn = self._drawer.rows(self._logits, step.draws)
         logits = undrawn(self._logits, step.draws)
         return FakeFuture(StepResult(logits, self._drawn, 0.001, Work(int8_ops=step.rows, read_bytes=1)))
+
+    def _known(self, step: Step) -> Step:
+        """The step with the tokens in it that this executor has drawn in the one before."""
+        sequences = []
+        for sequence in step.sequences:
+            # Where none could be drawn, the sequence is about to end, and any token will do.
+            tokens = [max(int(self._drawn[-1 - t]), 0) if t < 0 else t for t in sequence.tokens]
+            sequences.append(replace(sequence, tokens=tokens))
+        return replace(step, sequences=tuple(sequences))
 
     def transfer(self, moves: Sequence[Any]) -> None:
         for move in moves:

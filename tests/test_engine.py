@@ -25,6 +25,12 @@ from ridgeline.types import (
     SamplingParams,
 )
 
+@pytest.fixture(autouse=True, params=["at once", "one step late"])
+def results(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs on an executor that finishes a step before the next and on one that does not."""
+    monkeypatch.setattr(FakeExecutor, "asynchronous", request.param == "one step late")
+
+
 END = 90
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -434,7 +440,8 @@ def test_an_exception_in_one_requests_text_ends_only_that_request(monkeypatch: p
         output = results[name].outputs[0]
         assert (output.finish_reason, output.stop_reason) == ("error", "text failed: ValueError: choked")
     engine.add(Request("67", (67,), GREEDY))
-    engine.step()
+    for _ in range(1 + FakeExecutor.asynchronous):
+        engine.step()
     aborted = engine.abort("67")
     assert aborted is not None
     assert aborted.outputs[0].finish_reason == "error"

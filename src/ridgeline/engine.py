@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from ridgeline.types import (
     RequestMetrics,
     RequestOutput,
     SamplingParams,
+    StepFuture,
     StepResult,
     TokenLogprobs,
     Work,
@@ -98,19 +100,46 @@ class Engine:
         self._sampler = Sampler()
         self._requests: dict[str, _Request] = {}
         self._owners: dict[int, tuple[_Request, _Choice]] = {}
+        self._in_flight: deque[tuple[Plan, StepFuture]] = deque()
+        self._launching = False
         self._requests_seen = 0
         self._sequences_seen = 0
 
     # ------------------------------------------------------------------------------------- the loop
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; returns the state of each request that advanced and wants to be told."""
-        plan = self.scheduler.schedule(time.perf_counter())
-        if not plan.sequences:  # nothing to run; at most, an interrupt kept an end from being told
+        """Run one step; returns the state of each request that advanced and wants to be told.
+
+        Where the executor is asynchronous, that of the step before: this one runs meanwhile, on tokens that
+        were drawn on the device. A step that turns out to have run past an end is ignored as far.
+        """
+        launched = self._launch()
+        if not self._in_flight:  # nothing to run; at most, an interrupt kept an end from being told
             return self._tell(list(self._requests.values()))
-        future = self.executor.run(self.handle, plan.step)
+        if launched and len(self._in_flight) <= self.executor.asynchronous:
+            return []
+        plan, future = self._in_flight[0]
         sampled = self._sampler.finish(future, plan)
-        return self._commit(plan, future.result(), sampled)
+        outputs = self._commit(plan, future.result(), sampled)
+        self._in_flight.popleft()
+        return outputs
+
+    def _launch(self) -> bool:
+        """Plan and launch the next step, if there is one."""
+        if self._launching and self._in_flight:
+            # An interrupt struck, and the device may have drawn other tokens since those that sequences
+            # still await: first bring those in.
+            self._launching = False
+            return False
+        plan = self.scheduler.schedule(time.perf_counter())
+        if not plan.sequences:
+            return False
+        self._launching = True
+        future = self.executor.run(self.handle, plan.step)
+        self._in_flight.append((plan, future))
+        self.scheduler.advance(plan)
+        self._launching = False
+        return True
 
     @property
     def has_work(self) -> bool:
@@ -146,7 +175,7 @@ class Engine:
         for index in range(params.n):
             chooser = Chooser(params, seed, index, tokens, tuple(ends))
             pages = self.scheduler.cache.new_sequence()
-            sequence = Sequence(self._sequences_seen + index, tokens, chooser, pages)
+            sequence = Sequence(self._sequences_seen + index, tokens, chooser, pages, limit)
             detokenizer = self._detokenizer(params.skip_special_tokens)
             state.choices.append(_Choice(index, sequence, params, ends, limit, detokenizer))
         self._requests[request.id] = state
@@ -203,21 +232,25 @@ class Engine:
     # ------------------------------------------------------------------------------------ committing
 
     def _commit(self, plan: Plan, result: StepResult, sampled: list[Sampled]) -> list[RequestOutput]:
-        """Append the tokens, end what has ended, and tell the requests that advanced."""
+        """Append the tokens, end what has ended, and tell the requests that advanced.
+
+        A sequence that has ended meanwhile, or took its token on before an interrupt, is passed over.
+        """
         now_s = time.perf_counter()
         decode = len(plan.sequences) == plan.step.rows
         (self.stats.decode if decode else self.stats.prefill).add(plan.step.rows, result)
         advanced: dict[str, _Request] = {}
-        for sequence, sample in zip(plan.sampled, sampled, strict=True):
+        for sequence, position, sample in zip(plan.sampled, plan.positions, sampled, strict=True):
+            if sequence.arrival not in self._owners:
+                continue
             state, choice = self._owners[sequence.arrival]
-            choice.take(sample)
+            if len(sequence.token_ids) == position:
+                choice.take(sample)
             if choice.finish_reason is not None:
                 self._retire(choice)
             if state.first_token_s is None and sample.error is None:
                 state.first_token_s = now_s
             advanced[state.id] = state
-        # Last, because rows that are run again after an interrupt do no harm, and skipped ones would.
-        self.scheduler.advance(plan)
         return self._tell(advanced.values())
 
     def _tell(self, states: Iterable[_Request]) -> list[RequestOutput]:

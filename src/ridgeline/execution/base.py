@@ -36,11 +36,16 @@ def page_bytes(group: MemoryGroup, kv_format: str) -> int:
 class Executor(Protocol):
     """Runs programs over weights and sequence memory that it owns.
 
+    `asynchronous` says whether `run` returns before the step is done, so that time is won by launching the
+    next step first.
+
     The order of use is load, compile, then run and transfer at will. `run` checks nothing that the engine
     guarantees but refuses a step that contradicts itself. It may return before the step is done, and the
     next step may be run before this one's result is asked for: steps and transfers take effect in the order
     in which they were launched. After `close` nothing may be called but `close`.
     """
+
+    asynchronous: bool
 
     def load(self, weights: Weights) -> None:
         """Read and pack every weight; the store may be closed afterwards."""

@@ -58,6 +58,8 @@ class _Run:
 class ReferenceExecutor:
     """Implements `execution.base.Executor`. A page that was never written holds NaN."""
 
+    asynchronous = False
+
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._round = _ROUND[limits.kv_format]

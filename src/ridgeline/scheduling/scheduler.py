@@ -21,16 +21,18 @@ from dataclasses import dataclass
 from ridgeline.cache.kv import KVCache
 from ridgeline.config import PAGE_TOKENS
 from ridgeline.scheduling.sequence import Sequence
-from ridgeline.types import Draw, Segment, SequenceRows, Step
+from ridgeline.types import Draw, Segment, SequenceRows, Step, drawn_token
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A step, the sequences whose rows it holds, in its order, and those whose next token it gives."""
+    """A step, the sequences whose rows it holds, in its order, those whose next token it gives, and the
+    positions of those tokens."""
 
     step: Step
     sequences: tuple[Sequence, ...]
     sampled: tuple[Sequence, ...]
+    positions: tuple[int, ...]
     planned_s: float
 
 
@@ -81,21 +83,24 @@ class Scheduler:
     def schedule(self, now_s: float) -> Plan:
         """Choose the next step's rows and take the pages that they are written to.
 
-        The plan is empty only when there is no sequence. Planning again before `advance`, as after an
-        interrupt, is sound: the same tokens are simply run again.
+        The plan is empty only when there is no sequence, or every one awaits a token. Planning again before
+        `advance`, as after an interrupt, is sound: the same tokens are simply run again.
         """
         budget = _Budget(self.max_num_batched_tokens)
         self._plan_decodes(budget)
-        if len(budget.chunks) < len(self.running):
+        if self._left_out(budget):
             self._plan_prefills(budget)
         if self.waiting:
             self._admit(budget)
         return _plan_of(budget.chunks, now_s)
 
     def advance(self, plan: Plan) -> None:
-        """Note that the step has run: its rows' keys and values are stored."""
+        """Note that the step is launched: its rows' keys and values are stored before any later step reads
+        them, and its drawn tokens are there for the next one."""
         for sequence, rows in zip(plan.sequences, plan.step.sequences, strict=True):
             sequence.computed += len(rows.tokens)
+        for output, (sequence, draw) in enumerate(zip(plan.sampled, plan.step.draws, strict=True)):
+            sequence.drawn = None if draw is None else drawn_token(output)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues and pages agree."""
@@ -114,7 +119,7 @@ class Scheduler:
         while place < len(self.running):
             sequence = self.running[place]
             place += 1
-            if len(sequence.token_ids) - sequence.computed != 1:
+            if sequence.remaining != 1:
                 continue
             self.cache.trim(sequence.pages, sequence.computed)
             # The victim is never one that is planned already: those are older than this sequence.
@@ -128,7 +133,7 @@ class Scheduler:
         while place < len(self.running) and budget.tokens > 0:
             sequence = self.running[place]
             place += 1
-            if sequence.arrival in budget.planned:
+            if sequence.arrival in budget.planned or not sequence.remaining:
                 continue
             while not self._take_chunk(sequence, budget):
                 youngest = self.running[-1]
@@ -150,13 +155,19 @@ class Scheduler:
         return True
 
     def _admit(self, budget: _Budget) -> None:
-        # A running sequence without rows is short of pages: whoever is younger has to wait.
-        while self.waiting and budget.tokens > 0 and len(budget.chunks) == len(self.running):
+        # A running sequence that was left out is short of pages: whoever is younger has to wait.
+        while self.waiting and budget.tokens > 0 and not self._left_out(budget):
             if len(self.running) == self.max_num_seqs or not self._has_room(self.waiting[0]):
                 return
             sequence = self.waiting.popleft()
             self.running.append(sequence)
             self._take_chunk(sequence, budget)
+
+    def _left_out(self, budget: _Budget) -> bool:
+        """Whether a running sequence could have rows in this step and has none."""
+        if len(budget.chunks) == len(self.running):
+            return False
+        return any(s.remaining and s.arrival not in budget.planned for s in self.running)
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Whether the sequence's known tokens would fit beside what the running ones need soon.
@@ -187,16 +198,18 @@ def _plan_of(chunks: Ordered[tuple[Sequence, int]], now_s: float) -> Plan:
     """The step for these chunks; a token is wanted only of a row that ends its sequence's known tokens."""
     rows = []
     sampled = []
+    positions = []
     draws: list[Draw | None] = []
     for sequence, count in chunks:
         start, end = sequence.computed, sequence.computed + count
         outputs: tuple[int, ...] = ()
-        if end == len(sequence.token_ids):
+        if end == sequence.length:
             outputs = (count - 1,)
             sampled.append(sequence)
+            positions.append(end)
             chooser = sequence.chooser
             draws.append(None if chooser.needs_logits else chooser.draw(end))
         segments = (Segment(sequence.pages.tables, end),)
-        rows.append(SequenceRows(sequence.token_ids[start:end], start, segments, outputs))
+        rows.append(SequenceRows(sequence.tokens(start, end), start, segments, outputs))
     planned = tuple(sequence for sequence, _ in chunks)
-    return Plan(Step(tuple(rows), tuple(draws)), planned, tuple(sampled), now_s)
+    return Plan(Step(tuple(rows), tuple(draws)), planned, tuple(sampled), tuple(positions), now_s)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from ridgeline.cache.kv import SequencePages
 from ridgeline.sampling.sampler import Chooser
 
@@ -9,15 +11,36 @@ from ridgeline.sampling.sampler import Chooser
 class Sequence:
     """A sequence's tokens, how many of them are in the KV cache, and its pages.
 
-    `token_ids` holds prompt and output; the engine appends to it. `computed` counts the leading tokens
-    whose keys and values are stored; the scheduler moves it on after a step and back to 0 when it takes
-    the pages away. `arrival` numbers sequences in the order in which they came and is their name.
+    `token_ids` holds prompt and output; the engine appends to it, up to `limit` tokens. `computed` counts
+    the leading tokens whose keys and values are stored, or will be by the steps that are launched; the
+    scheduler moves it on with a step and back to 0 when it takes the pages away. `drawn` stands for the
+    token after `token_ids` while only the executor knows it. `arrival` numbers sequences in the order in
+    which they came and is their name.
     """
 
-    __slots__ = ("arrival", "chooser", "computed", "pages", "preemptions", "prompt_length", "token_ids")
+    __slots__ = (
+        "arrival",
+        "chooser",
+        "computed",
+        "drawn",
+        "limit",
+        "pages",
+        "preemptions",
+        "prompt_length",
+        "token_ids",
+    )
 
-    def __init__(self, arrival: int, prompt: tuple[int, ...], chooser: Chooser, pages: SequencePages) -> None:
+    def __init__(
+        self,
+        arrival: int,
+        prompt: tuple[int, ...],
+        chooser: Chooser,
+        pages: SequencePages,
+        limit: int = sys.maxsize,
+    ) -> None:
         self.arrival = arrival
+        self.limit = limit
+        self.drawn: int | None = None
         self.token_ids = list(prompt)
         self.prompt_length = len(prompt)
         self.chooser = chooser
@@ -26,9 +49,20 @@ class Sequence:
         self.preemptions = 0
 
     @property
+    def length(self) -> int:
+        """Tokens that the sequence has, one that only the executor knows included."""
+        return len(self.token_ids) + (self.drawn is not None)
+
+    @property
     def remaining(self) -> int:
-        """Known tokens that have not been run: 1 for a decode, more for a prefill."""
-        return len(self.token_ids) - self.computed
+        """Tokens that can be run and have not been: 1 for a decode, more for a prefill, 0 while the next
+        token is awaited. The last token of all is never run."""
+        return min(self.length, self.limit - 1) - self.computed
+
+    def tokens(self, begin: int, end: int) -> list[int]:
+        """Some of the tokens, as a step wants them."""
+        known = self.token_ids[begin:end]
+        return [*known, self.drawn] if self.drawn is not None and end == self.length else known
 
     @property
     def generated(self) -> int:
@@ -37,5 +71,6 @@ class Sequence:
 
     def append(self, token: int) -> None:
         """Take on a sampled token."""
+        self.drawn = None
         self.token_ids.append(token)
         self.chooser.append(token)

@@ -43,6 +43,8 @@ class CpuHandle:
 class CpuExecutor:
     """Implements `execution.base.Executor`. Owns the packed weights, the pools and the thread team."""
 
+    asynchronous = False
+
     def __init__(self, limits: Limits, threads: int, isa: str | None = None) -> None:
         self.isa = isa or choose_isa()
         self._limits = limits
