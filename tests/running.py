@@ -61,14 +61,27 @@ def load_program(path: Path, weights: str) -> tuple[Program, Weights]:
 
 
 def load(path: Path, kind: str, weights: str = "auto", kv_format: str = "KV16", threads: int = 2) -> Loaded:
-    """`kind` is "reference" or an ISA level of the CPU executor."""
+    """`kind` is "reference", "cuda" or an ISA level of the CPU executor."""
     program, store = load_program(path, weights)
     limits = Limits(MAX_ROWS, (PAGES,) * len(program.groups), kv_format)
-    executor: Executor
-    executor = ReferenceExecutor(limits) if kind == "reference" else CpuExecutor(limits, threads, kind)
+    executor = make_executor(kind, limits, threads)
     executor.load(store)
     store.close()
     return Loaded(executor, executor.compile(program), program)
+
+
+def make_executor(kind: str, limits: Limits, threads: int = 2) -> Executor:
+    """CUDA kernels run in Triton's interpreter where there is no GPU."""
+    if kind == "reference":
+        return ReferenceExecutor(limits)
+    if kind == "cuda":
+        import torch
+
+        from ridgeline.execution.cuda.device import Emulated, Gpu
+        from ridgeline.execution.cuda.executor import CudaExecutor
+
+        return CudaExecutor(limits, Gpu() if torch.cuda.is_available() else Emulated())
+    return CpuExecutor(limits, threads, kind)
 
 
 def relative_error(seen: np.ndarray, expected: np.ndarray) -> float:
