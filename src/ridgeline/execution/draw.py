@@ -85,9 +85,10 @@ class Drawer:
             return NOT_DRAWN
         if draw.greedy:
             return best
+        with np.errstate(over="ignore"):
+            if not math.isfinite(logits[best] / np.float32(draw.temperature)):
+                return NOT_DRAWN
         found = candidates(logits, draw)
-        if not found.ids.size:
-            return NOT_DRAWN
         return self._choose(found, Address(draw.seed, draw.choice, draw.position))
 
     def _choose(self, candidates: Candidates, address: Address) -> int:
@@ -111,9 +112,9 @@ def undrawn(logits: Float32Array, draws: Sequence[Draw | None]) -> Float32Array:
 
 
 def candidates(logits: Float32Array, draw: Draw) -> Candidates:
-    """What may be drawn from a row; nothing, when the temperature makes its logits overflow."""
+    """What may be drawn from a row whose largest logit is finite, over the temperature too."""
     found = Candidates(_vocabulary(logits.size), logits)
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found out by the caller
+    with np.errstate(over="ignore"):  # others may become −inf, and are never drawn
         for narrow in filters(draw.temperature, draw.top_k, draw.top_p, draw.min_p):
             found = narrow(found)
     return found
