@@ -73,8 +73,8 @@ class _Blocks:
 
 @dataclass(frozen=True, slots=True)
 class _Views:
-    """What a block sees of each segment of its sequence: splits `begin` … `end` − 1. Views lie in the order of
-    blocks and then of segments; `offsets` (blocks + 1,) says where each block's begin."""
+    """What a block sees of each segment of its sequence: splits `begin` … `end` − 1. Views lie in the order
+    of blocks and then of segments; `offsets` (blocks + 1,) says where each block's begin."""
 
     block: Int32Array
     segment: Int32Array
@@ -155,7 +155,7 @@ def _views(arrays: StepArrays, blocks: _Blocks, window: int | None, split_tokens
 
 def _cut(splits: Int32Array, limits: WorkLimits) -> NDArray[np.bool_]:
     """Which blocks to cut, by the number of splits that each sees."""
-    cut = splits > np.maximum(1, _EVEN_SHARES * splits.sum() / limits.programs)
+    cut: NDArray[np.bool_] = splits > np.maximum(1, _EVEN_SHARES * splits.sum() / limits.programs)
     if not cut.any():
         return cut
     order = np.flatnonzero(cut)
