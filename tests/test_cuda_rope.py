@@ -148,6 +148,14 @@ def test_rotates_queries_in_place(heads: Heads) -> None:
     case.check_pool(expected_pool)
 
 
+def test_queries_may_stay_as_they_are() -> None:
+    case, slots = Case(Heads(4, 2, 64), 2), ints(1, 18)
+    expected_pool = case.pool.clone()
+    rope_store_reference(None, case.key, case.value, None, expected_pool, slots, case.heads)
+    rope_store(None, case.key, case.value, None, case.pool, slots, case.heads)
+    case.check_pool(expected_pool)
+
+
 def test_padding_stores_nothing() -> None:
     """Rows with negative slots leave the pool alone, whatever they hold; their neighbours do not notice."""
     case, rope = Case(Heads(4, 2, 64), 4, torch.float32), rope_of(ints(3, 0, 4, 0), 32)

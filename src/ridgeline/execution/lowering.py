@@ -13,7 +13,6 @@ from typing import ClassVar
 from ridgeline.model.program import (
     Attention,
     Embed,
-    Linear,
     Operation,
     Program,
     Select,
@@ -84,7 +83,7 @@ def launch_work(launch: Launch, border: Border, load: StepLoad, footprint: Footp
     for op in launch.covers:
         if isinstance(op, Embed):
             read += load.rows * footprint.weight_row_bytes(op.table.name)
-        elif not (isinstance(op, Linear) and load.rows_of(op.x) == 0):
+        elif load.rows_of(op.out):
             read += sum(footprint.weight_bytes(weight.name) for weight in op.weights)
         if isinstance(op, Attention):
             read += load.slots[op.group] * footprint.slot_bytes(op.group)
@@ -98,8 +97,8 @@ class WorkModel:
     """The work of a whole lowering as a linear function of a step's load: cheap to ask in every step.
 
     Every operation and every launch is linear in rows, outputs, pairs and slots, but for the weights of the
-    head, which are only read when a step wants outputs at all. Only launches over selected rows depend on
-    outputs, and only attention on pairs and slots.
+    final norm and the head, which are only read when a step wants outputs at all. Only launches over selected
+    rows depend on outputs, and only attention on pairs and slots.
     """
 
     fixed: Work

@@ -165,13 +165,14 @@ class RopeStoreLaunch(Launch):
         query_norm, key_norm = (_norm_weights(norm, to) for norm in (self.query_norm, self.key_norm))
         tables = to.rope(self.rope) if self.rope else None
         slots, pool = to.inputs.slots[self.store.group], to.pool(self.store.layer)
+        turned = op.query.name != self.query.name
 
         def run(size: StepSize) -> None:
             rope_store(
-                to.tensor(self.query, size),
+                to.tensor(self.query, size) if turned else None,
                 to.tensor(self.key, size),
                 to.tensor(self.store.value, size),
-                to.tensor(op.query, size),
+                to.tensor(op.query, size) if turned else None,
                 pool,
                 slots[: size.rows],
                 heads,

@@ -195,10 +195,10 @@ def _rope_store_kernel(
 
 
 def rope_store(
-    query: Tensor,
+    query: Tensor | None,
     key: Tensor,
     value: Tensor,
-    query_out: Tensor,
+    query_out: Tensor | None,
     pool: Tensor,
     slots: Tensor,
     heads: Heads,
@@ -212,30 +212,33 @@ def rope_store(
     `query` (rows, heads * head_dim), `key` and `value` (rows, kv_heads * head_dim) are float32, usually
     column views of one tensor. The norms are RMS norms over each head; `rope` turns the pairs (i, i + half)
     of each head (arXiv:2104.09864) and leaves what follows them. `query_out` has query's shape, float32 or
-    bfloat16, and may be the same memory. `pool` is (pages, kv_heads, 2, 16, head_dim), bfloat16 or float32;
-    row r goes to its physical slot `slots[r]` = page * 16 + offset, int32, or nowhere where that is negative.
+    bfloat16, and may be the same memory; both are None where queries stay as they are. `pool` is (pages,
+    kv_heads, 2, 16, head_dim), bfloat16 or float32; row r goes to its physical slot `slots[r]` = page * 16 +
+    offset, int32, or nowhere where that is negative.
     """
     rows = _check_store(query, key, value, query_out, pool, slots, heads, rope, query_norm, key_norm)
     if rows == 0:
         return
     half = rope.cos.shape[1] if rope is not None else heads.head_dim // 2
     block_heads, num_warps = _configuration(heads)
-    blocks = triton.cdiv(heads.heads, block_heads) + triton.cdiv(heads.kv_heads, block_heads)
+    query_heads = heads.heads if query is not None else 0
+    blocks = triton.cdiv(query_heads, block_heads) + triton.cdiv(heads.kv_heads, block_heads)
+    source, target = (key, key) if query is None or query_out is None else (query, query_out)
     _rope_store_kernel[(rows, blocks)](
-        query,
-        query.stride(0),
+        source,
+        source.stride(0),
         key,
         key.stride(0),
         value,
         value.stride(0),
-        query_out,
-        query_out.stride(0),
+        target,
+        target.stride(0),
         pool,
         slots,
         *((rope.cos, rope.cos.stride(0), rope.sin, rope.sin.stride(0)) if rope else (None, 0, None, 0)),
         *((query_norm.weight, query_norm.eps) if query_norm else (None, 0.0)),
         *((key_norm.weight, key_norm.eps) if key_norm else (None, 0.0)),
-        HEADS=heads.heads,
+        HEADS=query_heads,
         KV_HEADS=heads.kv_heads,
         HEAD_DIM=heads.head_dim,
         HALF=half,
@@ -248,10 +251,10 @@ def rope_store(
 
 
 def rope_store_reference(
-    query: Tensor,
+    query: Tensor | None,
     key: Tensor,
     value: Tensor,
-    query_out: Tensor,
+    query_out: Tensor | None,
     pool: Tensor,
     slots: Tensor,
     heads: Heads,
@@ -262,20 +265,22 @@ def rope_store_reference(
 ) -> None:
     """As `rope_store`, a head at a time in PyTorch."""
     rows = _check_store(query, key, value, query_out, pool, slots, heads, rope, query_norm, key_norm)
-    turned = []
-    for x, norm in ((query, query_norm), (key, key_norm)):
-        y = x.reshape(rows, -1, heads.head_dim)
-        y = norm_reference(y, norm) if norm is not None else y
-        turned.append(_rotate_reference(y.double(), rope) if rope is not None else y)
-    query_out.copy_(turned[0].reshape(query.shape))
+    if query is not None and query_out is not None:
+        query_out.copy_(_turned_reference(query, query_norm, rope, heads).reshape(query.shape))
+    keys = _turned_reference(key, key_norm, rope, heads)
     stored = slots >= 0
     page, offset = slots[stored].long() // PAGE_TOKENS, slots[stored].long() % PAGE_TOKENS
-    pool[page, :, 0, offset] = turned[1][stored].float().to(pool.dtype)
+    pool[page, :, 0, offset] = keys[stored].float().to(pool.dtype)
     pool[page, :, 1, offset] = value.reshape(rows, -1, heads.head_dim)[stored].to(pool.dtype)
 
 
-def _rotate_reference(x: Tensor, rope: Rope) -> Tensor:
-    half = rope.cos.shape[1]
+def _turned_reference(x: Tensor, norm: NormWeights | None, rope: Rope | None, heads: Heads) -> Tensor:
+    """Heads of x, (rows, heads, head_dim)."""
+    x = x.reshape(len(x), -1, heads.head_dim)
+    x = norm_reference(x, norm) if norm is not None else x
+    if rope is None:
+        return x
+    x, half = x.double(), rope.cos.shape[1]
     cos, sin = rope.cos[:, None], rope.sin[:, None]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
@@ -292,10 +297,10 @@ def _configuration(heads: Heads) -> tuple[int, int]:
 
 
 def _check_store(
-    query: Tensor,
+    query: Tensor | None,
     key: Tensor,
     value: Tensor,
-    query_out: Tensor,
+    query_out: Tensor | None,
     pool: Tensor,
     slots: Tensor,
     heads: Heads,
@@ -303,11 +308,14 @@ def _check_store(
     query_norm: NormWeights | None,
     key_norm: NormWeights | None,
 ) -> int:
-    rows, dim = query.shape[0], heads.head_dim
-    check_float32(query, key, value)
-    assert query.shape == (rows, heads.heads * dim), query.shape
+    rows, dim = key.shape[0], heads.head_dim
+    check_float32(key, value)
     assert key.shape == value.shape == (rows, heads.kv_heads * dim), (key.shape, value.shape)
-    check_activations(query_out, rows, heads.heads * dim)
+    assert (query is None) == (query_out is None)
+    if query is not None and query_out is not None:
+        check_float32(query)
+        assert query.shape == (rows, heads.heads * dim), query.shape
+        check_activations(query_out, rows, heads.heads * dim)
     assert pool.shape[1:] == (heads.kv_heads, 2, PAGE_TOKENS, dim), pool.shape
     assert pool.dtype in (torch.float32, torch.bfloat16), pool.dtype
     assert pool.is_contiguous()
