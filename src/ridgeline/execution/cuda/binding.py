@@ -156,7 +156,8 @@ class DeviceBinding:
         return attention.window, rows, limits
 
     def _tile(self, attention: Attention, size: StepSize) -> int:
-        return tile_rows(attention.heads // attention.kv_heads, 1 if size.single else self._rows)
+        most_rows = 1 if size.single else self._rows
+        return tile_rows(attention.heads // attention.kv_heads, most_rows, attention.head_dim)
 
     def _programs(self, attention: Attention) -> int:
         return -(-_PROGRAMS_PER_MULTIPROCESSOR * self._device.multiprocessors // attention.kv_heads)
