@@ -39,6 +39,7 @@ class Shape:
     head_dim: int = 32
     window: int = 0
     scale: float = 0.2
+    softcap: float = 0.0
     pool: np.dtype[Any] = BF16
 
     def stored(self, x: Floats) -> Floats:
@@ -66,10 +67,12 @@ class Harness:
         geometry = (0, shape.heads, shape.kv_heads, shape.head_dim)
         self.tape = native.Tape(team, isa, max_rows)
         self.tape.rope_store(self.q, self.k, self.v, self.pool, *geometry)
-        self.tape.attention(self.q, self.out, self.pool, *geometry, shape.scale, shape.window)
+        self.tape.attention(self.q, self.out, self.pool, *geometry, shape.scale, shape.window, shape.softcap)
         self.coded = a8_buffer(max_rows, shape.q_width)
         if shape.head_dim % 32 == 0:
-            self.tape.attention(self.q, self.coded, self.pool, *geometry, shape.scale, shape.window)
+            self.tape.attention(
+                self.q, self.coded, self.pool, *geometry, shape.scale, shape.window, shape.softcap
+            )
 
     def run(self, sequences: Sequence[Rows], q: Floats, k: Floats, v: Floats) -> Floats:
         rows, shape = len(q), self.shape
@@ -114,7 +117,10 @@ def attention_of(shape: Shape, q: Floats, position: int, contexts: Sequence[Cont
         ratio = shape.heads // shape.kv_heads
         k = np.repeat(c.k.astype(np.float64), ratio, axis=1)[seen]
         values.append(np.repeat(c.v.astype(np.float64), ratio, axis=1)[seen])
-        scores.append(np.einsum("hd,jhd->jh", q.astype(np.float64), k) * shape.scale + c.segment.bias)
+        products = np.einsum("hd,jhd->jh", q.astype(np.float64), k) * shape.scale
+        if shape.softcap:
+            products = shape.softcap * np.tanh(products / shape.softcap)
+        scores.append(products + c.segment.bias)
     s, v = np.concatenate(scores), np.concatenate(values)
     if not len(s):
         return np.zeros(shape.q_width)
@@ -139,7 +145,7 @@ SHAPES = [
     Shape(heads=9, kv_heads=3, head_dim=64, scale=0.125),
     Shape(heads=4, kv_heads=4, head_dim=6),
     Shape(heads=5, kv_heads=1, head_dim=80, window=13),
-    Shape(heads=2, kv_heads=2, head_dim=96, window=40),
+    Shape(heads=2, kv_heads=2, head_dim=96, window=40, softcap=1.5),
     Shape(heads=8, kv_heads=1, head_dim=18),
     Shape(heads=4, kv_heads=2, head_dim=32, pool=F32),
     Shape(heads=3, kv_heads=1, head_dim=18, pool=F32, window=20),

@@ -209,7 +209,10 @@ class ReferenceExecutor:
         mask, bias = np.concatenate(visible, axis=1), np.concatenate(biases)
         share = op.heads // op.kv_heads
         k, v = (np.repeat(np.concatenate(side), share, axis=1) for side in (keys, values))
-        scores = np.einsum("rhd,shd->hrs", q.astype(np.float64), k) * op.scale + bias
+        scores = np.einsum("rhd,shd->hrs", q.astype(np.float64), k) * op.scale
+        if op.softcap is not None:
+            scores = op.softcap * np.tanh(scores / op.softcap)
+        scores = scores + bias
         scores = np.where(mask, scores, -np.inf)
         top = np.max(scores, axis=-1, keepdims=True, initial=-1e300)
         weights = np.exp(scores - top)

@@ -98,8 +98,10 @@ def _tables(tables: list[tuple[Sequence[int], ...]], groups: int) -> Int32Array:
 def rope_tables(spec: RopeSpec, positions: Int32Array) -> tuple[Float32Array, Float32Array]:
     """cos and sin of each row's rotary angles, float32 (rows, dim / 2).
 
-    The angle is one float32 product, as models are trained with; its cosine is taken in float64.
+    The angle is one float32 product, as models are trained with; its cosine is taken, and multiplied with
+    the rope's scale, in float64.
     """
     angles = positions.astype(np.float32)[:, None] * np.array(spec.frequencies, np.float32)
     wide = angles.astype(np.float64)
-    return np.cos(wide).astype(np.float32), np.sin(wide).astype(np.float32)
+    cos, sin = np.cos(wide) * spec.scale, np.sin(wide) * spec.scale
+    return cos.astype(np.float32), sin.astype(np.float32)

@@ -46,7 +46,7 @@ class _Builder:
     def norm(self, x: Value, name: str, head_dim: int | None = None) -> Value:
         width = head_dim or x.width
         spec = NormSpec("rms", self.spec.norm.eps) if head_dim else self.spec.norm
-        bias = Weight(f"{name}.bias", (width,)) if spec.kind == "layer" else None
+        bias = Weight(f"{name}.bias", (width,)) if spec.has_bias else None
         out = replace(x, name=name)
         return self.append(Norm(out, x, spec, Weight(name, (width,)), bias, head_dim))
 
@@ -104,15 +104,19 @@ def _embed(build: _Builder) -> Value:
 
 def _layer(build: _Builder, stream: Value, layer: LayerSpec, index: int, group: int) -> Value:
     prefix = f"layers.{index}"
-    x = build.norm(stream, f"{prefix}.attention_norm")
+
+    def normed(x: Value, name: str, wanted: bool) -> Value:
+        return build.norm(x, f"{prefix}.{name}_norm") if wanted else x
+
+    x = normed(stream, "attention", layer.pre_norms)
+    if layer.parallel:
+        beside = x if layer.one_norm else normed(stream, "feed_forward", layer.pre_norms)
     x = _attention(build, x, layer.attention, index, group)
-    if layer.post_norms:
-        x = build.norm(x, f"{prefix}.post_attention_norm")
+    x = normed(x, "post_attention", layer.post_norms)
     stream = build.add(stream, x, f"{prefix}.attention_sum")
-    x = build.norm(stream, f"{prefix}.feed_forward_norm")
+    x = beside if layer.parallel else normed(stream, "feed_forward", layer.pre_norms)
     x = _feed_forward(build, x, layer.feed_forward, prefix)
-    if layer.post_norms:
-        x = build.norm(x, f"{prefix}.post_feed_forward_norm")
+    x = normed(x, "post_feed_forward", layer.post_norms)
     return build.add(stream, x, f"{prefix}.feed_forward_sum")
 
 
@@ -123,8 +127,9 @@ def _attention(build: _Builder, x: Value, spec: AttentionSpec, index: int, group
     key = build.linear(x, f"{prefix}.k", spec.kv_heads * dim, spec.qkv_bias)
     value = build.linear(x, f"{prefix}.v", spec.kv_heads * dim, spec.qkv_bias)
     if spec.qk_norm:
-        query = build.norm(query, f"{prefix}.q_norm", dim)
-        key = build.norm(key, f"{prefix}.k_norm", dim)
+        over = None if spec.qk_norm_whole else dim
+        query = build.norm(query, f"{prefix}.q_norm", over)
+        key = build.norm(key, f"{prefix}.k_norm", over)
     if spec.rope is not None:
         query = build.append(Rope(replace(query, name=f"{prefix}.q_rope"), query, spec.rope, dim))
         key = build.append(Rope(replace(key, name=f"{prefix}.k_rope"), key, spec.rope, dim))
@@ -141,6 +146,7 @@ def _attention(build: _Builder, x: Value, spec: AttentionSpec, index: int, group
             dim,
             spec.scale,
             spec.window,
+            spec.softcap,
         )
     )
     return build.linear(mixed, f"{prefix}.o", build.spec.hidden, spec.output_bias)

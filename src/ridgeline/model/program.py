@@ -225,7 +225,10 @@ class StoreKV(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Attention(Operation):
-    """Scaled dot-product attention over the stored keys and values, the row's own included."""
+    """Scaled dot-product attention over the stored keys and values, the row's own included.
+
+    With `softcap`, a scaled score s becomes softcap * tanh(s / softcap) before a segment's bias is added.
+    """
 
     query: Value
     memory: Value
@@ -236,10 +239,12 @@ class Attention(Operation):
     head_dim: int
     scale: float
     window: int | None = None
+    softcap: float | None = None
 
     def work(self, load: StepLoad) -> Work:
         pairs = self.heads * load.pairs[self.group]
-        return _work_in(self.query.kind, 4 * self.head_dim * pairs) + Work(fp32_flops=3 * pairs)
+        per_score = 3 if self.softcap is None else 6
+        return _work_in(self.query.kind, 4 * self.head_dim * pairs) + Work(fp32_flops=per_score * pairs)
 
 
 @dataclass(frozen=True, slots=True)

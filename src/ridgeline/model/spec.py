@@ -13,10 +13,15 @@ Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """RMS norm, or layer norm with a bias."""
+    """RMS norm, or layer norm with a bias unless `bias` is False."""
 
     kind: Literal["rms", "layer"]
     eps: float
+    bias: bool = True
+
+    @property
+    def has_bias(self) -> bool:
+        return self.kind == "layer" and self.bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +29,12 @@ class RopeSpec:
     """Rotary embedding of the first `2 * len(frequencies)` values of a head.
 
     The pair (i, i + half) turns by `position * frequencies[i]` radians ("rotate half" order). Scalings
-    that only change frequencies (linear, Llama 3's) are already in them.
+    that change frequencies (linear, Llama 3's, YaRN's) are already in them; `scale` is what some of them
+    multiply queries and keys with.
     """
 
     frequencies: tuple[float, ...]
+    scale: float = 1.0
 
     @property
     def dim(self) -> int:
@@ -36,7 +43,11 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """Grouped-query attention. `window` w lets a row see the last w positions, its own included."""
+    """Grouped-query attention. `window` w lets a row see the last w positions, its own included.
+
+    `softcap` bounds scores: cap * tanh(score / cap). `qk_norm` is an RMS norm of queries and keys over each
+    head, or over all heads together where `qk_norm_whole`.
+    """
 
     heads: int
     kv_heads: int
@@ -44,7 +55,9 @@ class AttentionSpec:
     scale: float
     rope: RopeSpec | None
     window: int | None = None
+    softcap: float | None = None
     qk_norm: bool = False
+    qk_norm_whole: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
 
@@ -61,11 +74,19 @@ class FeedForwardSpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """A pre-norm block; `post_norms` also normalises what each half adds to the stream (sandwich)."""
+    """Attention and feed-forward, each added to the stream.
+
+    `pre_norms` normalise what each half reads, `post_norms` what it adds; both together are a sandwich. In a
+    `parallel` block both halves read the same stream, each through a norm of its own, or through
+    `one_norm`.
+    """
 
     attention: AttentionSpec
     feed_forward: FeedForwardSpec
+    pre_norms: bool = True
     post_norms: bool = False
+    parallel: bool = False
+    one_norm: bool = False
 
 
 @dataclass(frozen=True, slots=True)

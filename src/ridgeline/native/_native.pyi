@@ -226,9 +226,10 @@ class Tape:
         head_dim: int,
         scale: float,
         window: int = 0,
+        softcap: float = 0.0,
     ) -> None:
         """Softmax attention of each row over its sequence's segments. `out` is float32, or A8 where head_dim
-        is a multiple of 32. `window` 0 sees everything."""
+        is a multiple of 32. `window` 0 sees everything, `softcap` 0 leaves scores as they are."""
 
     def run(self, step: StepInputs) -> None:
         """Run one step, without the GIL. ValueError if the step does not fit or contradicts itself."""

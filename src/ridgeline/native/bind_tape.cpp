@@ -212,7 +212,7 @@ class PyTape {
   }
 
   void attention(nb::object q, nb::object out, nb::object pool, int64_t group, int64_t heads,
-                 int64_t kv_heads, int64_t head_dim, float scale, int64_t window) {
+                 int64_t kv_heads, int64_t head_dim, float scale, int64_t window, float softcap) {
     AttentionLaunch launch{};
     check_heads(heads, kv_heads, head_dim, group);
     if (is_bytes(out) && head_dim % kGroup != 0) {
@@ -227,6 +227,7 @@ class PyTape {
     launch.head_dim = int32_t(head_dim);
     launch.window = checked_int("window", window, 0, kLargest);
     launch.scale = scale;
+    launch.softcap = softcap;
     tape_.append("attention", launch);
   }
 
@@ -376,7 +377,7 @@ void bind_tape(nb::module_& m) {
            "kv_heads"_a, "head_dim"_a, "cos"_a = nb::none(), "sin"_a = nb::none(), "rotary_dim"_a = 0,
            "q_norm"_a = nb::none(), "k_norm"_a = nb::none(), "eps"_a = 1e-6f)
       .def("attention", &PyTape::attention, "q"_a, "out"_a, "pool"_a, "group"_a, "heads"_a, "kv_heads"_a,
-           "head_dim"_a, "scale"_a, "window"_a = 0)
+           "head_dim"_a, "scale"_a, "window"_a = 0, "softcap"_a = 0.0f)
       .def(
           "run", [](PyTape& t, const PyStep& step) { t.run(step, nullptr); }, "step"_a)
       .def(

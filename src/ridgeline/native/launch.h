@@ -103,6 +103,7 @@ struct AttentionLaunch {
   KvPool pool;
   int32_t group, heads, kv_heads, head_dim, window;
   float scale;
+  float softcap;  // 0: scores are not bounded
 };
 
 // Arithmetic whose peak is measured.

@@ -172,6 +172,7 @@ class AttentionLaunch(Launch):
             op.head_dim,
             op.scale,
             op.window or 0,
+            op.softcap or 0.0,
         )
 
 

@@ -290,13 +290,19 @@ class BlockTask {
     return reduce_max(largest) < 0x7f800000;
   }
 
+  vfloat scaled(vfloat product, float bias) const {
+    if (launch_.softcap == 0) return fma(product, splat(launch_.scale), splat(bias));
+    const vfloat cap = splat(launch_.softcap);
+    return fma(cap, tanh(product * splat(launch_.scale) / cap), splat(bias));
+  }
+
   // Scores to weights, for one query; updates its maximum, its sum and the decay of what it has so far.
   void softmax(int i, int begin, PageRange pages, float bias, const State& state) {
     const SlotRange own = b_.visible[i];
     float* p = b_.p + i * kTileSlots;
     vfloat s[kTilePages], largest = splat(-__builtin_inff());
     for (int j = pages.begin; j < pages.end; ++j) {
-      s[j] = fma(load(p + j * kPageTokens), splat(launch_.scale), splat(bias));
+      s[j] = scaled(load(p + j * kPageTokens), bias);
       const int first = begin + j * kPageTokens;
       if (own.begin > first || own.end < first + kPageTokens) {
         s[j] = select(lanes(own.begin - first, own.end - first), s[j], splat(-__builtin_inff()));
