@@ -49,6 +49,7 @@ class Model:
     query: torch.dtype = F32
     pool: torch.dtype = BF16
     window: int | None = None
+    softcap: float | None = None
 
     @property
     def width(self) -> int:
@@ -56,7 +57,12 @@ class Model:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"scale": self.head_dim**-0.5, "window": self.window, "split_tokens": SPLIT}
+        return {
+            "scale": self.head_dim**-0.5,
+            "window": self.window,
+            "softcap": self.softcap,
+            "split_tokens": SPLIT,
+        }
 
 
 @dataclass(frozen=True)
@@ -217,7 +223,7 @@ def test_how_the_work_is_cut_changes_no_bit(query: torch.dtype, pool: torch.dtyp
 def test_a_row_has_the_same_bits_alone_and_in_a_batch(window: int | None) -> None:
     """A row's place in its block and the block's other rows do not matter."""
     sequences = (sequence(62, 4), sequence(150, 1), sequence(20, 2, [(70, 0, 0.7, True)]))
-    model = Model(group=3, kv_heads=1, window=window)
+    model = Model(group=3, kv_heads=1, window=window, softcap=1.5)
     case = make(model, *sequences)
     together = run(case, block_m=64)
     row = 0

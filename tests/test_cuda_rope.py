@@ -48,15 +48,15 @@ def rope_of(positions: Tensor, half: int) -> Rope:
 # -------------------------------------------------------------------------------------------- table
 
 
-@pytest.mark.parametrize("half", [3, 25, 40, 64])
-def test_rope_table(half: int) -> None:
+@pytest.mark.parametrize(("half", "scale"), [(3, 1.0), (25, 1.19), (40, 1.0), (64, 0.7)])
+def test_rope_table(half: int, scale: float) -> None:
     positions = ints(0, 1, 2, 3, 17, 511, 4096, 32767, 65535, 99999, 131071, 131070)
     count = len(positions)
     cos, sin = views(half, half, rows=count + SPARE)
     cos.fill_(torch.nan)
     sin.fill_(torch.nan)
-    rope_table(positions, frequencies(half), cos[:count], sin[:count])
-    spec = RopeSpec(tuple(frequencies(half).tolist()))
+    rope_table(positions, frequencies(half), cos[:count], sin[:count], scale)
+    spec = RopeSpec(tuple(frequencies(half).tolist()), scale)
     for table, expected in zip((cos, sin), rope_tables(spec, positions.cpu().numpy()), strict=True):
         unit = torch.from_numpy(np.spacing(np.abs(expected))).to(DEVICE)
         difference = (table[:count] - torch.from_numpy(expected).to(DEVICE)).abs()

@@ -111,8 +111,9 @@ class DeviceBinding:
     def fill_ropes(self, size: StepSize) -> None:
         """Compute them, once for all layers."""
         rows = slice(size.rows)
-        for frequencies, rope in self._ropes.values():
-            rope_table(self.inputs.positions[rows], frequencies, rope.cos[rows], rope.sin[rows])
+        for spec, (frequencies, rope) in self._ropes.items():
+            positions = self.inputs.positions[rows]
+            rope_table(positions, frequencies, rope.cos[rows], rope.sin[rows], spec.scale)
 
     def _new_rope(self, spec: RopeSpec) -> tuple[Tensor, Rope]:
         frequencies = torch.tensor(spec.frequencies, dtype=torch.float32).to(self._device.where)

@@ -208,6 +208,7 @@ class AttentionLaunch(Launch):
                 window=op.window,
                 block_m=block_m,
                 programs=programs,
+                softcap=op.softcap,
             )
 
         return run

@@ -25,7 +25,7 @@ _GELU_SLOPE = tl.constexpr(-2 * math.sqrt(2 / math.pi))
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     """tanh without overflow; a series where the quotient would cancel. Both are good to about 1e-6."""
     e = tl.exp(-2.0 * tl.abs(x))
     size = (1.0 - e) / (1.0 + e)
@@ -125,7 +125,7 @@ def _softcap_kernel(x, x_stride, cap, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     mask = columns < WIDTH
     x += tl.program_id(0).to(tl.int64) * x_stride
     y = tl.load(x + columns, mask=mask, other=0.0)
-    tl.store(x + columns, cap * _tanh(y / cap), mask=mask)
+    tl.store(x + columns, cap * tanh(y / cap), mask=mask)
 
 
 def softcap(x: Tensor, cap: float) -> None:

@@ -41,6 +41,7 @@ from ridgeline.execution.cuda.arrays import (
     Partials,
     WorkList,
 )
+from ridgeline.execution.cuda.kernels.activate import tanh
 
 SPLIT_TOKENS = 512
 """Slots of a split. Results depend on it in the last bits, so it never follows the load."""
@@ -122,7 +123,7 @@ def _store_rows(
 @triton.jit
 def _attend_split(
     high, low, keys, table, begin, end, first_seen, end_seen, seen_from, seen_to, scale, bias,
-    PAGE_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, MODE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, CAP: tl.constexpr, MODE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the tiles from slot `begin` to `end`: (mixed, top, total) of the split.
@@ -149,7 +150,11 @@ def _attend_split(
             if MODE == _TWO_TERMS:
                 scores = tl.dot(low, tl.trans(key), scores)
         seen = (slots[None, :] >= seen_from[:, None]) & (slots[None, :] < seen_to[:, None])
-        scores = tl.where(seen, tl.math.fma(scores, scale, bias), float("-inf"))
+        if CAP > 0:
+            scores = tl.math.fma(tanh(scores * scale), CAP * _LOG2_E_DEVICE, bias)
+        else:
+            scores = tl.math.fma(scores, scale, bias)
+        scores = tl.where(seen, scores, float("-inf"))
         highest = tl.maximum(top, tl.max(scores, axis=1))
         finite = tl.where(highest == float("-inf"), 0.0, highest)
         keep = tl.math.exp2(top - finite)
@@ -172,10 +177,11 @@ def _attention_kernel(
     query, out, pool, positions, counts, items, segments, tables, partial_mixed, partial_top, partial_total,
     query_stride, out_stride, scale,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_STRIDE: tl.constexpr,
-    WINDOW: tl.constexpr, SPLIT: tl.constexpr, MODE: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, SPLIT: tl.constexpr, MODE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Items `program_id(0)`, + `num_programs(0)`, … for KV head `program_id(1)`. WINDOW 0: no window."""
+    """Items `program_id(0)`, + `num_programs(0)`, … for KV head `program_id(1)`. WINDOW 0: no window.
+    `scale` makes base-2 scores, or where they are bounded by CAP, shares of it."""
     kv_head = tl.program_id(1)
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     keys = pool + kv_head * (2 * _PAGE_TOKENS * HEAD_DIM)
@@ -226,7 +232,7 @@ def _attention_kernel(
                 end = tl.minimum(end_seen, split * SPLIT + SPLIT)
                 mixed_next, top_next, total_next = _attend_split(
                     high, low, keys, table, begin, end, first_seen, end_seen, seen_from, seen_to, scale, bias,
-                    PAGE_STRIDE, HEAD_DIM, MODE, BLOCK_M, BLOCK_N, BLOCK_D,
+                    PAGE_STRIDE, HEAD_DIM, CAP, MODE, BLOCK_M, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 mixed, top, total = _merge(mixed, top, total, mixed_next, top_next, total_next)
 
@@ -299,16 +305,17 @@ def attention(
     window: int | None,
     block_m: int,
     programs: int,
+    softcap: float | None = None,
     split_tokens: int = SPLIT_TOKENS,
 ) -> None:
     """Attention of the work list's rows over the pages that its segments name.
 
     query, out (rows, heads * head_dim) float32 or bfloat16; pool (pages, kv_heads, 2, PAGE_TOKENS,
     head_dim) bfloat16 or float32 with keys at 0 and values at 1 of its third axis; positions int32 (rows,)
-    rotary. Rows that no item names are left as they are. A row's result depends on `block_m`, on
-    `split_tokens` and on what the row sees, but not on how the list cuts the work, nor on `programs`, the
-    width of the grid. float32 queries give about five digits over a bfloat16 pool; bfloat16 ones have their
-    probabilities rounded to bfloat16 as well.
+    rotary. `softcap` bounds scaled scores s: softcap * tanh(s / softcap). Rows that no item names are left
+    as they are. A row's result depends on `block_m`, on `split_tokens` and on what the row sees, but not on
+    how the list cuts the work, nor on `programs`, the width of the grid. float32 queries give about five
+    digits over a bfloat16 pool; bfloat16 ones have their probabilities rounded to bfloat16 as well.
     """
     kv_heads, head_dim = pool.shape[1], pool.shape[4]
     block_d = padded_head_dim(head_dim)
@@ -323,8 +330,9 @@ def attention(
     grid = (programs, kv_heads)
     _attention_kernel[grid](
         query, out, pool, positions, work.counts, work.items, work.segments, work.tables, *results,
-        query.stride(0), out.stride(0), scale * _LOG2_E,
-        **shape, PAGE_STRIDE=pool.stride(0), WINDOW=window or 0, SPLIT=split_tokens, MODE=mode,
+        query.stride(0), out.stride(0), scale / softcap if softcap else scale * _LOG2_E,
+        **shape, PAGE_STRIDE=pool.stride(0), WINDOW=window or 0, CAP=softcap or 0.0, SPLIT=split_tokens,
+        MODE=mode,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, **options,
     )  # fmt: skip
     _merge_kernel[grid](
@@ -375,6 +383,7 @@ def attention_reference(
     window: int | None,
     block_m: int,
     programs: int,
+    softcap: float | None = None,
     split_tokens: int = SPLIT_TOKENS,
 ) -> None:
     """What `attention` writes to `out`, in float64: each row over all that its items cover, at once.
@@ -396,9 +405,10 @@ def attention_reference(
                 pages = work.tables[int(segment[SEGMENT_TABLE]) + slots // PAGE_TOKENS].long()
                 held = pool[pages, :, :, slots % PAGE_TOKENS].double()  # (slots, kv_heads, 2, head_dim)
                 bias = segment[SEGMENT_BIAS].view(torch.float32).double()
-                scores.setdefault(row, []).append(
-                    torch.einsum("khd,skd->khs", q, held[:, :, 0]) * scale + bias
-                )
+                products = torch.einsum("khd,skd->khs", q, held[:, :, 0]) * scale
+                if softcap is not None:
+                    products = softcap * torch.tanh(products / softcap)
+                scores.setdefault(row, []).append(products + bias)
                 values.setdefault(row, []).append(held[:, :, 1])
     for row in scores:
         chances = torch.softmax(torch.cat(scores[row], dim=2), dim=2)

@@ -38,21 +38,23 @@ class Rope:
 
 @triton.jit(do_not_specialize_on_alignment=["positions"])
 def _rope_table_kernel(
-    positions, frequencies, cos, cos_stride, sin, sin_stride, HALF: tl.constexpr, BLOCK: tl.constexpr
-):
+    positions, frequencies, cos, cos_stride, sin, sin_stride,
+    SCALE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     mask = i < HALF
     position = tl.load(positions + row).to(tl.float32)
     angle = (position * tl.load(frequencies + i, mask=mask, other=0.0)).to(tl.float64)
-    tl.store(cos + row * cos_stride + i, tl.cos(angle).to(tl.float32), mask=mask)
-    tl.store(sin + row * sin_stride + i, tl.sin(angle).to(tl.float32), mask=mask)
+    tl.store(cos + row * cos_stride + i, (tl.cos(angle) * SCALE).to(tl.float32), mask=mask)
+    tl.store(sin + row * sin_stride + i, (tl.sin(angle) * SCALE).to(tl.float32), mask=mask)
 
 
-def rope_table(positions: Tensor, frequencies: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rope_table(positions: Tensor, frequencies: Tensor, cos: Tensor, sin: Tensor, scale: float = 1.0) -> None:
     """Cosine and sine of a step's rotary angles, by the rule of `step_arrays.rope_tables`.
 
-    `positions` int32 (rows,), `frequencies` float32 (half,); writes `cos` and `sin`, float32 (rows, half).
+    `positions` int32 (rows,), `frequencies` float32 (half,); writes `cos` and `sin`, float32 (rows, half),
+    times `scale`.
     """
     rows, half = _check_table(positions, frequencies, cos, sin)
     if rows == 0:
@@ -60,14 +62,17 @@ def rope_table(positions: Tensor, frequencies: Tensor, cos: Tensor, sin: Tensor)
     block = triton.next_power_of_2(half)
     # Two warps hide some of float64's latency; a row has few angles, and there is one launch in a step.
     _rope_table_kernel[(rows,)](
-        positions, frequencies, cos, cos.stride(0), sin, sin.stride(0), HALF=half, BLOCK=block, num_warps=2
-    )
+        positions, frequencies, cos, cos.stride(0), sin, sin.stride(0),
+        SCALE=scale, HALF=half, BLOCK=block, num_warps=2,
+    )  # fmt: skip
 
 
-def rope_table_reference(positions: Tensor, frequencies: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rope_table_reference(
+    positions: Tensor, frequencies: Tensor, cos: Tensor, sin: Tensor, scale: float = 1.0
+) -> None:
     """As `rope_table`, by NumPy."""
     _check_table(positions, frequencies, cos, sin)
-    tables = rope_tables(RopeSpec(tuple(frequencies.tolist())), positions.cpu().numpy())
+    tables = rope_tables(RopeSpec(tuple(frequencies.tolist()), scale), positions.cpu().numpy())
     for out, table in zip((cos, sin), tables, strict=True):
         out.copy_(torch.from_numpy(table))
 
