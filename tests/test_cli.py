@@ -93,6 +93,10 @@ MISTAKES = [
     (["run", "-m", "TINY", "--max-tokens", "0", "hi"], "max_tokens is 0; accepted: a positive number"),
     (["run", "-m", "TINY", "--temperature", "-1", "hi"], "temperature is -1.0; accepted: 0 to 100"),
     (["run", "-m", "TINY", "--weights", "W9", "hi"], "weights is 'W9'; accepted: auto, W4A8-g32"),
+    (
+        ["run", "-m", "TINY", "--weights", "W16A16", "--device", "cpu", "hi"],
+        "weights is 'W16A16'; accepted on cpu: auto, W4A8-g32",
+    ),
     (["run", "-m", "TINY", "--device", "tpu", "hi"], "device is 'tpu'; accepted: auto, cpu"),
     (["run", "-m", "TINY", "--threads", "0", "hi"], "threads is 0"),
     (["run", "-m", "TINY", "--max-model-len", "99999", "hi"], "max_model_len is 99999; accepted: up to 512"),

@@ -91,6 +91,16 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert seen.stdout.strip() == "[]"
 
 
+def test_an_answer_on_a_cpu_needs_no_pytorch(tiny_llama: Path) -> None:
+    code = (
+        "import sys; from ridgeline import LLM\n"
+        f"with LLM({str(tiny_llama)!r}, device='cpu') as llm: llm.generate(['hi'])\n"
+        "print({'torch', 'triton'} & set(sys.modules))"
+    )
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert seen.stdout.strip() == "set()"
+
+
 def test_every_public_name_is_there_and_no_other() -> None:
     assert all(getattr(ridgeline, name) is not None for name in ridgeline.__all__)
     assert set(ridgeline.__all__) <= set(dir(ridgeline))
