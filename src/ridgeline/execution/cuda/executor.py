@@ -136,12 +136,12 @@ class CudaExecutor:
         bucket = handle.graphs.bucket(size) if self._use_graphs else None
         target = bucket or size
         work = [attention_work(arrays, *handle.binding.work_rule(g, target)) for g in range(len(groups))]
-        if self._inputs.fill(arrays, draws, target, work):
-            handle.graphs.clear()
-        handle.binding.make_room(target)
         self._turns.reverse()
         turn = self._turns[0]
         turn.started.record()
+        if self._inputs.fill(arrays, draws, target, work):
+            handle.graphs.clear()
+        handle.binding.make_room(target)
         if bucket is not None:
             handle.graphs.run(bucket, handle.launch)
         else:
