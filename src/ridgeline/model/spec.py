@@ -91,7 +91,10 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A decoder: embeddings, layers, a final norm and a head over the vocabulary."""
+    """A decoder: embeddings, layers, a final norm and a head over the vocabulary.
+
+    `logit_scale` is no operation: a family that has one folds it into the gain of its final norm.
+    """
 
     family: str
     hidden: int
@@ -103,3 +106,4 @@ class ModelSpec:
     embedding_scale: float = 1.0
     learned_positions: int | None = None
     logit_softcap: float | None = None
+    logit_scale: float = 1.0

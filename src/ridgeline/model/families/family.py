@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ridgeline.model.checkpoint import Checkpoint
 from ridgeline.model.checkpoint.files import Kind
-from ridgeline.model.spec import LayerSpec, ModelSpec
+from ridgeline.model.spec import AttentionSpec, LayerSpec, ModelSpec
 from ridgeline.precision.storage import Tensor, float32_tensor
 
 
@@ -17,16 +17,19 @@ from ridgeline.precision.storage import Tensor, float32_tensor
 class Source:
     """Where a canonical weight lies in a checkpoint, and how to turn what lies there into our orientation.
 
-    In this order: transpose, take `rows` (start, stop) of a tensor that fuses `fused_rows`, undo the
-    interleaving of rotary pairs within each of `interleaved_heads` heads, add `offset`.
+    In this order: transpose, take `rows` (start, stop) of a tensor that fuses `fused_rows`, or of each of its
+    `row_groups` groups of equal size, undo the interleaving of rotary pairs within each of
+    `interleaved_heads` heads, add `offset`, multiply by `factor`.
     """
 
     tensor: str
     transposed: bool = False
     rows: tuple[int, int] | None = None
     fused_rows: int | None = None
+    row_groups: int = 1
     interleaved_heads: int | None = None
     offset: float = 0.0
+    factor: float = 1.0
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that the file's tensor must have to give a weight of the canonical `shape`."""
@@ -39,12 +42,22 @@ class Source:
         if self.transposed:
             tensor = float32_tensor(np.ascontiguousarray(tensor.dequantise().T))
         if self.rows:
-            tensor = tensor.rows(slice(*self.rows))
+            one = slice(*self.rows)
+            tensor = tensor.rows(
+                one if self.row_groups == 1 else _of_each(tensor.shape[0], self.row_groups, one)
+            )
         if self.interleaved_heads:
             tensor = tensor.rows(_halves_from_pairs(tensor.shape[0], self.interleaved_heads))
         if self.offset:
             tensor = float32_tensor(tensor.dequantise() + np.float32(self.offset))
+        if self.factor != 1.0:
+            tensor = float32_tensor(tensor.dequantise() * np.float32(self.factor))
         return tensor
+
+
+def _of_each(rows: int, groups: int, part: slice) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+    """Row order that takes `part` of every group and leaves the others out."""
+    return np.arange(rows).reshape(groups, -1)[:, part].reshape(-1)
 
 
 def _halves_from_pairs(rows: int, heads: int) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
@@ -71,6 +84,19 @@ class Family:
     source: Callable[[ModelSpec, Kind, str, Source], Source] = lambda spec, kind, name, source: source
     prefixes: tuple[str, ...] = ("",)
     ignored: tuple[str, ...] = ()
+
+
+def fused_heads(plain: Source, attention: AttentionSpec, part: str, by_group: bool) -> Source:
+    """Queries ("q"), keys ("k") or values ("v") of a projection that holds all three.
+
+    They follow one another whole; `by_group`, once for each key head: its query heads, itself, its value.
+    """
+    groups = attention.kv_heads if by_group else 1
+    keys = attention.kv_heads // groups * attention.head_dim
+    queries = attention.heads // groups * attention.head_dim
+    start, size = {"q": (0, queries), "k": (queries, keys), "v": (queries + keys, keys)}[part]
+    fused = groups * (queries + 2 * keys)
+    return replace(plain, rows=(start, start + size), fused_rows=fused, row_groups=groups)
 
 
 def layer_of(spec: ModelSpec, name: str) -> LayerSpec:
