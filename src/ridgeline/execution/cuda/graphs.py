@@ -37,7 +37,11 @@ def mixed_buckets(max_rows: int) -> list[int]:
 
 
 class GraphBook:
-    """The graphs of one program, by bucket. `capture` records what a function launches."""
+    """The graphs of one program, by bucket. `capture` records what a function launches.
+
+    There are at most max_sequences / 8 + 4 buckets for steps of single rows, and 12 for others: 6 sizes, with
+    outputs and without.
+    """
 
     def __init__(self, max_rows: int, max_sequences: int, capture: Capture) -> None:
         self._single = single_row_buckets(min(max_sequences, max_rows))
