@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES
+from cuda_models import load_shapes
 from running import MAX_ROWS, PAGES, load_program
 from tiny_models import TinyModel
 from torch import Tensor
@@ -30,7 +31,10 @@ from ridgeline.execution.cuda.kernels.attention import SPLIT_TOKENS
 from ridgeline.execution.cuda.kernels.rope import Heads, Rope
 from ridgeline.execution.cuda.launches import CudaLaunch, Run
 from ridgeline.execution.lowering import borders, launch_work
-from ridgeline.model.program import StepLoad
+from ridgeline.model.build import decoder
+from ridgeline.model.families.rope import rope
+from ridgeline.model.program import Program, StepLoad
+from ridgeline.model.spec import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec, NormSpec
 from ridgeline.precision.formats import FORMATS
 from ridgeline.types import Draw, Segment, SequenceRows, Step, Work
 
@@ -138,6 +142,7 @@ def count_attention(
     window: int | None,
     block_m: int,
     programs: int,
+    softcap: float | None = None,
 ) -> Work:
     _, kv_heads, _, _, head_dim = pool.shape
     pairs, slots = visible(positions.numpy(), work, window)
@@ -146,7 +151,7 @@ def count_attention(
     sums = Work(bf16_flops=products) if query.dtype == torch.bfloat16 else Work(fp32_flops=products)
     slot_bytes = 2 * kv_heads * head_dim * pool.element_size()
     narrowed = flops(int(out.dtype == torch.bfloat16), out)
-    rest = Work(fp32_flops=3 * of_heads, read_bytes=slots * slot_bytes)
+    rest = Work(fp32_flops=(3 if softcap is None else 6) * of_heads, read_bytes=slots * slot_bytes)
     return sums + rest + narrowed + moved([query], [out])
 
 
@@ -200,19 +205,18 @@ COUNTERS: dict[str, Callable[..., Work]] = {
 
 
 class Counted:
-    """A model on the executor, whose launches only count."""
+    """A program on the executor, whose launches only count."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, model: TinyModel, weights: str) -> None:
+    def __init__(
+        self, patch: pytest.MonkeyPatch, groups: int, kv_format: str, load: Callable[[CudaExecutor], Program]
+    ) -> None:
         self.counts: list[Work] = []
         for name, count in COUNTERS.items():
             patch.setattr(launches, name, self._counting(count))
         patch.setattr(binding, "rope_table", lambda *_: None)
-        self.program, store = load_program(model.folder, weights)
-        kept = "KV32" if weights == "W32A32" else "KV16"
-        limits = Limits(MAX_ROWS, (PAGES,) * len(self.program.groups), kept)
+        limits = Limits(MAX_ROWS, (PAGES,) * groups, kv_format)
         self.executor = CudaExecutor(limits, Emulated(), graphs=False)
-        self.executor.load(store)
-        store.close()
+        self.program = load(self.executor)
         handle = self.executor.compile(self.program)
         runs = tuple(
             (self._of_one(launch, run), flag)
@@ -233,10 +237,20 @@ class Counted:
 
         return counted
 
-    def run(self, step: Step) -> tuple[Work, StepLoad]:
-        self.of_launch.clear()
-        work = self.executor.run(self.handle, step).result().work
-        return work, StepLoad.of(step, self.program.groups)
+    def check(self) -> None:
+        """Launch by launch, and all together, over all steps."""
+        footprint = self.executor._footprint(self.program)
+        crossed = list(zip(self.handle.launches, borders(self.program, self.handle.launches), strict=True))
+        for kind, step in steps(len(self.program.groups)).items():
+            self.of_launch.clear()
+            total = self.executor.run(self.handle, step).result().work
+            load = StepLoad.of(step, self.program.groups)
+            for launch, border in crossed:
+                seen = self.of_launch.get(id(launch), Work())  # one that only outputs need may not run
+                made = [op.out.name for op in launch.covers]
+                assert seen == launch_work(launch, border, load, footprint), (kind, type(launch), made)
+            assert total == Work.total(self.of_launch.values()), kind
+            assert total.ops == self.program.work(load).ops, kind
 
 
 def rows(count: int, start: int, outputs: list[int], *before: Segment, groups: int) -> SequenceRows:
@@ -263,22 +277,60 @@ def steps(groups: int) -> dict[str, Step]:
     }
 
 
+def kept(weights: str) -> str:
+    return "KV32" if weights == "W32A32" else "KV16"
+
+
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("name", [*FAMILIES, "odd", "capped"])
 def test_every_launch_moves_and_computes_what_the_lowering_says(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, name: str, weights: str
 ) -> None:
-    counted = Counted(monkeypatch, tiny(name), weights)
-    handle, footprint = counted.handle, counted.executor._footprint(counted.program)
-    crossed = list(zip(handle.launches, borders(handle.program, handle.launches), strict=True))
-    for kind, step in steps(len(counted.program.groups)).items():
-        total, load = counted.run(step)
-        for launch, border in crossed:
-            seen = counted.of_launch.get(id(launch), Work())  # one that only outputs need may not run
-            made = [op.out.name for op in launch.covers]
-            assert seen == launch_work(launch, border, load, footprint), (kind, type(launch).__name__, made)
-        assert total == Work.total(counted.of_launch.values()), kind
-        assert total.ops == counted.program.work(load).ops, kind
+    program, store = load_program(tiny(name).folder, weights)
+
+    def load(executor: CudaExecutor) -> Program:
+        executor.load(store)
+        return program
+
+    Counted(monkeypatch, len(program.groups), kept(weights), load).check()
+    store.close()
+
+
+PLAIN = ModelSpec(
+    family="",
+    hidden=72,
+    vocabulary=50,
+    context=512,
+    norm=NormSpec("rms", 1e-5),
+    layers=(
+        LayerSpec(AttentionSpec(6, 2, 16, 0.25, rope(1e4, 16)), FeedForwardSpec(100, "silu", gated=True)),
+    )
+    * 2,
+    tied_head=True,
+)
+
+
+def changed(attention: dict[str, Any], **layer: Any) -> ModelSpec:
+    of_all = tuple(replace(x, attention=replace(x.attention, **attention), **layer) for x in PLAIN.layers)
+    return replace(PLAIN, layers=of_all)
+
+
+SPECS = {
+    "capped scores": changed({"softcap": 20.0}),
+    "norms of whole queries": changed({"qk_norm": True, "qk_norm_whole": True}),
+    "part of a head turned": changed({"rope": rope(1e4, 8)}),
+    "norms behind only": changed({}, pre_norms=False, post_norms=True),
+    "halves side by side": changed({}, parallel=True),
+    "halves behind one norm": changed({}, parallel=True, one_norm=True),
+    "scaled embeddings": replace(PLAIN, embedding_scale=3.0, logit_softcap=30.0, tied_head=False),
+}
+
+
+@pytest.mark.parametrize("weights", ["W4A16-g32", "W8A8-g32", "W32A32"])
+@pytest.mark.parametrize("kind", SPECS)
+def test_other_shapes_of_a_layer(monkeypatch: pytest.MonkeyPatch, kind: str, weights: str) -> None:
+    program = decoder(SPECS[kind])
+    Counted(monkeypatch, 1, kept(weights), lambda to: load_shapes(to, program, weights)).check()
 
 
 def test_the_counting_functions_take_what_the_launchers_take() -> None:
