@@ -19,10 +19,13 @@ from ridgeline.execution.cpu.lower import lower as lower_for_cpu
 from ridgeline.execution.cuda.lower import lower as lower_for_cuda
 from ridgeline.execution.lowering import Launch
 from ridgeline.model.checkpoint import open_checkpoint
+from ridgeline.model.families.family import Source
 from ridgeline.model.program import Program
 from ridgeline.model.spec import RopeSpec
 from ridgeline.native import isa_levels
-from ridgeline.precision.formats import DEVICE_FORMATS
+from ridgeline.precision.formats import DEVICE_FORMATS, FORMATS
+from ridgeline.precision.quantise import quantise_weight
+from ridgeline.precision.storage import Tensor
 
 Tiny = Callable[[str], TinyModel]
 TOKENS = np.random.default_rng(7).integers(0, VOCABULARY, 40).tolist()
@@ -163,6 +166,18 @@ def test_older_rotary_base_of_gptneox(tiny: Tiny) -> None:
 def test_context_of_command_r(tiny: Tiny) -> None:
     assert spec_of(tiny("command-r").folder).context == 512
     assert spec_of(tiny("command-r").folder, model_max_length=131072).context == 131072
+
+
+def test_rows_of_every_group_of_a_blocked_tensor() -> None:
+    """Picked undecoded, and of a vector once it is decoded."""
+    values = np.random.default_rng(3).normal(size=(12, 64)).astype(np.float32)
+    held = quantise_weight(values, FORMATS["W4A8-g32"])
+    picked = Source("fused", rows=(1, 3), fused_rows=12, row_groups=3).apply(held)
+    assert picked.storage is held.storage
+    np.testing.assert_array_equal(picked.dequantise(), held.dequantise()[[1, 2, 5, 6, 9, 10]])
+    bias = Tensor(held.storage, (64,), held.data[:1])
+    picked = Source("fused", rows=(8, 16), fused_rows=64, row_groups=4, factor=0.5).apply(bias)
+    np.testing.assert_array_equal(picked.dequantise(), bias.dequantise().reshape(4, 16)[:, 8:].ravel() / 2)
 
 
 # ------------------------------------------------------------------------------- what is refused
