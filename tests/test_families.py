@@ -170,7 +170,7 @@ def test_linear_scaling_of_gguf_files(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "original_max_position.* is missing"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type is 'dynamic'"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
@@ -278,9 +278,9 @@ def test_unknown_families_are_named(tmp_path: Path, tiny: Tiny) -> None:
     folder = write_folder(tmp_path / "folder", safetensors_bytes(SOUND_HEADER, SOUND_DATA), b"{}")
     with open_checkpoint(folder) as checkpoint, pytest.raises(CheckpointError, match="model_type is 'None'"):
         read_spec(checkpoint)
-    with pytest.raises(CheckpointError, match="model_type is 'mamba'; accepted: llama, gpt2"):
+    with pytest.raises(CheckpointError, match="model_type is 'mamba'; accepted: those of"):
         spec_of(tiny("llama").folder, model_type="mamba")
-    with pytest.raises(CheckpointError, match=r"general.architecture is 'qwen9'; accepted: llama"):
+    with pytest.raises(CheckpointError, match=r"general.architecture is 'qwen9'; the nearest .* is 'qwen"):
         spec_of(tiny("llama").gguf, **{"general.architecture": "qwen9"})
     vocabulary = Gguf(entries=(), data=b"").write(tmp_path)
     with pytest.raises(CheckpointError, match="holds no model"):

@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from ridgeline.model.checkpoint import Checkpoint
+from ridgeline.model.families.command_r import COMMAND_R
+from ridgeline.model.families.falcon import FALCON
 from ridgeline.model.families.family import Family
+from ridgeline.model.families.gemma2 import GEMMA2
 from ridgeline.model.families.gemma3 import GEMMA3
 from ridgeline.model.families.gpt2 import GPT2
-from ridgeline.model.families.llama import LLAMA
+from ridgeline.model.families.gptneox import GPTNEOX
+from ridgeline.model.families.granite import GRANITE
+from ridgeline.model.families.llama import LLAMA, MISTRAL
+from ridgeline.model.families.olmo2 import OLMO2
+from ridgeline.model.families.phi3 import PHI3
+from ridgeline.model.families.qwen import QWEN2, QWEN3
+from ridgeline.model.families.smollm3 import SMOLLM3
+from ridgeline.model.families.stablelm import STABLELM
+from ridgeline.model.families.starcoder2 import STARCODER2
 from ridgeline.model.spec import ModelSpec
 from ridgeline.types import CheckpointError
 
-FAMILIES = (LLAMA, GPT2, GEMMA3)
+FAMILIES = (
+    LLAMA,
+    GPT2,
+    GEMMA3,
+    GPTNEOX,
+    FALCON,
+    STABLELM,
+    STARCODER2,
+    COMMAND_R,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA2,
+    PHI3,
+    GRANITE,
+    SMOLLM3,
+    OLMO2,
+)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -21,8 +51,13 @@ def family_of(checkpoint: Checkpoint) -> Family:
     for family in FAMILIES:
         if seen in (family.architectures if gguf else family.model_types):
             return family
-    known = ", ".join(name for f in FAMILIES for name in (f.architectures if gguf else f.model_types))
-    raise CheckpointError(f"{checkpoint.path}: {key} is {str(seen)[:80]!r}; accepted: {known}")
+    known = [name for f in FAMILIES for name in (f.architectures if gguf else f.model_types)]
+    near = get_close_matches(str(seen)[:80], known, n=1, cutoff=0.7)
+    hint = f"the nearest that is known is {near[0]!r}; " if near else ""
+    raise CheckpointError(
+        f"{checkpoint.path}: {key} is {str(seen)[:80]!r}; {hint}"
+        "accepted: those of `ridgeline list --families`"
+    )
 
 
 def read_spec(checkpoint: Checkpoint) -> ModelSpec:

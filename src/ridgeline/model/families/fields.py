@@ -46,6 +46,23 @@ class Fields:
     def number_or_none(self, key: str) -> float | None:
         return self.number(key) if key in self else None
 
+    def numbers(self, key: str, count: int) -> list[float]:
+        """A list of `count` numbers above zero that float32 holds."""
+        values = self._get(key, None)
+        ok = isinstance(values, list) and len(values) == count
+        entries = self._accept(ok, key, values, f"{count} numbers")
+        return [Fields({key: value}).number(key) for value in entries]
+
+    def entries(self, key: str, count: int, choices: Mapping[Any, T]) -> list[T] | None:
+        """What stands for each of `count` words or flags, one a layer; None where there is no list."""
+        values = self._get(key, None)
+        if values is None:
+            return None
+        ok = isinstance(values, list) and len(values) == count
+        ok = ok and all(isinstance(value, str | int) and value in choices for value in values)
+        known = " or ".join(map(str, choices))
+        return [choices[v] for v in self._accept(ok, key, values, f"{known} for each of {count} layers")]
+
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
         return bool(self._accept(isinstance(value, bool), key, value, "true or false"))

@@ -9,9 +9,10 @@ import numpy as np
 
 from ridgeline.model.checkpoint import Checkpoint
 from ridgeline.model.checkpoint.files import Kind
+from ridgeline.model.families.decoder import NAMES as DECODER_NAMES
+from ridgeline.model.families.decoder import POST_NORMS, QK_NORMS, SLIDING
 from ridgeline.model.families.family import Family, Source
 from ridgeline.model.families.fields import MAX_CONTEXT, MAX_LAYERS, MAX_VOCABULARY, Fields
-from ridgeline.model.families.llama import NAMES as LLAMA_NAMES
 from ridgeline.model.families.rope import FACTORS, rope, rope_from_config, rope_from_gguf
 from ridgeline.model.spec import (
     Activation,
@@ -22,27 +23,13 @@ from ridgeline.model.spec import (
     NormSpec,
     RopeSpec,
 )
-from ridgeline.types import CheckpointError
 
 LOCAL_THETA = 10_000.0
 GLOBAL_THETA = 1_000_000.0
 PERIOD = 6  # five window layers, then a full one
 ACTIVATIONS: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh"}
 
-NAMES = {
-    **LLAMA_NAMES,
-    "layers.{i}.q_norm": ("blk.{i}.attn_q_norm", "model.layers.{i}.self_attn.q_norm"),
-    "layers.{i}.k_norm": ("blk.{i}.attn_k_norm", "model.layers.{i}.self_attn.k_norm"),
-    "layers.{i}.post_attention_norm": (
-        "blk.{i}.post_attention_norm",
-        "model.layers.{i}.post_attention_layernorm",
-    ),
-    "layers.{i}.feed_forward_norm": ("blk.{i}.ffn_norm", "model.layers.{i}.pre_feedforward_layernorm"),
-    "layers.{i}.post_feed_forward_norm": (
-        "blk.{i}.post_ffw_norm",
-        "model.layers.{i}.post_feedforward_layernorm",
-    ),
-}
+NAMES = {**DECODER_NAMES, **QK_NORMS, **POST_NORMS}
 
 
 def _layers(
@@ -57,8 +44,8 @@ def _layers(
     return tuple(kinds[is_full] for is_full in full)
 
 
-def _embedding_scale(hidden: int) -> float:
-    """The square root of the width, in float32."""
+def embedding_scale(hidden: int) -> float:
+    """Of Gemma's models: the square root of the width, in float32."""
     return float(np.float32(hidden**0.5))
 
 
@@ -88,7 +75,7 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
         norm=NormSpec("rms", fields.number("attention.layer_norm_rms_epsilon", 1e-6)),
         layers=_layers(attention, fields.integer("feed_forward_length"), full, ropes, window),
         tied_head="output.weight" not in checkpoint.tensors,
-        embedding_scale=_embedding_scale(hidden),
+        embedding_scale=embedding_scale(hidden),
         logit_softcap=fields.number_or_none("final_logit_softcapping"),
     )
 
@@ -120,23 +107,17 @@ def from_config(checkpoint: Checkpoint) -> ModelSpec:
             fields.integer("sliding_window", 4096, high=MAX_CONTEXT),
         ),
         tied_head=fields.flag("tie_word_embeddings", True),
-        embedding_scale=_embedding_scale(hidden),
+        embedding_scale=embedding_scale(hidden),
         logit_softcap=fields.number_or_none("final_logit_softcapping"),
     )
 
 
 def _full_layers(fields: Fields, layers: int) -> list[bool]:
-    kinds = fields.values.get("layer_types")
-    if kinds is None:
+    sliding = fields.entries("layer_types", layers, SLIDING)
+    if sliding is None:
         period = fields.integer("sliding_window_pattern", PERIOD)
         return [(i + 1) % period == 0 for i in range(layers)]
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
-        raise CheckpointError(
-            f"model metadata: layer_types is {repr(kinds)[:80]}; accepted: {' or '.join(known)} "
-            f"for each of {layers} layers"
-        )
-    return [kind == "full_attention" for kind in kinds]
+    return [not each for each in sliding]
 
 
 def _ropes(fields: Fields, dim: int) -> tuple[RopeSpec, RopeSpec]:
