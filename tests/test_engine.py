@@ -25,6 +25,7 @@ from ridgeline.types import (
     SamplingParams,
 )
 
+
 @pytest.fixture(autouse=True, params=["at once", "one step late"])
 def results(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs on an executor that finishes a step before the next and on one that does not."""
@@ -509,6 +510,17 @@ def test_metrics_are_in_order_and_stats_add_up() -> None:
     assert (stats.decode.steps, stats.decode.rows) == (11, 11)
     assert stats.decode.work.read_bytes == 11
     assert stats.decode.elapsed_s == pytest.approx(0.011)
+
+
+def test_a_late_executor_is_never_left_without_a_step() -> None:
+    """Every sequence has a row in every step, though its last token is not known when that is launched."""
+    executor = FakeExecutor()
+    engine = make_engine(executor)
+    results = run(
+        engine, [Request(str(t), (t, 2), SamplingParams(temperature=0, max_tokens=9)) for t in (4, 5)]
+    )
+    assert {len(out.outputs[0].token_ids) for out in results.values()} == {9}
+    assert [step.rows for step in executor.steps] == [4, *[2] * 8]
 
 
 def test_close_drops_everything() -> None:

@@ -71,6 +71,7 @@ class Sequence:
 
     def append(self, token: int) -> None:
         """Take on a sampled token."""
-        self.drawn = None
+        if self.computed <= len(self.token_ids):  # else it has been run, and drawn comes after it
+            self.drawn = None
         self.token_ids.append(token)
         self.chooser.append(token)
