@@ -16,6 +16,7 @@ from ridgeline.model.program import Embed, Linear, Program
 from ridgeline.model.spec import ModelSpec
 from ridgeline.precision.formats import Format, auto_format, parse_format
 from ridgeline.precision.quantise import quantise_tensor, storage_of
+from ridgeline.precision.recode import recode
 from ridgeline.precision.storage import STORAGES, Tensor, check_finite
 from ridgeline.types import CheckpointError, Float32Array
 
@@ -54,7 +55,7 @@ class Weights:
         fmt = self.formats[name]
         if held.storage.name in fmt.storages:
             return held
-        return quantise_tensor(held, fmt, self._sources[name].tensor)
+        return recode(held, fmt) or quantise_tensor(held, fmt, self._sources[name].tensor)
 
     def vector(self, name: str) -> Float32Array:
         """A norm's gain, a bias or a table of positions, in float32 and in memory of its own."""

@@ -61,20 +61,39 @@ DEVICE_FORMATS: dict[str, tuple[str, ...]] = {
 }
 """The formats that each device runs."""
 
+# For each storage, what a CPU and a GPU run it in. Where no format has its codes, that is the nearest one
+# that loses next to nothing: 8 bits, since 4 bits of another grid would round a second time.
 _AUTO = {
-    "cpu": {"Q4_0": "W4A8-g32", "Q4_1": "W4A8-g32", "": "W8A8-g32"},
-    "cuda": {"Q4_0": "W4A16-g32", "Q4_1": "W4A16-g32", "Q8_0": "W8A16-g32", "": "W16A16"},
+    "F32": ("W8A8-g32", "W16A16"),
+    "F16": ("W8A8-g32", "W16A16"),
+    "BF16": ("W8A8-g32", "W16A16"),
+    "Q8_0": ("W8A8-g32", "W8A16-g32"),
+    "Q4_0": ("W4A8-g32", "W4A16-g32"),
+    "Q4_1": ("W4A8-g32", "W4A16-g32"),
+    "Q5_0": ("W8A8-g32", "W8A16-g32"),
+    "Q5_1": ("W8A8-g32", "W8A16-g32"),
+    "Q2_K": ("W8A8-g32", "W8A16-g32"),
+    "Q3_K": ("W8A8-g32", "W8A16-g32"),
+    "Q4_K": ("W8A8-g32", "W8A16-g32"),
+    "Q5_K": ("W8A8-g32", "W8A16-g32"),
+    "Q6_K": ("W8A8-g32", "W8A16-g32"),
+    "IQ4_NL": ("W8A8-g32", "W8A16-g32"),
+    "IQ4_XS": ("W8A8-g32", "W8A16-g32"),
+    "MXFP4": ("W8A8-g32", "W8A16-g32"),
+    "TQ1_0": ("W8A8-g32", "W8A16-g32"),
+    "TQ2_0": ("W8A8-g32", "W8A16-g32"),
 }
 
 
 def auto_format(storage: str, device: str) -> Format:
     """The format in which a device runs a weight of some storage when nobody chose one.
 
-    Quantised weights keep their bits. A CPU multiplies 8-bit integers fastest, and a GPU has arithmetic to
-    spare beside its memory, which it spends on activations of 16 bits.
+    Weights of 4 and 8 bits whose codes a format has keep them; other quantised ones take 8 bits. A CPU
+    multiplies 8-bit integers fastest, and a GPU has arithmetic to spare beside its memory, which it spends
+    on activations of 16 bits. A storage that is not read, which loading refuses, counts as unquantised.
     """
-    table = _AUTO["cuda" if device == "cuda" else "cpu"]
-    return FORMATS[table.get(storage, table[""])]
+    on_cpu, on_gpu = _AUTO.get(storage, _AUTO["F32"])
+    return FORMATS[on_gpu if device == "cuda" else on_cpu]
 
 
 def check_device_format(name: str, device: str) -> None:

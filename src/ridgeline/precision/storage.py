@@ -1,50 +1,31 @@
 """How numbers lie in model files: the storages, and a tensor as the bytes of one of them.
 
 A block storage packs `block_values` neighbouring values of a row into `block_bytes` bytes; a row is a whole
-number of blocks. All fields are little-endian. The block layouts are those of ggml:
-
-- Q4_0: float16 d; 16 bytes of codes. value = (code - 8) * d
-- Q4_1: float16 d, float16 m; 16 bytes of codes. value = code * d + m
-- Q8_0: float16 d; 32 int8 codes. value = code * d
-
-Nibble order of the 4-bit storages: byte i holds value i in its low half and value i + 16 in its high half.
-A new storage is a row of `STORAGES` with its function that decodes and its function that finds the scales.
+number of blocks. All fields are little-endian. The block layouts are those of ggml, and stand with the
+functions that decode them in `ridgeline.precision.blocks`; a new storage is a row there, with its function
+that decodes and its function that finds the scales.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ridgeline.precision.blocks.groups import GROUPS
+from ridgeline.precision.blocks.k_quants import K_QUANTS
+from ridgeline.precision.blocks.layout import Storage
+from ridgeline.precision.blocks.tables import TABLES
+from ridgeline.precision.blocks.ternary import TERNARY
 from ridgeline.types import ByteArray, CheckpointError, Float32Array
+
+__all__ = ["STORAGES", "Storage", "Tensor", "check_finite", "float32_tensor", "row_blocks"]
 
 # Values that are decoded or checked at a time, so that temporaries stay in the processor's cache.
 BLOCK_VALUES_AT_A_TIME = 1 << 18
-
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """One way to lay numbers into bytes.
-
-    `dequantise` takes uint8 (rows, row_bytes) and gives float32 (rows, blocks * block_values), which may be
-    a view. `scales` takes the same bytes and gives every floating-point field among them, in any shape: a
-    tensor whose scales are finite decodes to finite values.
-    """
-
-    name: str
-    block_values: int
-    block_bytes: int
-    dequantise: Callable[[ByteArray], Float32Array]
-    scales: Callable[[ByteArray], NDArray[np.floating[Any]]]
-
-    def row_bytes(self, cols: int) -> int:
-        """Bytes of a row of `cols` values; the last block may be partly used."""
-        return -(-cols // self.block_values) * self.block_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,46 +127,8 @@ def _bf16_values(data: ByteArray) -> Float32Array:
     return bits.view(np.float32)
 
 
-def _blocks(data: ByteArray, block_bytes: int) -> ByteArray:
-    return data.reshape(len(data), -1, block_bytes)
-
-
-def _nibbles(packed: ByteArray) -> Float32Array:
-    """(rows, blocks, 16) bytes to (rows, blocks, 32) codes: all low halves, then all high halves."""
-    out = np.empty((*packed.shape[:2], 32), np.float32)
-    out[..., :16] = packed & 15
-    out[..., 16:] = packed >> 4
-    return out
-
-
-def _fields(data: ByteArray, block_bytes: int, count: int) -> NDArray[np.float16]:
-    """The first `count` float16 fields of every block: (rows, blocks, count)."""
-    return _f16_values(_blocks(data, block_bytes)[..., : 2 * count])
-
-
 def _dequantise_f16(data: ByteArray) -> Float32Array:
     return _f16_values(data).astype(np.float32)
-
-
-def _dequantise_q4_0(data: ByteArray) -> Float32Array:
-    values = _nibbles(_blocks(data, 18)[..., 2:])
-    values -= np.float32(8)
-    values *= _fields(data, 18, 1).astype(np.float32)
-    return values.reshape(len(data), -1)
-
-
-def _dequantise_q4_1(data: ByteArray) -> Float32Array:
-    fields = _fields(data, 20, 2).astype(np.float32)
-    values = _nibbles(_blocks(data, 20)[..., 4:])
-    values *= fields[..., 0:1]
-    values += fields[..., 1:2]
-    return values.reshape(len(data), -1)
-
-
-def _dequantise_q8_0(data: ByteArray) -> Float32Array:
-    values = _blocks(data, 34)[..., 2:].view(np.int8).astype(np.float32)
-    values *= _fields(data, 34, 1).astype(np.float32)
-    return values.reshape(len(data), -1)
 
 
 STORAGES: dict[str, Storage] = {
@@ -194,8 +137,9 @@ STORAGES: dict[str, Storage] = {
         Storage("F32", 1, 4, _f32_values, _f32_values),
         Storage("F16", 1, 2, _dequantise_f16, _f16_values),
         Storage("BF16", 1, 2, _bf16_values, _bf16_values),
-        Storage("Q4_0", 32, 18, _dequantise_q4_0, lambda data: _fields(data, 18, 1)),
-        Storage("Q4_1", 32, 20, _dequantise_q4_1, lambda data: _fields(data, 20, 2)),
-        Storage("Q8_0", 32, 34, _dequantise_q8_0, lambda data: _fields(data, 34, 1)),
+        *GROUPS,
+        *K_QUANTS,
+        *TABLES,
+        *TERNARY,
     )
 }

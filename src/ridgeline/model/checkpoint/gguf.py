@@ -1,4 +1,4 @@
-"""GGUF versions 2 and 3, little-endian, over mmap.
+"""GGUF versions 2 and 3, little-endian, over mmap, in one file or split into several.
 
 Layout: magic, version, counts of tensors and key-values; the key-values; name, dimensions, type and offset
 of every tensor; then, from the next multiple of `general.alignment`, the data.
@@ -28,10 +28,12 @@ from ridgeline.model.checkpoint.files import (
     reading,
     shown,
 )
+from ridgeline.model.checkpoint.gguf_split import Part, joined, part_paths
 from ridgeline.precision.storage import STORAGES
 from ridgeline.types import CheckpointError
 
 MAGIC = b"GGUF"
+BIG_ENDIAN_MAGIC = MAGIC[::-1]
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 16
@@ -40,12 +42,15 @@ MAX_DIMENSIONS = 4
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 18
 
-# ggml's numbers for tensor types; the names that STORAGES has are read, the others are refused by name.
+# ggml's numbers for tensor types, withdrawn ones included; the names that STORAGES has are read, the others
+# are refused by name.
 TENSOR_TYPES = {
-    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 9: "Q8_1", 10: "Q2_K",
-    11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
-    19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32",
-    27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 4: "Q4_2", 5: "Q4_3", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0",
+    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS",
+    17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8",
+    25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16", 31: "Q4_0_4_4", 32: "Q4_0_4_8",
+    33: "Q4_0_8_8", 34: "TQ1_0", 35: "TQ2_0", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
+    39: "MXFP4", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0",
 }  # fmt: skip
 
 _U32 = struct.Struct("<I")
@@ -63,18 +68,32 @@ _TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 
 
 def read_gguf(path: Path) -> MappedCheckpoint:
-    """Open a GGUF; one without tensors (a vocabulary) too. Raises CheckpointError for everything else."""
-    file = MappedFile(path)
+    """Open a GGUF; one without tensors (a vocabulary) too. Raises CheckpointError for everything else.
+
+    Any part of a split one opens all of them, under the path and with the metadata of the first.
+    """
+    files: list[MappedFile] = []
     try:
+        opened = _read_part(path, files)
         with reading(path):
-            cursor = _Cursor(file)
-            tensor_count, key_count = _read_start(cursor)
-            metadata = _read_metadata(cursor, key_count)
-            entries = _read_tensors(cursor, tensor_count, _alignment(path, metadata))
-            return MappedCheckpoint(path, "gguf", metadata, entries, [file])
+            paths = part_paths(opened)
+        parts = [opened if each == path else _read_part(each, files) for each in paths]
+        return MappedCheckpoint(paths[0], "gguf", parts[0].metadata, joined(parts), files)
     except BaseException:
-        file.close()
+        for file in files:
+            file.close()
         raise
+
+
+def _read_part(path: Path, files: list[MappedFile]) -> Part:
+    """One file, which is mapped and added to `files`, its owner."""
+    file = MappedFile(path)
+    files.append(file)
+    with reading(path):
+        cursor = _Cursor(file)
+        tensor_count, key_count = _read_start(cursor)
+        metadata = _read_metadata(cursor, key_count)
+        return Part(file, metadata, _read_tensors(cursor, tensor_count, _alignment(path, metadata)))
 
 
 class _Cursor:
@@ -130,6 +149,8 @@ def _read_start(cursor: _Cursor) -> tuple[int, int]:
     """Check magic and version; the numbers of tensors and of key-values."""
     path = cursor.file.path
     magic = cursor.file.map[:4]
+    if magic == BIG_ENDIAN_MAGIC:
+        raise CheckpointError(f"{path} is big-endian GGUF; accepted: little-endian versions 2 and 3")
     if magic != MAGIC:
         raise CheckpointError(
             f"{path} starts with {magic!r}; accepted: a GGUF file, which starts with {MAGIC!r}"
@@ -206,12 +227,6 @@ def _read_metadata(cursor: _Cursor, count: int) -> Metadata:
             raise CheckpointError(f"{cursor.file.path}: key {shown(key)} stands twice; accepted: unique keys")
         kind = cursor.number(_U32, f"the type of key {shown(key)}")
         metadata.add(key, kind, _read_value(cursor, kind, key))
-    splits = metadata.get("split.count", 0)
-    if splits not in (0, 1):
-        raise CheckpointError(
-            f"{cursor.file.path} is one part of a GGUF split into {shown(splits)}; accepted: a single file "
-            "(merge it with llama-gguf-split --merge)"
-        )
     return metadata
 
 
@@ -344,11 +359,12 @@ def _read_tensor(cursor: _Cursor) -> tuple[TensorInfo, int]:
     dimensions = [cursor.number(_U64, f"the dimensions of {what}") for _ in range(rank)]
     type_number = cursor.number(_U32, f"the type of {what}")
     offset = cursor.number(_U64, f"the offset of {what}")
-    storage = STORAGES.get(TENSOR_TYPES.get(type_number, ""))
+    type_name = TENSOR_TYPES.get(type_number, f"number {type_number}")
+    storage = STORAGES.get(type_name)
     if storage is None:
-        known = f" ({TENSOR_TYPES[type_number]})" if type_number in TENSOR_TYPES else ""
         raise CheckpointError(
-            f"{cursor.file.path}: {what} is of type {type_number}{known}; accepted: {', '.join(STORAGES)}"
+            f"{cursor.file.path}: {what}: GGUF type {type_name} is not supported; "
+            f"accepted: {', '.join(name for name in TENSOR_TYPES.values() if name in STORAGES)}"
         )
     # ggml lists the dimension that is contiguous in memory first. Python's integers cannot overflow.
     shape = tuple(reversed(dimensions))
