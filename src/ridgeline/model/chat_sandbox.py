@@ -2,7 +2,8 @@
 
 A template is a program that came with the weights. It runs in jinja2's immutable sandbox, and whatever can
 make much from little is charged to a budget before it does: turns of loops, calls, operators, filters. The
-template is rewritten before it is compiled so that loops and `~` are seen too.
+template is rewritten before it is compiled so that loops and `~` are seen too, and so that what it looks for
+in texts is masked as they are.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from contextvars import ContextVar
 from datetime import datetime
 from typing import Any, NoReturn
@@ -19,7 +20,8 @@ from jinja2 import Template, TemplateError, nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_SOURCE_CHARACTERS = 1 << 20
@@ -70,6 +72,8 @@ class Budget:
 
 
 current_budget: ContextVar[Budget] = ContextVar("current_budget")
+current_masks: ContextVar[Mapping[str, str]] = ContextVar("current_masks")
+"""What stands for some texts in everything that this rendering was given."""
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
@@ -82,6 +86,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation], finalize=_finalize
         )
         del self.globals["lipsum"]
+        self.globals["dict"] = _Dict()
+        self.globals["namespace"] = _Namespace
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
         self.filters["tojson"] = _tojson
@@ -89,12 +95,13 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.filters = {name: _charged(name, function) for name, function in kept.items()}
         self.filters[_CHARGE] = _charge_turn
         self.filters[_CONCATENATE] = _concatenate
+        self.filters[_MASK] = _masked
 
     def compiled(self, source: str) -> Template:
         """The template, charged. Raises jinja2's TemplateError for what is not a template."""
         if len(source) > MAX_SOURCE_CHARACTERS:
             raise TemplateLimitError(f"it has {len(source)} characters; accepted: {MAX_SOURCE_CHARACTERS}")
-        tree = _Charging().visit(self.parse(source))
+        tree = _Rewriting().visit(self.parse(source))
         return self.from_string(tree.set_environment(self))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -116,17 +123,18 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks for training what a model wrote; here it is just its content."""
+    """`{% generation %}` marks for training what a model wrote; here it is its content, in its own scope."""
 
     tags = frozenset({"generation"})  # type: ignore[assignment]
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-class _Charging(NodeTransformer):
-    """Rewrites a template so that each turn of a loop is charged, and `~` runs as a filter."""
+class _Rewriting(NodeTransformer):
+    """Rewrites a template so that each turn of a loop is charged, `~` runs as a filter, and constants that
+    are looked for in texts are masked."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802
         self.generic_visit(node)
@@ -142,8 +150,61 @@ class _Charging(NodeTransformer):
         parts = nodes.List(node.nodes, lineno=node.lineno)
         return nodes.Filter(parts, _CONCATENATE, [], [], None, None, lineno=node.lineno)
 
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:  # noqa: N802
+        self.generic_visit(node)
+        if node.ops and node.ops[0].op in ("in", "notin"):
+            node.expr = _with_mask(node.expr)
+        return node
+
+    def visit_Call(self, node: nodes.Call) -> nodes.Call:  # noqa: N802
+        self.generic_visit(node)
+        if node.args and isinstance(node.node, nodes.Getattr) and node.node.attr in _SEARCHES:
+            node.args[0] = _with_mask(node.args[0])
+        return node
+
+    def visit_Filter(self, node: nodes.Filter) -> nodes.Filter:  # noqa: N802
+        self.generic_visit(node)
+        if node.args and node.name == "replace":
+            node.args[0] = _with_mask(node.args[0])
+        return node
+
+
+def _with_mask(node: nodes.Expr) -> nodes.Expr:
+    if not isinstance(node, nodes.Const) or not isinstance(node.value, str):
+        return node
+    return nodes.Filter(node, _MASK, [], [], None, None, lineno=node.lineno)
+
 
 # ------------------------------------------------------------------------------------------- globals
+
+
+class _Dict:
+    """The function `dict` without the class, whose methods can change what the sandbox keeps immutable."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """A namespace that cannot pretend to have Python's own attributes."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # so that `self` may be an attribute
+        attributes = dict(*args[1:], **kwargs)
+        for name in attributes:
+            _check_attribute(name)
+        Namespace.__init__(args[0], attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"it sets the attribute {name!r} of a namespace; accepted: no leading underscore")
 
 
 def _raise_exception(message: object = "") -> NoReturn:
@@ -169,7 +230,14 @@ def _tojson(
 
 # ------------------------------------------------------------------------------------------- charges
 
-_CHARGE, _CONCATENATE = "_charge", "_concatenate"
+_CHARGE, _CONCATENATE, _MASK = "_charge", "_concatenate", "_mask"
+# Methods of texts whose first argument is looked for in the text.
+_SEARCHES = frozenset(
+    {
+        "count", "endswith", "find", "index", "partition", "removeprefix", "removesuffix", "replace", "rfind",
+        "rindex", "rpartition", "rsplit", "split", "startswith",
+    }
+)  # fmt: skip
 # Filters for web pages that multiply their input; no chat needs them.
 _REFUSED = frozenset({"center", "filesizeformat", "pprint", "random", "urlize", "wordwrap", "xmlattr"})
 # Filters that pass items on or look at them without making text of them.
@@ -200,6 +268,13 @@ def _charge_turn(context: Context, size: int) -> None:
 def _concatenate(context: Context, parts: list[Any]) -> str:
     current_budget.get().charge_text(parts)
     return "".join(str(part) for part in parts)
+
+
+@pass_context
+def _masked(context: Context, text: str) -> str:
+    for plain, mask in current_masks.get().items():
+        text = text.replace(plain, mask)
+    return text
 
 
 def _charged(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
