@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from vocabularies import CONTROLS, ids_of, oracle, vocabulary_keys, write_folder, write_gguf
 
-from ridgeline.model import tokenizer_gguf
+from ridgeline.model import tokenizer_cache
 from ridgeline.model.checkpoint import open_checkpoint
 from ridgeline.model.generation_defaults import generation_defaults
 from ridgeline.model.tokenizer import Tokenizer
@@ -55,12 +55,13 @@ def smollm(folder: Path) -> Tokenizer:
 # -------------------------------------------------------------------------------------------- encode
 
 
+@pytest.mark.parametrize("count", [150, pytest.param(12_500, marks=pytest.mark.full)])
 @pytest.mark.parametrize("pre", vocabularies.ORACLE_WORDS)
-def test_gguf_vocabulary_is_exact(pre: str, folder: Path) -> None:
+def test_gguf_vocabulary_is_exact(pre: str, count: int, folder: Path) -> None:
     ours = Tokenizer.from_file(write_gguf(folder / f"{pre}.gguf", vocabulary_keys(pre)))
     parsing, plain = oracle(pre), oracle(pre, special=False)
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=count, deadline=None, database=None)
     @given(TEXTS)
     def check(text: str) -> None:
         assert ours.encode(text, parse_special=True) == ids_of(parsing, text)
@@ -366,7 +367,7 @@ def test_changed_file_is_built_again(tmp_path: Path) -> None:
 
 
 def test_cache_is_bounded_and_may_be_unwritable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_gguf, "_KEPT_FILES", 3)
+    monkeypatch.setattr(tokenizer_cache, "_KEPT_FILES", 3)
     for index in range(6):
         Tokenizer.from_file(write_gguf(tmp_path / f"{index}.gguf", vocabulary_keys()))
     assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 3
@@ -383,8 +384,9 @@ def test_cache_is_bounded_and_may_be_unwritable(tmp_path: Path, monkeypatch: pyt
     ("changes", "seen"),
     [
         ({"ggml__model": None}, "no vocabulary"),
-        ({"ggml__model": "llama"}, "tokenizer.ggml.model, is 'llama'"),
-        ({"ggml__pre": "no-such-rules"}, r"'no-such-rules'; accepted: default, gpt-2, .*smollm"),
+        ({"ggml__model": "t5"}, "tokenizer.ggml.model, is 't5'; accepted: 'gpt2'"),
+        ({"ggml__model": "llama"}, "tokenizer.ggml.scores is missing"),
+        ({"ggml__pre": "no-such-rules"}, r"'no-such-rules'; accepted: .*gpt-2, .*smollm"),
         ({"ggml__tokens": None}, "tokenizer.ggml.tokens is missing"),
         ({"ggml__tokens": [1, 2]}, "tokenizer.ggml.tokens is missing or not a list of strings"),
         ({"ggml__tokens": ["a", "b", "a"]}, "'a' stands twice"),

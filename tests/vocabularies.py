@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +45,54 @@ ORACLE_WORDS: dict[str, list[Any]] = {
         ),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ],
+    "falcon": [
+        pre_tokenizers.Punctuation("contiguous"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.Digits(individual_digits=False),
+        pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+    ],
+    "deepseek-coder": [
+        pre_tokenizers.Split(Regex("[\r\n]"), "isolated"),
+        pre_tokenizers.Split(Regex(r"\s?\p{L}+"), "isolated"),
+        pre_tokenizers.Split(Regex(r"\s?\p{P}+"), "isolated"),
+        pre_tokenizers.Split(Regex("[一-龥ࠀ-一가-퟿]+"), "isolated"),
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+    "bloom": [
+        pre_tokenizers.Split(Regex(r" ?[^(\s|[.,!?…。，、।۔،])]+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+    "gpt-4o": [
+        pre_tokenizers.Split(
+            Regex(
+                r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+                r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            ),
+            "isolated",
+        ),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+    "tekken": [
+        pre_tokenizers.Split(
+            Regex(
+                r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+                r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            ),
+            "isolated",
+        ),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
 }
 
 
 @cache
 def trained(pre: str = "smollm") -> tokenizers.Tokenizer:
     """A byte-level BPE of some 500 tokens with control tokens first; nothing is registered as added."""
-    library = tokenizers.Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    library = tokenizers.Tokenizer(models.BPE(ignore_merges=pre in ("llama-bpe", "tekken")))
     library.pre_tokenizer = pre_tokenizers.Sequence(ORACLE_WORDS[pre])
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -124,3 +167,71 @@ def write_folder(folder: Path, library: tokenizers.Tokenizer, **files: Any) -> P
 def ids_of(library: tokenizers.Tokenizer, text: str) -> list[int]:
     ids: Sequence[int] = library.encode(text, add_special_tokens=False).ids
     return list(ids)
+
+
+def pair_vocabulary(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Byte-level tokens and merges that join any two bytes that stand side by side in `texts`, and no more:
+    how long the tokens of a text are then shows where it was cut into words."""
+    spelled = "".join(
+        pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(t)[0][0] for t in texts
+    )
+    pairs = list(dict.fromkeys(left + right for left, right in pairwise(spelled)))
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *pairs]
+    return tokens, [f"{pair[0]} {pair[1]}" for pair in pairs]
+
+
+_SCRIPTS = ("नमस्ते दुनिया, สวัสดี 안녕하세요 مرحبا", "==== ---- ____ ....", "    x\n        y\n\n\n\t\tz")
+
+
+@cache
+def sentencepiece_model(
+    defined: tuple[str, ...] = (),
+    **options: Any,
+) -> bytes:
+    """A SentencePiece model of some 600 byte-pair pieces, trained on a few sentences."""
+    import sentencepiece
+
+    lines = [line for text in (*_SENTENCES, *_SCRIPTS) for line in text.split("\n")] * 8
+    written = io.BytesIO()
+    chosen = {
+        "model_type": "bpe",
+        "vocab_size": 600,
+        "byte_fallback": True,
+        "character_coverage": 0.995,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "hard_vocab_limit": False,
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=written,
+        user_defined_symbols=list(defined),
+        **chosen | options,
+    )
+    return written.getvalue()
+
+
+def sentencepiece_keys(model: bytes, defined: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The GGUF keys that a converter writes for such a model; user-defined pieces with plain spaces."""
+    import sentencepiece
+
+    read = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces, kinds = [], []
+    for index in range(read.vocab_size()):
+        piece = read.id_to_piece(index)
+        own = piece in defined
+        pieces.append(piece.replace("▁", " ") if own else piece)
+        tests = ((2, read.is_unknown), (3, read.is_control), (5, read.is_unused), (6, read.is_byte))
+        kinds.append(4 if own else next((kind for kind, test in tests if test(index)), 1))
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": [read.get_score(index) for index in range(read.vocab_size())],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }

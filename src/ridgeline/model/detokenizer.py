@@ -1,8 +1,9 @@
 """Token ids back to text, whole or token by token as they are sampled.
 
 Most vocabularies map each token to bytes, whatever its neighbours are: text is then the UTF-8 reading of the
-bytes, in which what is not UTF-8 becomes U+FFFD. Other decoders (WordPiece and such) are asked for the text
-of a short window instead.
+bytes, in which what is not UTF-8 becomes U+FFFD: one for each beginning of a character that is cut short, and
+one for each byte where bytes are tokens of their own, as SentencePiece has it. Other decoders (WordPiece and
+such) are asked for the text of a short window instead.
 """
 
 from __future__ import annotations
@@ -27,6 +28,15 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
+def _each_byte(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error("ridgeline.each_byte", _each_byte)
+
+
 class TokenBytes:
     """The bytes of each token, for the decoders that map tokens to bytes one by one.
 
@@ -42,8 +52,9 @@ class TokenBytes:
         self._library = library
         self._byte_level = byte_level
         self._fallback = fallback
-        self._added = frozenset(library.get_added_tokens_decoder())
+        self._added = frozenset(library.get_added_tokens_decoder()) if byte_level else frozenset[int]()
         self._known: dict[int, bytes] = {}
+        self.errors = "ridgeline.each_byte" if fallback else "replace"
 
     @staticmethod
     def of(library: tokenizers.Tokenizer) -> TokenBytes | None:
@@ -83,10 +94,9 @@ class TokenBytes:
 
     def first(self, token_id: int) -> bytes:
         """The token's bytes where it opens the text."""
-        found = self(token_id)
-        return found.replace(b" ", b"") if self.bare_start and token_id not in self._added else found
+        return self._read(token_id, "") if self.bare_start else self(token_id)
 
-    def _read(self, token_id: int) -> bytes:
+    def _read(self, token_id: int, space: str = " ") -> bytes:
         text = self._library.id_to_token(token_id) if 0 <= token_id < 2**32 else None
         if text is None:
             return b""
@@ -102,7 +112,7 @@ class TokenBytes:
                 return bytes.fromhex(text[3:5])
             except ValueError:
                 return text.encode()
-        return text.replace(_WORD_START, " ").encode()
+        return text.replace(_WORD_START, space).encode()
 
 
 class Detokenizer(Protocol):
@@ -123,7 +133,7 @@ class ByteDetokenizer:
     def __init__(self, token_bytes: TokenBytes, skipped: frozenset[int]) -> None:
         self._bytes = token_bytes
         self._skipped = skipped
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(token_bytes.errors)
         self._spaces = token_bytes.leading_spaces
         self._started = False
 

@@ -22,6 +22,11 @@ END_TOKENS = frozenset(
         "_<EOT>",
         "<|return|>",
         "<|call|>",
+        "<|calls|>",
+        "<|flush|>",
+        "<turn|>",
+        "<|tool_response>",
+        "[EOT]",
     }
 )
 
@@ -45,10 +50,10 @@ class SpecialTokens:
 def well_known_ends(tokens: Iterable[tuple[int, str]]) -> frozenset[int]:
     """The ids among added tokens (id, text) whose text is known to end an answer.
 
-    Where a vocabulary has `<|return|>`, `<|end|>` only closes a part of a longer answer (OpenAI's harmony
-    format), so it does not end one.
+    Where a vocabulary has `<|return|>` (OpenAI's harmony format) or `<|flush|>`, `<|end|>` only closes a part
+    of a longer answer, so it does not end one.
     """
     found = {text: token_id for token_id, text in tokens if text in END_TOKENS}
-    if "<|return|>" in found:
+    if "<|return|>" in found or "<|flush|>" in found:
         found.pop("<|end|>", None)
     return frozenset(found.values())

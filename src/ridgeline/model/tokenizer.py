@@ -20,10 +20,13 @@ from ridgeline.model.checkpoint.files import read_sidecar
 from ridgeline.model.detokenizer import ByteDetokenizer, Detokenizer, TokenBytes, WindowDetokenizer
 from ridgeline.model.special_tokens import SpecialTokens
 from ridgeline.model.tokenizer_gguf import read_gguf_tokenizer
-from ridgeline.model.tokenizer_json import read_json_tokenizer
+from ridgeline.model.tokenizer_json import read_folder_tokenizer
 from ridgeline.types import CheckpointError, RequestError
 
 __all__ = ["Detokenizer", "Tokenizer"]
+
+
+_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class TokenizerSource(Protocol):
@@ -53,20 +56,23 @@ class Tokenizer:
         """The tokenizer that comes with a model. Raises CheckpointError when it is missing or damaged."""
         if checkpoint.kind == "gguf":
             return Tokenizer(*read_gguf_tokenizer(checkpoint.path, checkpoint.metadata))
-        return Tokenizer(*read_json_tokenizer(checkpoint.path, checkpoint.sidecar))
+        return Tokenizer(*read_folder_tokenizer(checkpoint.path, checkpoint.sidecar))
 
     @staticmethod
     def from_file(path: str | Path) -> Tokenizer:
-        """The tokenizer in a `tokenizer.json`, in a folder that has one, or in a GGUF, be it without tensors.
+        """The tokenizer in a `tokenizer.json` or `tokenizer.model`, in a folder with one, or in a GGUF, be it
+        without tensors.
 
         Raises CheckpointError when there is none or it is damaged.
         """
         path = Path(path)
-        folder = path.parent if path.name == "tokenizer.json" else path
-        if path.suffix == ".json" and path != folder / "tokenizer.json":
-            raise CheckpointError(f"{path} is not a tokenizer.json; accepted: one, its folder, or a GGUF")
-        if (folder / "tokenizer.json").is_file():
-            return Tokenizer(*read_json_tokenizer(folder, lambda name: read_sidecar(folder, name)))
+        folder = path.parent if path.name in _FILES else path
+        if path.suffix in (".json", ".model") and path == folder:
+            raise CheckpointError(
+                f"{path} is not a tokenizer.json; accepted: one, a tokenizer.model, their folder, or a GGUF"
+            )
+        if any((folder / name).is_file() for name in _FILES):
+            return Tokenizer(*read_folder_tokenizer(folder, lambda name: read_sidecar(folder, name)))
         with open_checkpoint(path) as checkpoint:
             return Tokenizer.from_checkpoint(checkpoint)
 

@@ -1,18 +1,15 @@
-"""Byte-level BPE tokenizers from the vocabulary that a GGUF carries.
+"""Tokenizers from the vocabulary that a GGUF carries.
 
-`tokenizer.ggml.model` names the kind of vocabulary and `tokenizer.ggml.pre` the rules by which text is cut
-into words before any merge (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). A built tokenizer is
-kept in the user's cache, because reading it back takes less than decoding the arrays and building it.
+`tokenizer.ggml.model` names the kind of vocabulary and, for byte-level ones, `tokenizer.ggml.pre` the rules
+by which text is cut into words (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). A built tokenizer
+is kept in the user's cache, because reading it back takes less than decoding the arrays and building it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
+import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,59 +18,21 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from ridgeline.model.checkpoint.files import shown
 from ridgeline.model.special_tokens import END_TOKENS, SpecialTokens, well_known_ends
+from ridgeline.model.tokenizer_cache import CachedTokenizer
 from ridgeline.model.tokenizer_library import library_call
-from ridgeline.resources.paths import cache_dir, write_atomic
-from ridgeline.types import CapacityError, CheckpointError
+from ridgeline.model.tokenizer_sentencepiece import (
+    Kind,
+    Pieces,
+    SpaceRules,
+    build_piece_tokenizer,
+    checked_pieces,
+    stripped_tokens,
+    unknown_id,
+)
+from ridgeline.model.tokenizer_words import WORD_RULES, WordRules
+from ridgeline.types import CheckpointError
 
 Metadata = Mapping[str, Any]
-
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-
-
-@dataclass(frozen=True, slots=True)
-class WordRules:
-    """How `tokenizer.ggml.pre` cuts text: each expression isolates its matches in what the one before left.
-
-    `ignore_merges` takes a word that is itself a token whole; `nfc` normalises the text first; `add_bos`
-    holds where the file does not say.
-    """
-
-    expressions: tuple[str, ...]
-    ignore_merges: bool = False
-    nfc: bool = False
-    add_bos: bool = False
-
-
-_CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
-_GPT2 = _CONTRACTIONS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def _gpt4(digits: str) -> str:
-    """The word pattern of cl100k and its descendants, which differ in how many digits they keep together."""
-    return (
-        rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-
-
-_DEFAULT = WordRules((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"))
-_PLAIN_GPT2 = WordRules((_GPT2,))
-_SINGLE_DIGITS = WordRules((r"\p{N}", _GPT2))
-_LLAMA3 = WordRules((_gpt4("{1,3}"),), ignore_merges=True, add_bos=True)
-
-# A vocabulary without a name is cut as "default", llama.cpp's guess for files from before names were given.
-WORD_RULES: Mapping[str, WordRules] = {
-    "default": _DEFAULT,
-    "gpt-2": _PLAIN_GPT2,
-    "phi-2": _PLAIN_GPT2,
-    "smollm": _SINGLE_DIGITS,
-    "starcoder": _SINGLE_DIGITS,
-    "refact": _SINGLE_DIGITS,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": WordRules((_gpt4(""),), nfc=True),
-}
 
 
 def read_gguf_tokenizer(path: Path, metadata: Metadata) -> tuple[tokenizers.Tokenizer, SpecialTokens]:
@@ -81,40 +40,63 @@ def read_gguf_tokenizer(path: Path, metadata: Metadata) -> tuple[tokenizers.Toke
 
     Raises CheckpointError when there is no vocabulary, when it is damaged or of a kind that is not read.
     """
-    rules = _word_rules(path, metadata)
-    cached = _CachedTokenizer.of(path)
+    kind, rules = _kind(path, metadata)
+    cached = CachedTokenizer.of(path)
     library = cached.load() if cached else None
     if library is None:
-        library = _build(path, metadata, rules)
-        if cached:
+        library, lasting = _build(path, metadata, kind, rules)
+        if cached and lasting:
             cached.store(library)
-    return library, _special_tokens(path, metadata, library, rules)
+    return library, _special_tokens(path, metadata, library, kind, rules)
 
 
-def _word_rules(path: Path, metadata: Metadata) -> WordRules:
+class _Kind(Enum):
+    """The kinds of vocabulary: what characters tokens are made of, and what says how they merge."""
+
+    BYTES = "gpt2"
+    SCORED_PIECES = "llama"
+    MERGED_PIECES = "gemma4"
+
+
+# Word rules under which a "gpt2" vocabulary is of pieces all the same.
+_RULES_OF_PIECES = ("gemma4", "sarvam-moe")
+
+
+def _kind(path: Path, metadata: Metadata) -> tuple[_Kind, WordRules]:
+    """Rules are empty where text is not cut into words."""
     model = metadata.get("tokenizer.ggml.model")
     if model is None:
         raise CheckpointError(f"{path} has no vocabulary; accepted: a GGUF with tokenizer.ggml.model")
-    if model != "gpt2":
+    if model in (_Kind.SCORED_PIECES.value, _Kind.MERGED_PIECES.value):
+        return _Kind(model), WordRules((), add_bos=True)
+    if model != _Kind.BYTES.value:
         raise CheckpointError(
-            f"{path}: the vocabulary's kind, tokenizer.ggml.model, is {shown(model)}; "
-            "accepted: 'gpt2' (byte-level BPE), or a folder with tokenizer.json"
+            f"{path}: the vocabulary's kind, tokenizer.ggml.model, is {shown(model)}; accepted: 'gpt2' "
+            "(byte-level BPE), 'llama' (SentencePiece BPE), 'gemma4', or a folder with tokenizer.json"
         )
     name = metadata.get("tokenizer.ggml.pre", "default")
+    if name in _RULES_OF_PIECES:
+        return _Kind.MERGED_PIECES, WordRules((), add_bos=name == "gemma4")
     rules = WORD_RULES.get(name) if isinstance(name, str) else None
     if rules is None:
+        accepted = ", ".join(sorted([*WORD_RULES, *_RULES_OF_PIECES]))
         raise CheckpointError(
             f"{path}: the vocabulary's word rules, tokenizer.ggml.pre, are {shown(name)}; "
-            f"accepted: {', '.join(WORD_RULES)}"
+            f"accepted: {accepted}"
         )
-    return rules
+    return _Kind.BYTES, rules
 
 
 # -------------------------------------------------------------------------------------------- build
 
 
-def _build(path: Path, metadata: Metadata, rules: WordRules) -> tokenizers.Tokenizer:
+def _build(
+    path: Path, metadata: Metadata, kind: _Kind, rules: WordRules
+) -> tuple[tokenizers.Tokenizer, bool]:
+    """The tokenizer, and whether it can be written to a tokenizer.json."""
     tokens = _strings(path, metadata, "tokenizer.ggml.tokens")
+    if kind is not _Kind.BYTES:
+        return build_piece_tokenizer(path, _pieces(path, metadata, kind, tokens))
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         twice = next(token for index, token in enumerate(tokens) if vocabulary[token] != index)
@@ -130,7 +112,55 @@ def _build(path: Path, metadata: Metadata, rules: WordRules) -> tokenizers.Token
         )
         library.decoder = decoders.ByteLevel()
         library.add_tokens(_added_tokens(path, metadata, tokens))
-    return library
+    return library, True
+
+
+def _pieces(path: Path, metadata: Metadata, kind: _Kind, tokens: Sequence[str]) -> Pieces:
+    kinds = _token_types(path, metadata, len(tokens)) or [_guessed_type(token) for token in tokens]
+    scored = kind is _Kind.SCORED_PIECES
+    scores = _scores(path, metadata) if scored else [0.0] * len(tokens)
+    texts = checked_pieces(path, tokens, scores, kinds)
+    named = _token_id(path, metadata, "unknown", len(tokens))
+    spaces = SpaceRules(
+        _flag(path, metadata, "add_space_prefix", scored),
+        _flag(path, metadata, "remove_extra_whitespaces", False),
+    )
+    return Pieces(
+        texts,
+        scores,
+        kinds,
+        spaces,
+        unknown_id(kinds, named),
+        None if scored else _merges(path, metadata),
+        stripped_tokens(metadata.get("general.name"), texts, kinds) if scored else frozenset(),
+    )
+
+
+def _guessed_type(token: str) -> int:
+    """The type of a token in a file that has no types."""
+    if token == "<unk>":
+        return Kind.UNKNOWN
+    if token in ("<s>", "</s>", "<bos>", "<eos>", "<pad>"):
+        return Kind.CONTROL
+    return Kind.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else Kind.NORMAL
+
+
+def _scores(path: Path, metadata: Metadata) -> list[float]:
+    values = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(values, list) or not all(type(value) in (float, int) for value in values):
+        raise CheckpointError(
+            f"{path}: tokenizer.ggml.scores is missing or not a list of numbers; accepted: one for each token"
+        )
+    return [float(value) for value in values]
+
+
+def _token_types(path: Path, metadata: Metadata, count: int) -> list[int]:
+    """One for each token, or none at all."""
+    key = "tokenizer.ggml.token_type"
+    types = metadata.get(key, [])
+    if key in metadata and (not isinstance(types, list) or len(types) != count):
+        raise CheckpointError(f"{path}: {key} does not list a type for each of the {count} tokens")
+    return list(types)
 
 
 def _strings(path: Path, metadata: Metadata, key: str) -> Sequence[str]:
@@ -154,16 +184,13 @@ def _merges(path: Path, metadata: Metadata) -> list[tuple[str, str]]:
 def _added_tokens(path: Path, metadata: Metadata, tokens: Sequence[str]) -> list[AddedToken]:
     """Tokens that are found in text whole. Control tokens are special; so are the well-known ends of an
     answer, which some files list as ordinary tokens."""
-    key = "tokenizer.ggml.token_type"
-    types = metadata.get(key, [])
-    if key in metadata and (not isinstance(types, list) or len(types) != len(tokens)):
-        raise CheckpointError(f"{path}: {key} does not list a type for each of the {len(tokens)} tokens")
-    special = {index for index, kind in enumerate(types) if kind in (_CONTROL, _UNKNOWN)}
+    types = _token_types(path, metadata, len(tokens))
+    special = {index for index, kind in enumerate(types) if kind in (Kind.CONTROL, Kind.UNKNOWN)}
     special |= {index for index, token in enumerate(tokens) if token in END_TOKENS}
     if not types:
         named = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom"))
         special |= {index for index in named if isinstance(index, int) and 0 <= index < len(tokens)}
-    defined = {index for index, kind in enumerate(types) if kind == _USER_DEFINED} - special
+    defined = {index for index, kind in enumerate(types) if kind == Kind.USER_DEFINED} - special
     return [
         AddedToken(tokens[index], special=index in special, normalized=False)
         for index in sorted(special | defined)
@@ -175,7 +202,7 @@ def _added_tokens(path: Path, metadata: Metadata, tokens: Sequence[str]) -> list
 
 
 def _special_tokens(
-    path: Path, metadata: Metadata, library: tokenizers.Tokenizer, rules: WordRules
+    path: Path, metadata: Metadata, library: tokenizers.Tokenizer, kind: _Kind, rules: WordRules
 ) -> SpecialTokens:
     size = library.get_vocab_size()
     roles = ("bos", "eos", "eot", "eom", "padding", "unknown")
@@ -183,13 +210,16 @@ def _special_tokens(
     named = [ids[name] for name in ("eos", "eot", "eom")]
     added = ((index, token.content) for index, token in library.get_added_tokens_decoder().items())
     bos, eos = ids["bos"], ids["eos"]
+    adds_bos = _flag(path, metadata, "add_bos_token", rules.add_bos)
+    # Gemma 4's first files say no, but the model was trained with it.
+    adds_bos = adds_bos or (kind is _Kind.MERGED_PIECES and rules.add_bos)
     return SpecialTokens(
         bos_id=bos,
         eos_id=eos,
         pad_id=ids["padding"],
         unk_id=ids["unknown"],
         end_ids=well_known_ends(added) | {index for index in named if index is not None},
-        prefix=(bos,) if bos is not None and _flag(path, metadata, "add_bos_token", rules.add_bos) else (),
+        prefix=(bos,) if bos is not None and adds_bos else (),
         suffix=(eos,) if eos is not None and _flag(path, metadata, "add_eos_token", False) else (),
     )
 
@@ -210,73 +240,3 @@ def _flag(path: Path, metadata: Metadata, name: str, default: bool) -> bool:
     if not isinstance(value, bool):
         raise CheckpointError(f"{path}: tokenizer.ggml.{name} is {shown(value)}; accepted: a boolean")
     return value
-
-
-# -------------------------------------------------------------------------------------------- cache
-
-# Part of every cached file's name: raise it when the same GGUF builds another tokenizer than before.
-_FORMAT = 1
-_KEPT_FILES = 32
-_HEADER_BYTES = 65
-# A file changed this recently could change again without its time of change moving.
-_SETTLED_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class _CachedTokenizer:
-    """A tokenizer.json with its SHA-256 before it, named after the identity of the GGUF it was built from."""
-
-    file: Path
-
-    @staticmethod
-    def of(source: Path) -> _CachedTokenizer | None:
-        """Where the tokenizer of `source` is kept; None if that is too new to be told from the next."""
-        try:
-            real = source.resolve(strict=True)
-            status = real.stat()
-        except OSError:
-            return None
-        if time.time() - status.st_mtime < _SETTLED_S:
-            return None
-        identity = (
-            _FORMAT, tokenizers.__version__, str(real),
-            status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev,
-        )  # fmt: skip
-        name = hashlib.sha256(repr(identity).encode("utf-8", "surrogateescape")).hexdigest()
-        return _CachedTokenizer(cache_dir() / "tokenizers" / f"{name}.json")
-
-    def load(self) -> tokenizers.Tokenizer | None:
-        """None when it is not there, or is not what was stored."""
-        try:
-            content = self.file.read_bytes()
-        except OSError:
-            return None
-        payload = content[_HEADER_BYTES:]
-        if content[:_HEADER_BYTES] != _header(payload):
-            return None
-        with suppress(CheckpointError), library_call(self.file, "the cached tokenizer"):
-            return tokenizers.Tokenizer.from_buffer(payload)
-        return None
-
-    def store(self, library: tokenizers.Tokenizer) -> None:
-        """Keep it for the next start. A cache that cannot be written to costs time, nothing else."""
-        payload = _fast_json(library)
-        with suppress(CapacityError, OSError):
-            write_atomic(self.file, _header(payload) + payload)
-            entries = self.file.parent.glob("*.json")
-            kept = sorted(entries, key=lambda entry: entry.stat().st_mtime, reverse=True)
-            for old in kept[_KEPT_FILES:]:
-                old.unlink(missing_ok=True)
-
-
-def _header(payload: bytes) -> bytes:
-    return hashlib.sha256(payload).hexdigest().encode() + b"\n"
-
-
-def _fast_json(library: tokenizers.Tokenizer) -> bytes:
-    """The tokenizer.json with merges as "left right", which the library reads a third faster than pairs."""
-    described = json.loads(library.to_str())
-    merges = described["model"]["merges"]
-    if not any(" " in part for pair in merges for part in pair):
-        described["model"]["merges"] = [" ".join(pair) for pair in merges]
-    return json.dumps(described, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,35 +1,76 @@
-"""Tokenizers from a Hugging Face folder: `tokenizer.json`, and what the files beside it say of its tokens."""
+"""Tokenizers from a Hugging Face folder: `tokenizer.json`, or SentencePiece's `tokenizer.model` where that is
+all there is, and what the files beside it say of its tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import AddedToken
 
-from ridgeline.model.checkpoint.files import parse_json_object
+from ridgeline.model.checkpoint.files import parse_json_object, shown
 from ridgeline.model.special_tokens import SpecialTokens, well_known_ends
 from ridgeline.model.tokenizer_library import library_call
+from ridgeline.model.tokenizer_protobuf import read_sentencepiece_model
+from ridgeline.model.tokenizer_sentencepiece import build_piece_tokenizer
 from ridgeline.types import CheckpointError
 
 Sidecar = Callable[[str], bytes | None]
 
 
-def read_json_tokenizer(path: Path, sidecar: Sidecar) -> tuple[tokenizers.Tokenizer, SpecialTokens]:
+def read_folder_tokenizer(path: Path, sidecar: Sidecar) -> tuple[tokenizers.Tokenizer, SpecialTokens]:
     """The tokenizer of the folder `path`, whose files `sidecar` reads, and its special tokens.
 
-    Raises CheckpointError when `tokenizer.json` is missing or damaged.
+    Raises CheckpointError when it has none, or one that is damaged or of a kind that is not read.
     """
     content = sidecar("tokenizer.json")
     if content is None:
-        raise CheckpointError(f"{path} has no tokenizer.json; accepted: a folder with one, or a GGUF")
+        return _read_model(path, sidecar)
     with library_call(path, "tokenizer.json"):
         library = tokenizers.Tokenizer.from_buffer(content)
         # Some are saved with the settings of a training run; a prompt is never cut or padded.
         library.no_truncation()
         library.no_padding()
-        return library, _special_tokens(path, sidecar, library)
+        return library, _special_tokens(path, sidecar, library, _Defaults(*_surroundings(library)))
+
+
+def _read_model(path: Path, sidecar: Sidecar) -> tuple[tokenizers.Tokenizer, SpecialTokens]:
+    content = sidecar("tokenizer.model")
+    if content is None:
+        raise CheckpointError(
+            f"{path} has no tokenizer.json and no tokenizer.model; accepted: a folder with one, or a GGUF"
+        )
+    model = read_sentencepiece_model(path, content)
+    library, _ = build_piece_tokenizer(path, model.pieces)
+    _add_declared(path, sidecar, library)
+    ids = {"bos": model.bos_id, "eos": model.eos_id, "pad": model.pad_id, "unk": model.pieces.unknown}
+    prefix = () if model.bos_id is None else (model.bos_id,)
+    return library, _special_tokens(path, sidecar, library, _Defaults(prefix, (), ids))
+
+
+def _add_declared(path: Path, sidecar: Sidecar, library: tokenizers.Tokenizer) -> None:
+    """The tokens that were added to a SentencePiece model later, which tokenizer_config.json lists by id."""
+    listed = json_sidecar(path, sidecar, "tokenizer_config.json").get("added_tokens_decoder")
+    if listed is None:
+        older = json_sidecar(path, sidecar, "added_tokens.json")
+        listed = {str(index): {"content": text} for text, index in older.items()}
+    with library_call(path, "added_tokens_decoder"):
+        tokens = sorted((int(index), dict(token)) for index, token in listed.items())
+        for index, token in tokens:
+            flags = {
+                name: bool(token.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "special")
+            }
+            content = token["content"]
+            known = library.token_to_id(content)
+            expected = library.get_vocab_size() if known is None else known
+            if index != expected:
+                raise CheckpointError(
+                    f"{path}: added token {shown(content)} has id {index}; accepted: {expected}"
+                )
+            library.add_tokens([AddedToken(content, normalized=False, **flags)])
 
 
 def json_sidecar(path: Path, sidecar: Sidecar, name: str) -> Mapping[str, Any]:
@@ -44,7 +85,18 @@ def token_ids(value: object) -> tuple[int, ...]:
     return tuple(item for item in values if isinstance(item, int) and not isinstance(item, bool))
 
 
-def _special_tokens(path: Path, sidecar: Sidecar, library: tokenizers.Tokenizer) -> SpecialTokens:
+@dataclass(frozen=True, slots=True)
+class _Defaults:
+    """What the tokenizer itself says, before the files beside it: what it puts around a text, and roles."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    ids: Mapping[str, int | None] = field(default_factory=dict)
+
+
+def _special_tokens(
+    path: Path, sidecar: Sidecar, library: tokenizers.Tokenizer, defaults: _Defaults
+) -> SpecialTokens:
     config = json_sidecar(path, sidecar, "tokenizer_config.json")
     model_files = [json_sidecar(path, sidecar, name) for name in ("generation_config.json", "config.json")]
 
@@ -54,7 +106,8 @@ def _special_tokens(path: Path, sidecar: Sidecar, library: tokenizers.Tokenizer)
         text = text.get("content") if isinstance(text, dict) else text
         named = library.token_to_id(text) if isinstance(text, str) else None
         listed = [index for file in model_files for index in token_ids(file.get(f"{role}_token_id"))]
-        found = listed if named is None else [named, *listed]
+        own = defaults.ids.get(role)
+        found = [*([] if named is None else [named]), *listed, *([] if own is None else [own])]
         return [index for index in found if 0 <= index < 2**32 and library.id_to_token(index) is not None]
 
     def first(ids: list[int]) -> int | None:
@@ -62,15 +115,14 @@ def _special_tokens(path: Path, sidecar: Sidecar, library: tokenizers.Tokenizer)
 
     added = ((index, token.content) for index, token in library.get_added_tokens_decoder().items())
     bos, ends = first(ids_of("bos")), ids_of("eos")
-    prefix, suffix = _surroundings(library)
     return SpecialTokens(
         bos_id=bos,
         eos_id=first(ends),
         pad_id=first(ids_of("pad")),
         unk_id=first(ids_of("unk")),
         end_ids=well_known_ends(added).union(ends),
-        prefix=_chosen(prefix, bos, config.get("add_bos_token")),
-        suffix=_chosen(suffix, first(ends), config.get("add_eos_token")),
+        prefix=_chosen(defaults.prefix, bos, config.get("add_bos_token")),
+        suffix=_chosen(defaults.suffix, first(ends), config.get("add_eos_token")),
     )
 
 
