@@ -187,6 +187,10 @@ def test_chat_answers_one_conversation_or_many(make_llm: Callable[..., LLM]) -> 
     assert texts(many)[1] != texts(many)[0]
     last = list(llm.stream_chat(chats[1], GREEDY))[-1]
     assert last.outputs == many[1].outputs
+    without = llm.chat(chats[0], GREEDY, add_generation_prompt=False)
+    assert len(without[0].prompt_token_ids) < len(one[0].prompt_token_ids)
+    with pytest.raises(RequestError, match="tools"):
+        llm.chat(chats[0], GREEDY, tools="hammer")
     with pytest.raises(RequestError, match="model has no chat template"):
         make_llm(chat_template=None).chat(chats[0])
     with pytest.raises(RequestError, match="mix messages with conversations"):

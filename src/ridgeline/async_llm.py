@@ -58,10 +58,14 @@ class AsyncLLM(LoadedFace):
                 yield output
 
     async def chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        **template: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answer a conversation, as `generate` does."""
-        tokens = await asyncio.to_thread(self._loaded.chat_tokens, messages)
+        """Answer a conversation, as `generate` does; `template` as in `LLM.chat`."""
+        tokens = await asyncio.to_thread(self._loaded.chat_tokens, messages, **template)
         async with aclosing(self._follow(None, tokens, params, request_id)) as outputs:
             async for output in outputs:
                 yield output

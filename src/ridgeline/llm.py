@@ -52,9 +52,14 @@ class LLM(LoadedFace):
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **template: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or many as one batch. A message is `{"role": ..., "content": ...}`."""
-        tokens = [self._loaded.chat_tokens(chat) for chat in _chats(messages)]
+        """Answer one conversation, or many as one batch. A message is `{"role": ..., "content": ...}`.
+
+        `template` is for the chat template: `tools`, `documents`, `add_generation_prompt`,
+        `continue_final_message`, and whatever else this model's takes, such as `enable_thinking`.
+        """
+        tokens = [self._loaded.chat_tokens(chat, **template) for chat in _chats(messages)]
         return self._run([None] * len(tokens), tokens, params)
 
     def stream(
@@ -67,10 +72,10 @@ class LLM(LoadedFace):
         yield from self._stream(text_of(prompt), self._loaded.tokens_of(prompt), params)
 
     def stream_chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None
+        self, messages: Sequence[Message], params: SamplingParams | None = None, **template: Any
     ) -> Generator[RequestOutput, None, None]:
-        """Answer one conversation, as `stream` does."""
-        yield from self._stream(None, self._loaded.chat_tokens(messages), params)
+        """Answer one conversation, as `stream` does; `template` as in `chat`."""
+        yield from self._stream(None, self._loaded.chat_tokens(messages, **template), params)
 
     def close(self) -> None:
         """Free the model. Idempotent; requests under way are aborted."""

@@ -47,14 +47,15 @@ class LoadedModel:
             return tuple(self.tokenizer.encode(prompt, add_special=True))
         return tuple(prompt)
 
-    def chat_tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The token ids of a conversation, up to where the answer begins.
+    def chat_tokens(self, messages: Sequence[Message], **options: Any) -> tuple[int, ...]:
+        """The token ids of a conversation, up to where the answer begins. `options` are those of
+        `ChatTemplate.encode`.
 
         Raises RequestError when the model has no chat template or the template refuses the messages.
         """
         if self.chat_template is None:
             raise RequestError("model has no chat template; accepted: a plain prompt, or a chat model")
-        return tuple(self.chat_template.encode(messages))
+        return tuple(self.chat_template.encode(messages, **options))
 
 
 class LoadedFace:
