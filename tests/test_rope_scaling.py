@@ -156,6 +156,14 @@ def test_yarn_of_gguf_files(files: dict[str, Path]) -> None:
     assert seen.frequencies != of_gguf(files["qwen2"], 16).frequencies
 
 
+def test_gguf_files_without_scaling_ignore_a_factor(files: dict[str, Path]) -> None:
+    def seen(rule: str) -> RopeSpec:
+        return of_gguf(files["qwen2"], 16, **{"rope.scaling.type": rule, "rope.scaling.factor": 4.0})
+
+    assert seen("none") == rope(10000.0, 16)
+    assert seen("linear") == rope(10000.0, 16, 4.0)
+
+
 @pytest.mark.parametrize("context", [32, CONTEXT])
 def test_longrope_of_gguf_files(files: dict[str, Path], context: int) -> None:
     for kind in ("longrope", None):  # older files have the tables only
@@ -204,3 +212,10 @@ def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any], reason:
 def test_settings_of_gguf_files_are_refused(files: dict[str, Path], key: str, value: object) -> None:
     with pytest.raises(CheckpointError, match=f"qwen2.rope.scaling.{key} is"):
         of_gguf(files["qwen2"], 16, **{f"rope.scaling.{key}": value})
+
+
+def test_longrope_tables_of_gguf_files_are_checked(files: dict[str, Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"phi3\.rope\.scaling\.factor is 4.0"):
+        of_gguf(files["phi3"], 24, **{"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0})
+    with pytest.raises(CheckpointError, match="original_context_length is missing"):
+        of_gguf(files["phi3"], 24, **{"rope.scaling.original_context_length": None})

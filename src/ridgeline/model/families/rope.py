@@ -59,7 +59,9 @@ def rope_from_gguf(checkpoint: Checkpoint, fields: Fields, dim: int, theta: floa
     if rule == "yarn":
         factors = _yarn_factors_of_gguf(fields, theta, dim, factor)
         scale *= _yarn_scale(factor)
-    elif rule != "longrope":  # whose factor is in its tables
+    elif rule == "longrope":  # whose tables hold all of it
+        fields.refuse("rope.scaling.factor", 1.0)
+    elif rule != "none":
         factors *= np.float32(factor)
     for name in (FACTORS, _longrope_table(checkpoint, fields)):
         if name in checkpoint.tensors:
