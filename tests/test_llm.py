@@ -46,8 +46,9 @@ class LetterTokenizer:
 
 
 class LineTemplate:
-    def encode(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        return LetterTokenizer().encode("\n".join(f"{m['role']}: {m['content']}" for m in messages))
+    def encode(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        lines = [f"{m['role']}: {m['content']}" for m in messages] + [f"{k}={v}" for k, v in options.items()]
+        return LetterTokenizer().encode("\n".join(lines))
 
 
 def loaded_model(executor: FakeExecutor | None = None, **settings: Any) -> LoadedModel:
@@ -187,10 +188,9 @@ def test_chat_answers_one_conversation_or_many(make_llm: Callable[..., LLM]) -> 
     assert texts(many)[1] != texts(many)[0]
     last = list(llm.stream_chat(chats[1], GREEDY))[-1]
     assert last.outputs == many[1].outputs
-    without = llm.chat(chats[0], GREEDY, add_generation_prompt=False)
-    assert len(without[0].prompt_token_ids) < len(one[0].prompt_token_ids)
-    with pytest.raises(RequestError, match="tools"):
-        llm.chat(chats[0], GREEDY, tools="hammer")
+    thinking = llm.chat(chats[0], GREEDY, enable_thinking=True)
+    added = len(thinking[0].prompt_token_ids) - len(one[0].prompt_token_ids)
+    assert added == len("\nenable_thinking=True"), "what the template takes reaches it"
     with pytest.raises(RequestError, match="model has no chat template"):
         make_llm(chat_template=None).chat(chats[0])
     with pytest.raises(RequestError, match="mix messages with conversations"):
