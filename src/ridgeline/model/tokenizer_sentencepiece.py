@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -104,8 +104,11 @@ def build_piece_tokenizer(path: Path, pieces: Pieces) -> tuple[tokenizers.Tokeni
             f"{path}: the vocabulary has no unknown token and not all 256 bytes; accepted: one of the two"
         )
     with library_call(path, "the vocabulary"):
-        cutter = None if pieces.merges is not None else _cutter(pieces)
-        merges = pieces.merges if pieces.merges is not None else [] if cutter else _merges(pieces)
+        cutter, merges = None, pieces.merges
+        if merges is None:
+            scores = _scores(pieces)
+            cutter = _cutter(pieces, scores)
+            merges = [] if cutter else _merges(scores)
         library = tokenizers.Tokenizer(
             models.BPE(
                 vocabulary,
@@ -126,16 +129,16 @@ def build_piece_tokenizer(path: Path, pieces: Pieces) -> tuple[tokenizers.Tokeni
 
 def _scores(pieces: Pieces) -> dict[str, float]:
     """The pieces that characters of a text may merge to. What is found whole, or is a byte, is not merged."""
+    usable = {int(Kind.NORMAL), int(Kind.UNUSED)}
     return {
         text: score
         for text, score, kind in zip(pieces.texts, pieces.scores, pieces.kinds, strict=True)
-        if kind in (Kind.NORMAL, Kind.UNUSED) and text not in END_TOKENS
+        if kind in usable and text not in END_TOKENS
     }
 
 
-def _cutter(pieces: Pieces) -> PieceCutter | None:
+def _cutter(pieces: Pieces, scores: Mapping[str, float]) -> PieceCutter | None:
     """None where merges in the order of their scores give the same."""
-    scores = _scores(pieces)
     longer = [text for text in scores if len(text) > 1]
     unused = frozenset(
         text for text, kind in zip(pieces.texts, pieces.kinds, strict=True) if kind == Kind.UNUSED
@@ -147,15 +150,14 @@ def _cutter(pieces: Pieces) -> PieceCutter | None:
     return PieceCutter(scores, unused, frozenset(pieces.texts) - scores.keys())
 
 
-def _merges(pieces: Pieces) -> list[tuple[str, str]]:
+def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """Every way to put a piece together from two, the best score first."""
-    scores = _scores(pieces)
     ranked = sorted(scores, key=scores.__getitem__, reverse=True)
     return [
-        (text[:at], text[at:])
+        (left, right)
         for text in ranked
         for at in range(len(text) - 1, 0, -1)
-        if text[:at] in scores and text[at:] in scores
+        if (left := text[:at]) in scores and (right := text[at:]) in scores
     ]
 
 
