@@ -74,7 +74,6 @@ class StepArrays:
             tables=_tables([s.tables for s in segments], groups),
         )
 
-
     def row_pages(self, group: int) -> Int32Array:
         """The page of a memory group that each row's keys and values are written to."""
         last = self.segment_begin[1:][self.row_sequence] - 1

@@ -150,7 +150,8 @@ def _checked_message(index: int, message: object) -> dict[str, Any]:
     where = f"message {index}"
     if not isinstance(message, Mapping):
         raise RequestError(f"{where} is {shown(message)}; accepted: an object with role and content")
-    copy = _plain(where, {key: value for key, value in message.items() if value is not None})
+    given = {key: value for key, value in message.items() if value is not None}
+    copy: dict[str, Any] = _plain(where, given)
     role, content, calls = copy.get("role"), copy.get("content"), copy.get("tool_calls")
     if not isinstance(role, str) or not role:
         raise RequestError(f"{where} has the role {shown(role)}; accepted: a name, such as 'user'")
