@@ -103,6 +103,7 @@ def test_encoding_is_sentencepieces(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", KINDS)
 def test_encoding_is_sentencepieces_for_many_texts(name: str, tmp_path: Path) -> None:
     ours = both(name, tmp_path)
