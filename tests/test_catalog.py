@@ -446,6 +446,22 @@ def test_quant_names_one_file(target: str, chosen: str) -> None:
     assert [file.name for file in files] == [chosen]
 
 
+def test_a_split_model_is_one_choice_of_several_files() -> None:
+    parts = [f"m-Q8_0-0000{n}-of-00003.gguf" for n in (2, 1, 3)]
+    files, opened = choose_files(HubName("org/m", "Q8_0"), [HubFile(name, 1) for name in [*parts, *GGUFS]])
+    assert opened == "m-Q8_0-00001-of-00003.gguf"
+    assert {file.name for file in files} == set(parts)
+
+
+def test_a_folder_comes_with_what_its_tokenizer_and_templates_need() -> None:
+    wanted = ["config.json", "model.safetensors", "tokenizer.model", "additional_chat_templates/rag.jinja"]
+    files, opened = choose_files(
+        HubName("org/m"), [HubFile(n, 1) for n in [*wanted, "modeling.py", "a.jinja"]]
+    )
+    assert opened == ""
+    assert {file.name for file in files} == set(wanted)
+
+
 @pytest.mark.parametrize(
     ("names", "target", "seen"),
     [

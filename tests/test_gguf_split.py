@@ -15,6 +15,7 @@ from conftest import FAMILIES
 from gguf import quants
 from tiny_models import TinyModel, gguf_tensors
 
+from ridgeline.apps.describe import describe
 from ridgeline.model.build import decoder
 from ridgeline.model.checkpoint import open_checkpoint
 from ridgeline.model.families import read_spec
@@ -77,7 +78,8 @@ def test_any_part_opens_the_whole_model(
     with open_checkpoint(model.gguf) as whole:
         keys, names, spec = dict(whole.metadata), set(whole.tensors), read_spec(whole)
     assert names >= set(expected)
-    for path in paths:
+    assert describe(paths[1]).size_bytes == sum(path.stat().st_size for path in paths)
+    for path in [*paths, tmp_path]:
         with open_checkpoint(path) as checkpoint:
             assert checkpoint.path == paths[0]
             assert {key: checkpoint.metadata[key] for key in keys} == keys

@@ -13,6 +13,7 @@ from ridgeline.execution.base import page_bytes
 from ridgeline.model.build import decoder
 from ridgeline.model.chat_template import template_source
 from ridgeline.model.checkpoint import open_checkpoint
+from ridgeline.model.checkpoint.gguf_split import first_parts
 from ridgeline.model.families import read_spec
 from ridgeline.model.weights import Weights
 
@@ -61,5 +62,7 @@ def describe(path: Path) -> ModelDescription:
 
 def _size(path: Path) -> int:
     if path.is_file():
-        return path.stat().st_size
+        together = first_parts(file.name for file in path.parent.glob("*.gguf"))
+        parts = next((names for names in together.values() if path.name in names), [path.name])
+        return sum((path.parent / name).stat().st_size for name in parts)
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))

@@ -42,12 +42,15 @@ _FOLDER_FILES = frozenset(
         "config.json",
         "generation_config.json",
         "tokenizer.json",
+        "tokenizer.model",
         "tokenizer_config.json",
+        "added_tokens.json",
         "special_tokens_map.json",
         "chat_template.jinja",
         "model.safetensors.index.json",
     }
 )
+_TEMPLATES = "additional_chat_templates/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,29 +106,36 @@ class HubRecord:
 
 
 def choose_files(name: HubName, files: Sequence[HubFile]) -> tuple[list[HubFile], str]:
-    """The files to fetch for a name, and which of them to open: a GGUF, or "" for the folder.
+    """The files to fetch for a name, and which of them to open: a GGUF, the first part of one that is split,
+    or "" for the folder.
 
     Raises CheckpointError when nothing fits the name, or more than one thing does.
     """
+    from ridgeline.model.checkpoint.gguf_split import first_parts
+
     models = [file for file in files if file.name.endswith(".gguf") and _is_model(file.name)]
     if name.target is not None:
         models = [file for file in models if _fits(file.name, name.target)]
         if not models:
-            choices = [file.name for file in files if file.name.endswith(".gguf")]
-            raise CheckpointError(f"{name} names no GGUF there; accepted: {_listed(choices)}")
-    if len(models) == 1:
-        return models, models[0].name
-    if models:
-        choices = [file.name for file in models]
+            there = [file.name for file in files if file.name.endswith(".gguf")]
+            raise CheckpointError(f"{name} names no GGUF there; accepted: {_listed(there)}")
+    choices = first_parts(file.name for file in models)
+    if len(choices) == 1:
+        return models, next(iter(choices))
+    if choices:
         raise CheckpointError(
-            f"{name} could be {len(models)} files; add :<file or quant> for {_listed(choices)}"
+            f"{name} could be {len(choices)} files; add :<file or quant> for {_listed([*choices])}"
         )
     weights = [file for file in files if file.name.endswith(".safetensors") and "/" not in file.name]
     if not weights or not any(file.name == "config.json" for file in files):
         raise CheckpointError(
             f"{name} has no GGUF, and no config.json with safetensors; accepted: one of these"
         )
-    return [*weights, *(file for file in files if file.name in _FOLDER_FILES)], ""
+    return [*weights, *(file for file in files if _is_folder_file(file.name))], ""
+
+
+def _is_folder_file(file: str) -> bool:
+    return file in _FOLDER_FILES or (file.startswith(_TEMPLATES) and file.endswith(".jinja"))
 
 
 def _is_model(file: str) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ridgeline.model.checkpoint.files import Checkpoint, TensorInfo, contained, reading, shown
 from ridgeline.model.checkpoint.gguf import read_gguf
+from ridgeline.model.checkpoint.gguf_split import first_parts
 from ridgeline.model.checkpoint.safetensors import INDEX_NAME, read_safetensors
 from ridgeline.types import CheckpointError
 
@@ -30,9 +31,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if (path / "config.json").exists():
             return read_safetensors(path)
         raise CheckpointError(f"{path} has safetensors but no config.json; accepted: a folder with both")
-    models = [file for file in files if file.suffix == ".gguf"]
+    models = [*first_parts(file.name for file in files if file.suffix == ".gguf")]
     if len(models) == 1:
-        return read_gguf(contained(path, models[0].name))
+        return read_gguf(contained(path, models[0]))
     raise CheckpointError(f"{path} {_why_no_model(files, models)}")
 
 
@@ -46,9 +47,9 @@ def _open_file(path: Path) -> Checkpoint:
     return read_gguf(path)
 
 
-def _why_no_model(files: list[Path], models: list[Path]) -> str:
+def _why_no_model(files: list[Path], models: list[str]) -> str:
     if models:
-        names = ", ".join(shown(file.name) for file in models[:4])
+        names = ", ".join(map(shown, models[:4]))
         return f"has {len(models)} GGUF files ({names}{', ...' if len(models) > 4 else ''}); name one of them"
     pickle = next((file for file in files if file.suffix in _PICKLES), None)
     if pickle is not None:

@@ -8,7 +8,7 @@ many tensors all of them hold (`split.tensors.count`); the model's other metadat
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,16 @@ class Part:
     @property
     def path(self) -> Path:
         return self.file.path
+
+
+def first_parts(names: Iterable[str]) -> dict[str, list[str]]:
+    """Models among file names: what to open, which is the first part of a split one, and all of its files."""
+    models: dict[str, list[str]] = {}
+    for name in sorted(names):
+        named = _NAME.fullmatch(name)
+        first = named["stem"] + _ending(0, int(named["parts"])) if named else name
+        models.setdefault(first, []).append(name)
+    return models
 
 
 def part_paths(opened: Part) -> list[Path]:
