@@ -99,7 +99,7 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a text": (written(b"once upon a time"), "starts with b'once'"),
     "an unknown family, GGUF": (
         written(OTHER_FAMILY.to_bytes()),
-        "architecture is 'mamba9'; accepted: llama",
+        "architecture is 'mamba9'; accepted: those of `ridgeline list --families`",
     ),
     "an unknown family, config": (folder_of(config=b'{"model_type": "mamba9"}'), "model_type is 'mamba9'"),
     "a config that is no JSON": (folder_of(config=b"{model_type"), "not valid JSON"),
