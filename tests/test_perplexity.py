@@ -50,7 +50,7 @@ class PagedExecutor:
             logits_after(self.history(segment.tables, sequence.start + row)) for row in sequence.outputs
         ]
         array = np.array(logits, np.float32).reshape(-1, VOCABULARY)
-        return Done(StepResult(array, 0.001, Work()))
+        return Done(StepResult(array, np.full(len(array), -1, np.int32), 0.001, Work()))
 
     def history(self, tables: Sequence[Sequence[int]], position: int) -> list[int]:
         for pool, table, window in zip(self.pools, tables, self.windows, strict=True):
