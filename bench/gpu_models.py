@@ -163,13 +163,12 @@ class BenchExecutor(CudaExecutor):
             if weight.name in model.formats:
                 rows, cols = weight.shape
                 spread = _spread(model, weight)
-                held._matrices[weight.name] = random_matrix(rows, cols, model.bits, spread, random)
-                if model.formats[weight.name].activation_bits == 16:
-                    held._sixteen.add(weight.name)
+                matrix = random_matrix(rows, cols, model.bits, spread, random)
+                held.keep_matrix(weight.name, matrix, model.formats[weight.name])
             else:
                 vector = torch.empty(weight.shape, device=self._device.where)
                 vector.normal_(1.0 if weight.name in gains else 0.0, 0.1, generator=random)
-                held._vectors[weight.name] = vector
+                held.keep_vector(weight.name, vector)
 
     def fill_memory(self, seed: int = 1) -> None:
         """Random keys and values in all pages: contexts that nobody had to compute."""
@@ -191,10 +190,10 @@ class BenchExecutor(CudaExecutor):
         self._use_graphs = wanted
 
     def matrix(self, name: str) -> Packed:
-        return self._weights._matrices[name]
+        return self._weights.matrices[name]
 
     def vectors(self) -> Mapping[str, Tensor]:
-        return self._weights._vectors
+        return self._weights.vectors
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from ridgeline.execution.cuda.arrays import Packed
 from ridgeline.execution.cuda.pack import pack
 from ridgeline.model.program import Linear, Weight
 from ridgeline.model.weights import Weights
+from ridgeline.precision.formats import Format
 
 
 class DeviceWeights:
@@ -27,17 +28,34 @@ class DeviceWeights:
     def load(self, weights: Weights) -> None:
         """Read every weight; the store may be closed afterwards."""
         for name in weights:
-            if name not in weights.formats:
-                self._vectors[name] = torch.from_numpy(weights.vector(name)).to(self._where)
-                continue
-            self._matrices[name] = pack(weights.matrix(name), self._where, name)
-            if weights.formats[name].activation_bits == 16:
-                self._sixteen.add(name)
-            weights.release(name)
+            if name in weights.formats:
+                packed = pack(weights.matrix(name), self._where, name)
+                self.keep_matrix(name, packed, weights.formats[name])
+                weights.release(name)
+            else:
+                self.keep_vector(name, torch.from_numpy(weights.vector(name)).to(self._where))
+
+    def keep_matrix(self, name: str, matrix: Packed, fmt: Format) -> None:
+        """Take over a matrix that lies on the device."""
+        self._matrices[name] = matrix
+        if fmt.activation_bits == 16:
+            self._sixteen.add(name)
+
+    def keep_vector(self, name: str, vector: Tensor) -> None:
+        """Take over a float32 vector, or a table of positions, that lies on the device."""
+        self._vectors[name] = vector
 
     def clear(self) -> None:
         for held in (self._matrices, self._vectors, self._stacks):
             held.clear()
+
+    @property
+    def matrices(self) -> Mapping[str, Packed]:
+        return self._matrices
+
+    @property
+    def vectors(self) -> Mapping[str, Tensor]:
+        return self._vectors
 
     def vector(self, weight: Weight) -> Tensor:
         return self._vectors[weight.name]
