@@ -66,7 +66,7 @@ class FakeExecutor:
         self.fail: Exception | None = None
         self.closed = False
         self._logits = self._older = np.zeros((0, vocabulary), np.float32)
-        self._drawn = np.zeros(0, np.int32)
+        self._drawn = self._older_drawn = np.zeros(0, np.int32)
         noise = np.random.default_rng(1)
         self._drawer = Drawer()
         self._noise = (noise.standard_normal((2, _OFFSETS + vocabulary)) * 2).astype(np.float32)
@@ -84,8 +84,9 @@ class FakeExecutor:
         if self.fail is not None:
             raise self.fail
         step = self._known(step)
-        self._older.fill(np.nan)  # logits of the second step before may no longer be read
-        self._older = self._logits
+        self._older.fill(np.nan)  # results of the second step before may no longer be read
+        self._older_drawn.fill(-7)
+        self._older, self._older_drawn = self._logits, self._drawn
         self.steps.append(step)
         written: set[tuple[int, int, int]] = set()
         for sequence in step.sequences:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ridgeline.config import pages_for
-from ridgeline.engine import Engine
+from ridgeline.engine import Engine, _Choice
 from ridgeline.types import (
     CompletionOutput,
     Float32Array,
@@ -205,13 +205,16 @@ def _choices(engine: Engine, name: str) -> list[Any]:
     return engine._requests[name].choices if name in engine._requests else []
 
 
-@pytest.mark.parametrize("where", ["run", "advance"])
+@pytest.mark.parametrize("where", ["run", "advance", "take"])
 def test_an_interrupted_step_is_run_again(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    request = Request("a", tuple(range(40)), SamplingParams(seed=4, max_tokens=20))
-    expected = one(request, max_num_batched_tokens=16)
+    requests = [
+        Request(name, tuple(range(first, 40)), SamplingParams(seed=4, max_tokens=20))
+        for name, first in (("a", 0), ("b", 9))
+    ]
+    expected = {request.id: one(request, max_num_batched_tokens=16) for request in requests}
     executor = FakeExecutor()
     engine = make_engine(executor, max_num_batched_tokens=16)
-    owner: Any = executor if where == "run" else engine.scheduler
+    owner: Any = {"run": executor, "advance": engine.scheduler, "take": _Choice}[where]
     method, calls = getattr(owner, where), itertools.count()
 
     def interrupted(*arguments: Any) -> Any:
@@ -220,14 +223,15 @@ def test_an_interrupted_step_is_run_again(monkeypatch: pytest.MonkeyPatch, where
         return method(*arguments)
 
     monkeypatch.setattr(owner, where, interrupted)
-    engine.add(request)
-    results: list[RequestOutput] = []
+    for request in requests:
+        engine.add(request)
+    results: dict[str, CompletionOutput] = {}
     for _ in range(200):
         with contextlib.suppress(KeyboardInterrupt):
-            results += engine.step()
+            results |= {output.request_id: output.outputs[0] for output in engine.step()}
         if not engine.has_work:
             break
-    assert results[-1].outputs[0] == expected
+    assert results == expected
 
 
 # --------------------------------------------------------------------------------------- seeds, n

@@ -111,7 +111,7 @@ class Engine:
         """Run one step; returns the state of each request that advanced and wants to be told.
 
         Where the executor is asynchronous, that of the step before: this one runs meanwhile, on tokens that
-        were drawn on the device. A step that turns out to have run past an end is ignored as far.
+        were drawn on the device. Rows that turn out to have run past an end are ignored.
         """
         launched = self._launch()
         if not self._in_flight:  # nothing to run; at most, an interrupt kept an end from being told
@@ -126,9 +126,10 @@ class Engine:
 
     def _launch(self) -> bool:
         """Plan and launch the next step, if there is one."""
-        if self._launching and self._in_flight:
-            # An interrupt struck, and the device may have drawn other tokens since those that sequences
-            # still await: first bring those in.
+        unsure = self._launching and self._in_flight
+        if unsure or len(self._in_flight) > self.executor.asynchronous:
+            # An interrupt struck, between a launch and its record or while results were taken in: bring in
+            # what is under way first, before the device draws other tokens or uses results' memory again.
             self._launching = False
             return False
         plan = self.scheduler.schedule(time.perf_counter())
