@@ -148,11 +148,12 @@ def test_quantise_follows_the_rule_exactly(isa: str, width: int) -> None:
     codes, scales = quantise_a8(x)
     groups = codes.shape[1]
     np.testing.assert_array_equal(record[:, : groups * 32].view(np.int8), codes.reshape(7, -1))
-    planes = record[:, groups * 32 : groups * 44].copy()
+    planes = record[:, groups * 32 : groups * 48].copy()
     np.testing.assert_array_equal(planes[:, : groups * 4].view(np.float32), scales)
-    sums = codes.astype(np.int32).sum(axis=2)
-    np.testing.assert_array_equal(planes[:, groups * 4 : groups * 8].view(np.int32), sums)
-    np.testing.assert_array_equal(planes[:, groups * 8 :].view(np.float32), scales * sums.astype(np.float32))
+    halves = codes.astype(np.int32).reshape(len(x), groups * 2, 16).sum(axis=2)
+    np.testing.assert_array_equal(planes[:, groups * 4 : groups * 12].view(np.int32), halves)
+    sums = halves.reshape(len(x), groups, 2).sum(axis=2).astype(np.float32)
+    np.testing.assert_array_equal(planes[:, groups * 12 :].view(np.float32), scales * sums)
     np.testing.assert_array_equal(native.dequantise_a8(record, width), a8_values(x))
 
 

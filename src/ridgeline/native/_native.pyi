@@ -7,7 +7,7 @@ Buffers of activations:
   float32  (max_rows, stride), stride a multiple of 16 and at least the width; the columns beyond the width
            hold anything.
   A8       uint8 (max_rows, a8_row_bytes(width)), 64-byte aligned: int8 codes in groups of 32 with, per group,
-           a scale, the sum of the codes and scale times that sum.
+           a scale, the sums of its two halves of codes and scale times the sum of both.
 KV pool of a layer: uint16 (bfloat16 bits) or float32, (pages, kv_heads, 2 * PAGE_TOKENS * head_dim).
 """
 

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "layout.h"
 #include "step.h"
+#include "storage.h"
 #include "team.h"
 
 namespace ridgeline {

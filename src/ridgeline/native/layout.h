@@ -1,17 +1,8 @@
-// Memory layouts that packing, kernels and the Python side share. This is their only description.
+// Memory layouts of activations and sequence memory that kernels and the Python side share; storage.h has those
+// of weights. This is their only description.
 //
-// Packed matrix: tiles of 16 output rows, one after the other, each one run of memory that is read from its
-// start to its end. Missing rows of the last tile are zeros.
-//   quantised tile: blocks of a 64-byte header and the codes that belong to it. Q4_1 has a block per group
-//     of 32 inputs, its header 16 scales and 16 minima in float16; the others a block per two groups, its
-//     header 16 scales of the first and 16 of the second. If the groups are odd, the last block has one.
-//     The codes of a group are 64-byte chunks; byte r*4+i of a chunk belongs to row r, so that a chunk is
-//     16 lanes of four inputs.
-//       W4: chunk j of 4: input 8j+i in the low nibble, input 8j+4+i in the high one.
-//       W8: chunk j of 8: input 4j+i as an unsigned byte (code + 128).
-//   float32 tile: for each input 16 floats.
-// A8 row: int8 codes [groups*32], float32 scales [groups], int32 sums of codes [groups], float32 scale*sum
-//   [groups]; rows are a multiple of 64 bytes apart.
+// A8 row: int8 codes [groups*32], float32 scales [groups], int32 sums of 16 codes [groups][2], float32
+//   scale * sum of all 32 [groups]; rows are a multiple of 64 bytes apart.
 // KV page of one head: K as [head_dim/2][16 slots][2], then V as [16 slots][head_dim], bfloat16. In float32
 // pools K lies as [head_dim][16 slots].
 #pragma once
@@ -30,43 +21,9 @@ constexpr int kPageTokens = 16;
 constexpr int kMaxHeadDim = 512;
 constexpr size_t kLineBytes = 64;
 
-enum class Storage : uint8_t { q4_0, q4_1, q8_0, f32, f16, bf16 };
-
-RIDGELINE_INLINE constexpr bool is_quantised(Storage s) { return s <= Storage::q8_0; }
 RIDGELINE_INLINE constexpr size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 RIDGELINE_INLINE constexpr int tile_count(int rows) { return (rows + kTileRows - 1) / kTileRows; }
 RIDGELINE_INLINE constexpr int group_count(int cols) { return (cols + kGroup - 1) / kGroup; }
-
-// Bytes of the codes of one group of a tile.
-RIDGELINE_INLINE constexpr size_t group_code_bytes(Storage s) {
-  return size_t(kTileRows * kGroup) / (s == Storage::q8_0 ? 1 : 2);
-}
-// Where a group of a quantised tile has its scales and its codes; minima follow the scales.
-struct GroupPlace {
-  size_t scales, codes;
-};
-RIDGELINE_INLINE constexpr GroupPlace group_place(Storage s, int group) {
-  if (s == Storage::q4_1) {
-    const size_t block = size_t(group) * (kLineBytes + group_code_bytes(s));
-    return {block, block + kLineBytes};
-  }
-  const size_t block = size_t(group / 2) * (kLineBytes + 2 * group_code_bytes(s)), second = size_t(group % 2);
-  return {block + second * kLineBytes / 2, block + kLineBytes + second * group_code_bytes(s)};
-}
-RIDGELINE_INLINE constexpr size_t tile_bytes(Storage s, int cols) {
-  if (!is_quantised(s)) return size_t(cols) * kTileRows * sizeof(float);
-  return group_place(s, group_count(cols) - 1).codes + group_code_bytes(s);
-}
-// Bytes of a row as files have it; our own quantiser may leave the last block in part unused.
-RIDGELINE_INLINE constexpr size_t file_row_bytes(Storage s, int cols) {
-  switch (s) {
-    case Storage::q4_0: return size_t(group_count(cols)) * 18;
-    case Storage::q4_1: return size_t(group_count(cols)) * 20;
-    case Storage::q8_0: return size_t(group_count(cols)) * 34;
-    case Storage::f32: return size_t(cols) * 4;
-    default: return size_t(cols) * 2;
-  }
-}
 
 // Where the arrays of an A8 row lie.
 struct A8Layout {
@@ -75,7 +32,7 @@ struct A8Layout {
 };
 RIDGELINE_INLINE constexpr A8Layout a8_layout(int width) {
   const size_t groups = size_t(group_count(width)), plane = groups * 4, codes = groups * kGroup;
-  return {int(groups), codes, codes + plane, codes + 2 * plane, round_up(codes + 3 * plane, kLineBytes)};
+  return {int(groups), codes, codes + plane, codes + 3 * plane, round_up(codes + 4 * plane, kLineBytes)};
 }
 
 // Values of one head's page; the offset of V is half of it.

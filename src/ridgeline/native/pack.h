@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "layout.h"
+#include "storage.h"
 #include "team.h"
 
 namespace ridgeline {

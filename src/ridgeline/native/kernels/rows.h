@@ -28,10 +28,10 @@ RIDGELINE_INLINE void quantise_group(vfloat a, vfloat b, uint8_t* row, const A8L
   int8_t* codes = reinterpret_cast<int8_t*>(row) + size_t(group) * kGroup;
   store_codes(codes, first);
   store_codes(codes + 16, second);
-  const int32_t sum = reduce_add(add(first, second));
-  const float scaled_sum = scale * float(sum);
+  const int32_t sums[2] = {reduce_add(first), reduce_add(second)};
+  const float scaled_sum = scale * float(sums[0] + sums[1]);
   std::memcpy(row + layout.scales + 4 * size_t(group), &scale, 4);
-  std::memcpy(row + layout.sums + 4 * size_t(group), &sum, 4);
+  std::memcpy(row + layout.sums + 8 * size_t(group), sums, 8);
   std::memcpy(row + layout.scaled_sums + 4 * size_t(group), &scaled_sum, 4);
 }
 

@@ -6,10 +6,17 @@
 //   written
 //   + - * / min max abs sqrt fma round_even       float32; fma may round twice where the hardware has none
 //   less, select, reduce_add, reduce_max          reductions have one fixed order
-//   izero, isplat, iload, add, sub, shift_left    int32
+//   izero, isplat, iload, add, sub, multiply, max, bit_and, bit_or, shift_left, shift_right
+//                                                 int32; to the right fills up with zeros
+//   load_bytes, load_signed_bytes                 16 bytes as int32
 //   to_int, to_float, times_power_of_two          to_int rounds to nearest even
 //   load_f16, load_bf16, bf16_bits                16 values of a half format; bf16 rounds to nearest even
-//   low_nibbles, high_nibbles, dot                64 unsigned bytes times four signed ones per lane, exact
+//   byte_fields<shift, bits>                      bits of each of 64 bytes, moved down
+//   load_table, look_up                           16 bytes, picked from by 64 indices below 16
+//   dot, dot_bytes                                64 unsigned bytes times four signed ones per lane, exact; in
+//                                                 dot the bytes are at most 127
+//   dot_bf16                                      adds the products of 16 pairs of bfloat16; how it rounds is
+//                                                 the backend's
 //   store_codes                                   16 int32 as int8, saturated
 //   prefetch                                      into the second-level cache
 // Every function is inlined: a kernel's object file must hold no code that another ISA level could link to.

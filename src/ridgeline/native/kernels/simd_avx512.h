@@ -47,10 +47,22 @@ RIDGELINE_INLINE vint iload(const void* p) { return {_mm512_loadu_si512(p)}; }
 RIDGELINE_INLINE vint add(vint a, vint b) { return {_mm512_add_epi32(a.v, b.v)}; }
 RIDGELINE_INLINE vint sub(vint a, vint b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 RIDGELINE_INLINE vint max(vint a, vint b) { return {_mm512_max_epi32(a.v, b.v)}; }
+RIDGELINE_INLINE vint multiply(vint a, vint b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 RIDGELINE_INLINE vint bit_and(vint a, vint b) { return {_mm512_and_si512(a.v, b.v)}; }
+RIDGELINE_INLINE vint bit_or(vint a, vint b) { return {_mm512_or_si512(a.v, b.v)}; }
 template <int kBits>
 RIDGELINE_INLINE vint shift_left(vint a) {
   return {_mm512_slli_epi32(a.v, kBits)};
+}
+template <int kBits>
+RIDGELINE_INLINE vint shift_right(vint a) {
+  return {_mm512_srli_epi32(a.v, kBits)};
+}
+RIDGELINE_INLINE vint load_bytes(const void* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
+}
+RIDGELINE_INLINE vint load_signed_bytes(const void* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
 }
 RIDGELINE_INLINE vint bits(vfloat a) { return {_mm512_castps_si512(a)}; }
 RIDGELINE_INLINE vfloat from_bits(vint a) { return _mm512_castsi512_ps(a.v); }
@@ -99,9 +111,15 @@ RIDGELINE_INLINE void store_bf16(vmask m, uint16_t* p, vfloat a) {
   _mm256_mask_storeu_epi16(p, m, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
-RIDGELINE_INLINE vint low_nibbles(vint a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
-RIDGELINE_INLINE vint high_nibbles(vint a) {
-  return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
+template <int kShift, int kBits>
+RIDGELINE_INLINE vint byte_fields(vint a) {
+  return {_mm512_and_si512(_mm512_srli_epi16(a.v, kShift), _mm512_set1_epi8((1 << kBits) - 1))};
+}
+RIDGELINE_INLINE vint load_table(const void* p) {
+  return {_mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
+}
+RIDGELINE_INLINE vint look_up(vint table, vint indices) {
+  return {_mm512_shuffle_epi8(table.v, indices.v)};
 }
 // Four signed bytes, the same for every lane.
 RIDGELINE_INLINE vint splat_codes(const int8_t* p) {
@@ -111,6 +129,19 @@ RIDGELINE_INLINE vint splat_codes(const int8_t* p) {
 }
 RIDGELINE_INLINE vint dot(vint sum, vint unsigned_bytes, vint signed_bytes) {
   return {_mm512_dpbusd_epi32(sum.v, unsigned_bytes.v, signed_bytes.v)};
+}
+RIDGELINE_INLINE vint dot_bytes(vint sum, vint unsigned_bytes, vint signed_bytes) {
+  return dot(sum, unsigned_bytes, signed_bytes);
+}
+// The second of each pair first.
+RIDGELINE_INLINE vfloat dot_bf16(vfloat sum, vint a, vint b) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(sum, (__m512bh)a.v, (__m512bh)b.v);
+#else
+  const vint high = isplat(int32_t(0xffff0000u));
+  sum = fma(from_bits(bit_and(a, high)), from_bits(bit_and(b, high)), sum);
+  return fma(from_bits(shift_left<16>(a)), from_bits(shift_left<16>(b)), sum);
+#endif
 }
 RIDGELINE_INLINE void store_codes(int8_t* p, vint a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));

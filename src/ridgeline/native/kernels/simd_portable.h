@@ -12,6 +12,8 @@ RIDGELINE_BEGIN
 
 typedef float vfloat __attribute__((vector_size(64)));
 typedef int32_t vint __attribute__((vector_size(64)));
+typedef uint32_t vuint __attribute__((vector_size(64)));
+typedef uint8_t vbytes __attribute__((vector_size(16)));
 typedef int32_t vmask __attribute__((vector_size(64)));  // lanes of 0 or -1
 
 constexpr int kMaxTokens = 4;
@@ -85,10 +87,24 @@ RIDGELINE_INLINE vint iload(const void* p) {
 RIDGELINE_INLINE vint add(vint a, vint b) { return a + b; }
 RIDGELINE_INLINE vint sub(vint a, vint b) { return a - b; }
 RIDGELINE_INLINE vint max(vint a, vint b) { return (a & (b < a)) | (b & ~(b < a)); }
+RIDGELINE_INLINE vint multiply(vint a, vint b) { return a * b; }
 RIDGELINE_INLINE vint bit_and(vint a, vint b) { return a & b; }
+RIDGELINE_INLINE vint bit_or(vint a, vint b) { return a | b; }
 template <int kBits>
 RIDGELINE_INLINE vint shift_left(vint a) {
   return a << kBits;
+}
+template <int kBits>
+RIDGELINE_INLINE vint shift_right(vint a) {
+  return cast<vint>(cast<vuint>(a) >> kBits);
+}
+RIDGELINE_INLINE vint load_bytes(const void* p) {
+  vbytes a;
+  std::memcpy(&a, p, sizeof a);
+  return __builtin_convertvector(a, vint);
+}
+RIDGELINE_INLINE vint load_signed_bytes(const void* p) {
+  return (load_bytes(p) << 24) >> 24;
 }
 RIDGELINE_INLINE vint bits(vfloat a) { return cast<vint>(a); }
 RIDGELINE_INLINE vfloat from_bits(vint a) { return cast<vfloat>(a); }
@@ -165,8 +181,22 @@ RIDGELINE_INLINE void store_bf16(vmask m, uint16_t* p, vfloat a) {
   }
 }
 
-RIDGELINE_INLINE vint low_nibbles(vint a) { return a & 0x0f0f0f0f; }
-RIDGELINE_INLINE vint high_nibbles(vint a) { return (a >> 4) & 0x0f0f0f0f; }
+template <int kShift, int kBits>
+RIDGELINE_INLINE vint byte_fields(vint a) {
+  return shift_right<kShift>(a) & isplat(0x01010101 * ((1 << kBits) - 1));
+}
+RIDGELINE_INLINE vint load_table(const void* p) {
+  vint table{};
+  std::memcpy(&table, p, 16);
+  return table;
+}
+RIDGELINE_INLINE vint look_up(vint table, vint indices) {
+  uint8_t from[64], at[64], to[64];
+  std::memcpy(from, &table, 64);
+  std::memcpy(at, &indices, 64);
+  for (int i = 0; i < 64; ++i) to[i] = from[at[i] & 15];
+  return iload(to);
+}
 // Four signed bytes, the same for every lane.
 RIDGELINE_INLINE vint splat_codes(const int8_t* p) {
   int32_t four;
@@ -196,6 +226,15 @@ RIDGELINE_INLINE vint dot(vint sum, vint unsigned_bytes, vint signed_bytes) {
   }
   return sum;
 #endif
+}
+RIDGELINE_INLINE vint dot_bytes(vint sum, vint unsigned_bytes, vint signed_bytes) {
+  return dot(sum, unsigned_bytes, signed_bytes);
+}
+// The second of each pair first.
+RIDGELINE_INLINE vfloat dot_bf16(vfloat sum, vint a, vint b) {
+  const vint high = isplat(int32_t(0xffff0000u));
+  sum = fma(cast<vfloat>(a & high), cast<vfloat>(b & high), sum);
+  return fma(cast<vfloat>(a << 16), cast<vfloat>(b << 16), sum);
 }
 RIDGELINE_INLINE void store_codes(int8_t* p, vint a) {
   for (int i = 0; i < 16; ++i) p[i] = int8_t(a[i] < -128 ? -128 : a[i] > 127 ? 127 : a[i]);
