@@ -267,7 +267,7 @@ def test_blocked_vectors_are_decoded_before_they_are_split() -> None:
     values = np.linspace(-1, 1, 96, dtype=np.float32)
     stored = quantise_weight(values[None], FORMATS["W8A8-g32"])
     bias = Tensor(stored.storage, (96,), stored.data)
-    part = Source("bias", rows=(40, 80), fused_rows=96).apply(bias)
+    part = Source("bias", rows=(40, 80), fused_rows=96).apply([bias])
     np.testing.assert_array_equal(part.dequantise(), bias.dequantise()[40:80])
 
 

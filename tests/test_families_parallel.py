@@ -172,11 +172,11 @@ def test_rows_of_every_group_of_a_blocked_tensor() -> None:
     """Picked undecoded, and of a vector once it is decoded."""
     values = np.random.default_rng(3).normal(size=(12, 64)).astype(np.float32)
     held = quantise_weight(values, FORMATS["W4A8-g32"])
-    picked = Source("fused", rows=(1, 3), fused_rows=12, row_groups=3).apply(held)
+    picked = Source("fused", rows=(1, 3), fused_rows=12, row_groups=3).apply([held])
     assert picked.storage is held.storage
     np.testing.assert_array_equal(picked.dequantise(), held.dequantise()[[1, 2, 5, 6, 9, 10]])
     bias = Tensor(held.storage, (64,), held.data[:1])
-    picked = Source("fused", rows=(8, 16), fused_rows=64, row_groups=4, factor=0.5).apply(bias)
+    picked = Source("fused", rows=(8, 16), fused_rows=64, row_groups=4, factor=0.5).apply([bias])
     np.testing.assert_array_equal(picked.dequantise(), bias.dequantise().reshape(4, 16)[:, 8:].ravel() / 2)
 
 

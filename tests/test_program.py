@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ridgeline.model.build import decoder
-from ridgeline.model.program import Linear, MemoryGroup, Quantise, StepLoad
+from ridgeline.model.program import Linear, MemoryGroup, Quantise, Route, StepLoad
 from ridgeline.model.rewrite import with_precision
-from ridgeline.model.spec import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec, NormSpec, RopeSpec
+from ridgeline.model.spec import (
+    AttentionSpec,
+    ExpertsSpec,
+    FeedForwardSpec,
+    LayerSpec,
+    ModelSpec,
+    NormSpec,
+    RopeSpec,
+)
 from ridgeline.precision.formats import FORMATS
 from ridgeline.types import Segment, SequenceRows, Step
 
@@ -111,3 +120,41 @@ def test_assigning_twice_is_refused() -> None:
         type(program)(
             program.name, program.operations + program.operations[-1:], program.groups, program.output
         )
+
+
+def test_experts_are_chosen_multiplied_and_combined() -> None:
+    """A program with experts, run by hand on the reference executor's rules."""
+    experts = ExpertsSpec(
+        4, 2, FeedForwardSpec(64, "silu", gated=True), shared=FeedForwardSpec(96, "silu", gated=True)
+    )
+    rope = RopeSpec((1.0, 0.5, 0.25, 0.125))
+    layer = LayerSpec(AttentionSpec(4, 2, 8, 8**-0.5, rope, sinks=True), experts)
+    program = decoder(small_spec(layers=(layer,)))
+    kinds = [type(op).__name__ for op in program.operations]
+    assert kinds.count("Route") == 1
+    assert kinds.count("ExpertLinear") == 3
+    shapes = {weight.name: weight.shape for weight in program.weights()}
+    assert shapes["layers.0.router"] == (4, 32)
+    assert shapes["layers.0.experts.down"] == (4, 32, 64)
+    assert shapes["layers.0.shared.gate"] == (96, 32)
+    assert shapes["layers.0.shared_gate"] == (1, 32)
+    assert shapes["layers.0.sinks"] == (4,)
+    formats = dict.fromkeys(shapes, FORMATS["W8A8-g32"])
+    quantised = with_precision(program, formats)
+    between = [op for op in quantised.operations if isinstance(op, Quantise) and op.out.experts == 2]
+    assert [op.x.name for op in between] == ["layers.0.experts.activation"]
+    routes = next(op for op in quantised.operations if isinstance(op, Route))
+    assert routes.x.kind == "f32"
+    load = StepLoad(3, 1, (3,), (3,))
+    down = next(op for op in quantised.operations if op.out.name == "layers.0.experts.down")
+    assert down.work(load).int8_ops == 2 * 3 * 2 * 32 * 64
+
+
+@pytest.mark.parametrize(("count", "chosen", "rows"), [(8, 2, 1), (8, 2, 3), (128, 8, 5), (4, 4, 2)])
+def test_experts_used_is_the_mean_over_even_choices(count: int, chosen: int, rows: int) -> None:
+    rng = np.random.default_rng(count + rows)
+    used = [
+        len({e for _ in range(rows) for e in rng.choice(count, chosen, replace=False)}) for _ in range(4000)
+    ]
+    expected = StepLoad(rows, 0, (), ()).experts_used(count, chosen) * count
+    assert expected == pytest.approx(np.mean(used), rel=0.02)

@@ -182,7 +182,7 @@ def memory_ledger(config: EngineConfig, program: Program, weights: Weights) -> L
 
     assert config.max_model_len is not None
     widened = sum(4 * math.prod(weight.shape) for weight in program.weights())
-    row_bytes = 4 * max(op.out.width for op in program.operations if not op.out.selected)
+    row_bytes = 4 * max(op.out.width * op.out.experts for op in program.operations if not op.out.selected)
     demand = Demand(
         weights_bytes=widened if config.device == "reference" else weights.nbytes,
         activation_bytes=_BUFFERS * row_bytes * config.max_num_batched_tokens

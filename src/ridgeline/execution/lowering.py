@@ -6,6 +6,7 @@ that it covers, and the values that cross its border. Values that live inside on
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -13,6 +14,7 @@ from typing import ClassVar
 from ridgeline.model.program import (
     Attention,
     Embed,
+    ExpertLinear,
     Operation,
     Program,
     Select,
@@ -72,7 +74,34 @@ class Footprint:
 
 
 def launch_work(launch: Launch, border: Border, load: StepLoad, footprint: Footprint) -> Work:
-    """Arithmetic of the covered operations and bytes that the launch moves."""
+    """Arithmetic of the covered operations and bytes that the launch moves; of experts' weights, the expected
+    ones."""
+    experts = sum(held.read_bytes(load) for held in _expert_weights(launch, footprint))
+    return _steady_work(launch, border, load, footprint) + Work(read_bytes=experts)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """Weights of `count` experts, of which a step reads those that its rows choose."""
+
+    count: int
+    chosen: int
+    weight_bytes: int
+
+    def read_bytes(self, load: StepLoad) -> int:
+        return round(load.experts_used(self.count, self.chosen) * self.weight_bytes)
+
+
+def _expert_weights(launch: Launch, footprint: Footprint) -> list[ExpertWeights]:
+    return [
+        ExpertWeights(op.count, op.out.experts, sum(footprint.weight_bytes(w.name) for w in op.weights))
+        for op in launch.covers
+        if isinstance(op, ExpertLinear)
+    ]
+
+
+def _steady_work(launch: Launch, border: Border, load: StepLoad, footprint: Footprint) -> Work:
+    """All but the reading of experts' weights: linear in the load."""
     work = Work.total(op.work(load) for op in launch.covers)
     picked = {op.x.name for op in launch.covers if isinstance(op, Select)}  # of these, only the chosen rows
     read = sum(
@@ -83,7 +112,7 @@ def launch_work(launch: Launch, border: Border, load: StepLoad, footprint: Footp
     for op in launch.covers:
         if isinstance(op, Embed):
             read += load.rows * footprint.weight_row_bytes(op.table.name)
-        elif load.rows_of(op.out):
+        elif load.rows_of(op.out) and not isinstance(op, ExpertLinear):
             read += sum(footprint.weight_bytes(weight.name) for weight in op.weights)
         if isinstance(op, Attention):
             read += load.slots[op.group] * footprint.slot_bytes(op.group)
@@ -94,11 +123,11 @@ def launch_work(launch: Launch, border: Border, load: StepLoad, footprint: Footp
 
 @dataclass(frozen=True, slots=True)
 class WorkModel:
-    """The work of a whole lowering as a linear function of a step's load: cheap to ask in every step.
+    """The work of a whole lowering as a function of a step's load: cheap to ask in every step.
 
-    Every operation and every launch is linear in rows, outputs, pairs and slots, but for the weights of the
-    final norm and the head, which are only read when a step wants outputs at all. Only launches over selected
-    rows depend on outputs, and only attention on pairs and slots.
+    Every operation and every launch is linear in rows, outputs, pairs and slots, but for the weights of
+    experts, and those of the final norm and the head, which are only read when a step wants outputs at all.
+    Only launches over selected rows depend on outputs, and only attention on pairs and slots.
     """
 
     fixed: Work
@@ -107,6 +136,7 @@ class WorkModel:
     per_output: Work
     per_pair: tuple[Work, ...]
     per_slot: tuple[Work, ...]
+    experts: tuple[tuple[ExpertWeights, int], ...]  # each with how often it occurs
 
     @classmethod
     def of(cls, program: Program, launches: Sequence[Launch], footprint: Footprint) -> WorkModel:
@@ -119,13 +149,14 @@ class WorkModel:
         attending = [c for c in crossed if any(isinstance(op, Attention) for op in c[0].covers)]
 
         def work(some: Iterable[tuple[Launch, Border]], load: StepLoad) -> Work:
-            return Work.total(launch_work(launch, border, load, footprint) for launch, border in some)
+            return Work.total(_steady_work(launch, border, load, footprint) for launch, border in some)
 
         def added(some: Sequence[tuple[Launch, Border]], load: StepLoad, to: StepLoad = one) -> Work:
             return work(some, load) - work(some, to)
 
         first_output, second_output = replace(one, outputs=1), replace(one, outputs=2)
         base = work(crossed, one)
+        experts = Counter(held for launch in launches for held in _expert_weights(launch, footprint))
         per_row = work(crossed, replace(one, rows=2)) - base
         per_output = added(selecting, second_output, to=first_output)
         return cls(
@@ -135,10 +166,12 @@ class WorkModel:
             per_output=per_output,
             per_pair=tuple(added(attending, replace(one, pairs=unit)) for unit in units),
             per_slot=tuple(added(attending, replace(one, slots=unit)) for unit in units),
+            experts=tuple(experts.items()),
         )
 
     def at(self, load: StepLoad) -> Work:
-        return Work.total(
+        experts = sum(times * held.read_bytes(load) for held, times in self.experts)
+        return Work(read_bytes=experts) + Work.total(
             (
                 self.fixed,
                 self.per_row,

@@ -23,13 +23,16 @@ from ridgeline.model.program import (
     Activate,
     Add,
     Attention,
+    Combine,
     Embed,
+    ExpertLinear,
     Linear,
     Norm,
     Operation,
     Program,
     Quantise,
     Rope,
+    Route,
     Sample,
     Select,
     Softcap,
@@ -49,7 +52,7 @@ _ROUND: dict[str, Callable[[Float32Array], Float32Array]] = {"KV16": round_bfloa
 
 @dataclass(slots=True)
 class _Run:
-    """One pass: the step's arrays and the values computed so far, by name."""
+    """One pass: the step's arrays and the values computed so far, by name: (rows * experts, width)."""
 
     arrays: StepArrays
     values: dict[str, Float32Array] = field(default_factory=dict)
@@ -152,6 +155,44 @@ class ReferenceExecutor:
         return (x.astype(np.float64) @ weight.T.astype(np.float64) + self._bias(op.bias)).astype(np.float32)
 
     @_apply.register
+    def _(self, op: Route, run: _Run) -> Float32Array:
+        x = run.values[op.x.name].astype(np.float64)
+        scores = x @ self._weights[op.router.name].T + self._bias(op.bias)
+        scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+        scores /= scores.sum(axis=1, keepdims=True)
+        chosen = np.argsort(-scores, axis=1, kind="stable")[:, : op.chosen]
+        kept = np.take_along_axis(scores, chosen, axis=1)
+        if op.renormalise:
+            kept /= kept.sum(axis=1, keepdims=True)
+        parts = [chosen, kept]
+        if op.shared_gate is not None:
+            parts.append(1 / (1 + np.exp(-x @ self._weights[op.shared_gate.name].T)))
+        routes: Float32Array = np.concatenate(parts, axis=1).astype(np.float32)
+        return routes
+
+    @_apply.register
+    def _(self, op: ExpertLinear, run: _Run) -> Float32Array:
+        x, weights = run.values[op.x.name].astype(np.float64), self._weights[op.weight.name]
+        if op.x.experts == 1:
+            x = np.repeat(x, op.out.experts, axis=0)
+        experts = run.values[op.routes.name][:, : op.out.experts].astype(int).reshape(-1)
+        out = np.empty((len(x), op.out.width), np.float32)
+        for expert in np.unique(experts):
+            mine = experts == expert
+            bias = self._weights[op.bias.name][expert] if op.bias else 0.0
+            out[mine] = x[mine] @ weights[expert].T.astype(np.float64) + bias
+        return out
+
+    @_apply.register
+    def _(self, op: Combine, run: _Run) -> Float32Array:
+        routes, chosen = run.values[op.routes.name].astype(np.float64), op.x.experts
+        each = run.values[op.x.name].reshape(len(routes), chosen, op.x.width)
+        out: Float64Array = (routes[:, chosen : 2 * chosen, None] * each).sum(axis=1)
+        if op.shared is not None:
+            out = out + routes[:, 2 * chosen :] * run.values[op.shared.name]
+        return out.astype(np.float32)
+
+    @_apply.register
     def _(self, op: Rope, run: _Run) -> Float32Array:
         x = run.values[op.x.name]
         heads = x.reshape(len(x), -1, op.head_dim).copy()
@@ -214,9 +255,10 @@ class ReferenceExecutor:
             scores = op.softcap * np.tanh(scores / op.softcap)
         scores = scores + bias
         scores = np.where(mask, scores, -np.inf)
-        top = np.max(scores, axis=-1, keepdims=True, initial=-1e300)
+        sinks = self._weights[op.sinks.name][:, None, None] if op.sinks else np.float64(-np.inf)
+        top = np.maximum(np.max(scores, axis=-1, keepdims=True, initial=-1e300), sinks)
         weights = np.exp(scores - top)
-        total = weights.sum(axis=-1, keepdims=True)
+        total = weights.sum(axis=-1, keepdims=True) + np.exp(sinks - top)
         weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
         mixed: Float32Array = np.einsum("hrs,shd->rhd", weights, v).astype(np.float32)
         return mixed
@@ -224,9 +266,12 @@ class ReferenceExecutor:
     @_apply.register
     def _(self, op: Activate, run: _Run) -> Float32Array:
         x = run.values[op.x.name].astype(np.float64)
+        times = None if op.times is None else run.values[op.times.name]
+        if op.activation == "clamped_silu":
+            x, times = np.minimum(x, 7.0), None if times is None else np.clip(times, -7.0, 7.0) + 1.0
         y = _ACTIVATIONS[op.activation](x)
-        if op.times is not None:
-            y = y * run.values[op.times.name]
+        if times is not None:
+            y = y * times
         return y.astype(np.float32)
 
     @_apply.register
@@ -256,8 +301,14 @@ def _gelu_tanh(x: Float64Array) -> Float64Array:
     return y
 
 
+def _swish(x: Float64Array) -> Float64Array:
+    y: Float64Array = x / (1 + np.exp(-1.702 * x))
+    return y
+
+
 _ACTIVATIONS: dict[str, Callable[[Float64Array], Float64Array]] = {
     "silu": _silu,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
+    "clamped_silu": _swish,
 }

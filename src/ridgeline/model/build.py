@@ -9,7 +9,9 @@ from ridgeline.model.program import (
     Activate,
     Add,
     Attention,
+    Combine,
     Embed,
+    ExpertLinear,
     Kind,
     Linear,
     MemoryGroup,
@@ -17,6 +19,7 @@ from ridgeline.model.program import (
     Operation,
     Program,
     Rope,
+    Route,
     Sample,
     Select,
     Softcap,
@@ -24,7 +27,14 @@ from ridgeline.model.program import (
     Value,
     Weight,
 )
-from ridgeline.model.spec import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec, NormSpec
+from ridgeline.model.spec import (
+    AttentionSpec,
+    ExpertsSpec,
+    FeedForwardSpec,
+    LayerSpec,
+    ModelSpec,
+    NormSpec,
+)
 
 Op = TypeVar("Op", bound=Operation)
 
@@ -115,7 +125,10 @@ def _layer(build: _Builder, stream: Value, layer: LayerSpec, index: int, group: 
     x = normed(x, "post_attention", layer.post_norms)
     stream = build.add(stream, x, f"{prefix}.attention_sum")
     x = beside if layer.parallel else normed(stream, "feed_forward", layer.pre_norms)
-    x = _feed_forward(build, x, layer.feed_forward, prefix)
+    if isinstance(layer.feed_forward, ExpertsSpec):
+        x = _experts(build, x, layer.feed_forward, prefix)
+    else:
+        x = _feed_forward(build, x, layer.feed_forward, prefix)
     x = normed(x, "post_feed_forward", layer.post_norms)
     return build.add(stream, x, f"{prefix}.feed_forward_sum")
 
@@ -147,6 +160,7 @@ def _attention(build: _Builder, x: Value, spec: AttentionSpec, index: int, group
             spec.scale,
             spec.window,
             spec.softcap,
+            Weight(f"{prefix}.sinks", (spec.heads,)) if spec.sinks else None,
         )
     )
     return build.linear(mixed, f"{prefix}.o", build.spec.hidden, spec.output_bias)
@@ -160,3 +174,33 @@ def _feed_forward(build: _Builder, x: Value, spec: FeedForwardSpec, prefix: str)
     name = f"{prefix}.activation"
     mixed = build.append(Activate(replace(up, name=name), source, spec.activation, times))
     return build.linear(mixed, f"{prefix}.down", build.spec.hidden, spec.bias)
+
+
+def _experts(build: _Builder, x: Value, spec: ExpertsSpec, prefix: str) -> Value:
+    """The experts' weights are named as those of a feed-forward, with `experts.` before."""
+    shared_gate = Weight(f"{prefix}.shared_gate", (1, x.width)) if spec.shared else None
+    routes = build.append(
+        Route(
+            Value(f"{prefix}.routes", "routes", 2 * spec.chosen + (shared_gate is not None)),
+            x,
+            Weight(f"{prefix}.router", (spec.count, x.width)),
+            spec.chosen,
+            spec.renormalise,
+            Weight(f"{prefix}.router.bias", (spec.count,)) if spec.router_bias else None,
+            shared_gate,
+        )
+    )
+
+    def each(x: Value, part: str, width: int) -> Value:
+        name = f"{prefix}.experts.{part}"
+        bias = Weight(f"{name}.bias", (spec.count, width)) if spec.expert.bias else None
+        weight = Weight(name, (spec.count, width, x.width))
+        out = Value(name, "f32", width, experts=spec.chosen)
+        return build.append(ExpertLinear(out, x, routes, weight, bias))
+
+    gate, up = each(x, "gate", spec.expert.width), each(x, "up", spec.expert.width)
+    name = f"{prefix}.experts.activation"
+    mixed = build.append(Activate(replace(up, name=name), gate, spec.expert.activation, up))
+    down = each(mixed, "down", build.spec.hidden)
+    shared = _feed_forward(build, x, spec.shared, f"{prefix}.shared") if spec.shared else None
+    return build.append(Combine(replace(x, name=f"{prefix}.experts"), down, routes, shared))

@@ -14,22 +14,27 @@ from typing import Literal
 from ridgeline.model.spec import Activation, NormSpec, RopeSpec
 from ridgeline.types import Step, Work
 
-Kind = Literal["tokens", "positions", "f32", "bf16", "A8-g32", "kv", "logits", "drawn"]
+Kind = Literal["tokens", "positions", "f32", "bf16", "A8-g32", "kv", "routes", "logits", "drawn"]
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """The result of one operation: `width` numbers for each row, or for each wanted row if `selected`."""
+    """The result of one operation: `width` numbers for each row, or for each wanted row if `selected`.
+
+    Of what experts compute, a row has one result for each of its `experts`, in the order of their scores.
+    """
 
     name: str
     kind: Kind
     width: int
     selected: bool = False
+    experts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A reference to a weight by its canonical name; `shape` is (out, in) or (width,)."""
+    """A reference to a weight by its canonical name; `shape` is (out, in) or (width,), of experts
+    (experts, out, in) or (experts, width)."""
 
     name: str
     shape: tuple[int, ...]
@@ -74,7 +79,12 @@ class StepLoad:
         return cls(step.rows, step.outputs, tuple(c[0] for c in counts), tuple(c[1] for c in counts))
 
     def rows_of(self, value: Value) -> int:
-        return self.outputs if value.selected else self.rows
+        return (self.outputs if value.selected else self.rows) * value.experts
+
+    def experts_used(self, count: int, chosen: int) -> float:
+        """The share of `count` experts that the rows are expected to use, if they choose evenly. There can be
+        more: min(count, rows * chosen)."""
+        return 1 - (1 - chosen / count) ** self.rows
 
 
 def _visible(step: Step, window: int | None) -> tuple[int, int]:
@@ -199,6 +209,66 @@ class Linear(Operation):
 
 
 @dataclass(frozen=True, slots=True)
+class Route(Operation):
+    """Choose the experts of each row: the `chosen` largest softmax scores of router x + bias.
+
+    `out` holds, for each row, the chosen experts in descending order of their scores, ties in ascending order
+    of experts; their scores, divided by their sum where `renormalise`; and, with a `shared_gate` of shape
+    (1, width), the sigmoid of its product with x. Everything is float32, whatever the weights' formats.
+    """
+
+    x: Value
+    router: Weight
+    chosen: int
+    renormalise: bool
+    bias: Weight | None = None
+    shared_gate: Weight | None = None
+
+    @property
+    def count(self) -> int:
+        """Experts to choose from."""
+        return self.router.shape[0]
+
+    def work(self, load: StepLoad) -> Work:
+        products = self.count + (self.shared_gate is not None)
+        return Work(fp32_flops=load.rows_of(self.x) * (2 * products * self.x.width + 3 * self.count))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLinear(Operation):
+    """W_e x + b_e for each expert e of a row's routes. Where x has as many results as a row has experts, each
+    expert reads its own."""
+
+    x: Value
+    routes: Value
+    weight: Weight
+    bias: Weight | None = None
+
+    @property
+    def count(self) -> int:
+        """Experts there are; a row has `out.experts` of them."""
+        return self.weight.shape[0]
+
+    def work(self, load: StepLoad) -> Work:
+        ops = 2 * load.rows_of(self.out) * self.weight.shape[1] * self.weight.shape[2]
+        return _work_in(self.x.kind, ops)
+
+
+@dataclass(frozen=True, slots=True)
+class Combine(Operation):
+    """The sum of what a row's experts gave, each times its score, in the order of the routes; then of
+    `shared` times the routes' last number where that is given."""
+
+    x: Value
+    routes: Value
+    shared: Value | None = None
+
+    def work(self, load: StepLoad) -> Work:
+        terms = self.x.experts + (self.shared is not None)
+        return Work(fp32_flops=2 * terms * load.rows_of(self.out) * self.out.width)
+
+
+@dataclass(frozen=True, slots=True)
 class Rope(Operation):
     """Turn the leading pairs of each head by the row's rotary position."""
 
@@ -228,6 +298,7 @@ class Attention(Operation):
     """Scaled dot-product attention over the stored keys and values, the row's own included.
 
     With `softcap`, a scaled score s becomes softcap * tanh(s / softcap) before a segment's bias is added.
+    `sinks`, of shape (heads,), are scores that take part in each head's softmax and have no value.
     """
 
     query: Value
@@ -240,6 +311,7 @@ class Attention(Operation):
     scale: float
     window: int | None = None
     softcap: float | None = None
+    sinks: Weight | None = None
 
     def work(self, load: StepLoad) -> Work:
         pairs = self.heads * load.pairs[self.group]
@@ -249,7 +321,7 @@ class Attention(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Activate(Operation):
-    """act(x), times `times` where that is given."""
+    """act(x), times `times` where that is given (`spec.Activation` has the exception)."""
 
     x: Value
     activation: Activation

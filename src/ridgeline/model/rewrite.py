@@ -6,7 +6,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ridgeline.model.program import Attention, Kind, Linear, Operation, Program, Quantise, Value
+from ridgeline.model.program import (
+    Attention,
+    ExpertLinear,
+    Kind,
+    Linear,
+    Operation,
+    Program,
+    Quantise,
+    Value,
+)
 from ridgeline.precision.formats import Format
 
 _KINDS: dict[int, Kind] = {8: "A8-g32", 16: "bf16"}
@@ -32,7 +41,7 @@ def with_precision(program: Program, formats: Mapping[str, Format]) -> Program:
         return quantised[x.name, bits]
 
     for op in program.operations:
-        if isinstance(op, Linear):
+        if isinstance(op, Linear | ExpertLinear):
             op = replace(op, x=narrowed(op.x, formats[op.weight.name].activation_bits))
         elif isinstance(op, Attention):
             op = replace(op, query=narrowed(op.query, query_bits))

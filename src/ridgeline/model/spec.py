@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["silu", "gelu", "gelu_tanh"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "clamped_silu"]
+"""`clamped_silu` is only used gated: with g = min(gate, 7) it is g sigmoid(1.702 g) (clip(up, -7, 7) + 1)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,9 @@ class RopeSpec:
 class AttentionSpec:
     """Grouped-query attention. `window` w lets a row see the last w positions, its own included.
 
-    `softcap` bounds scores: cap * tanh(score / cap). `qk_norm` is an RMS norm of queries and keys over each
-    head, or over all heads together where `qk_norm_whole`.
+    `softcap` bounds scores: cap * tanh(score / cap). With `sinks`, each head has one more score, a weight,
+    that takes its share of the softmax and gives nothing. `qk_norm` is an RMS norm of queries and keys over
+    each head, or over all heads together where `qk_norm_whole`.
     """
 
     heads: int
@@ -56,6 +58,7 @@ class AttentionSpec:
     rope: RopeSpec | None
     window: int | None = None
     softcap: float | None = None
+    sinks: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False
     qkv_bias: bool = False
@@ -73,6 +76,23 @@ class FeedForwardSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """Many gated feed-forwards, of which each row passes through the `chosen` with the largest scores.
+
+    Scores are the softmax over all experts of a linear of the row, with a bias where `router_bias`; ties go
+    to the lower expert. Outputs are summed with the chosen scores, scaled to sum to 1 where `renormalise`.
+    A `shared` feed-forward sees every row; its output is weighed with the sigmoid of a linear of the row.
+    """
+
+    count: int
+    chosen: int
+    expert: FeedForwardSpec
+    renormalise: bool = True
+    router_bias: bool = False
+    shared: FeedForwardSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """Attention and feed-forward, each added to the stream.
 
@@ -82,7 +102,7 @@ class LayerSpec:
     """
 
     attention: AttentionSpec
-    feed_forward: FeedForwardSpec
+    feed_forward: FeedForwardSpec | ExpertsSpec
     pre_norms: bool = True
     post_norms: bool = False
     parallel: bool = False

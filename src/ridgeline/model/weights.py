@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from ridgeline.model.checkpoint import Checkpoint
 from ridgeline.model.families import family_of
 from ridgeline.model.families.family import Family, Source
-from ridgeline.model.program import Embed, Linear, Program
+from ridgeline.model.program import Embed, ExpertLinear, Linear, Program
 from ridgeline.model.spec import ModelSpec
 from ridgeline.precision.formats import Format, auto_format, parse_format
 from ridgeline.precision.quantise import quantise_tensor, storage_of
@@ -55,7 +55,7 @@ class Weights:
         fmt = self.formats[name]
         if held.storage.name in fmt.storages:
             return held
-        return recode(held, fmt) or quantise_tensor(held, fmt, self._sources[name].tensor)
+        return recode(held, fmt) or quantise_tensor(held, fmt, self._sources[name].tensors[0])
 
     def vector(self, name: str) -> Float32Array:
         """A norm's gain, a bias or a table of positions, in float32 and in memory of its own."""
@@ -70,44 +70,51 @@ class Weights:
 
     def release(self, name: str) -> None:
         """The tensor behind `name` has been packed: its pages of the file need not stay in memory."""
-        self._checkpoint.release(self._sources[name].tensor)
+        for tensor in self._sources[name].tensors:
+            self._checkpoint.release(tensor)
 
     def close(self) -> None:
         self._checkpoint.close()
 
     def _read(self, name: str) -> Tensor:
         source = self._sources[name]
-        tensor = self._checkpoint.tensor(source.tensor)
-        check_finite(tensor, source.tensor)
-        return source.apply(tensor)
+        tensors = [self._checkpoint.tensor(tensor) for tensor in source.tensors]
+        for tensor, held in zip(source.tensors, tensors, strict=True):
+            check_finite(held, tensor)
+        return source.apply(tensors)
 
     def _format(self, name: str, choice: str, device: str) -> Format:
         if choice != "auto":
             return parse_format(choice)
-        return auto_format(self._checkpoint.tensors[self._sources[name].tensor].storage, device)
+        return auto_format(self._held(name), device)
+
+    def _held(self, name: str) -> str:
+        """The storage that the file has a weight in; of experts, that of the first."""
+        return self._checkpoint.tensors[self._sources[name].tensors[0]].storage
 
     def _nbytes(self, name: str) -> int:
         shape = self._shapes[name]
         if name not in self.formats:
             return 4 * math.prod(shape)
-        held = self._checkpoint.tensors[self._sources[name].tensor].storage
+        held = self._held(name)
         fmt = self.formats[name]
         storage = STORAGES[held] if held in fmt.storages else storage_of(fmt)
         return math.prod(shape[:-1]) * storage.row_bytes(shape[-1])
 
     def _check_shapes(self) -> None:
         for name, source in self._sources.items():
-            stored = self._checkpoint.tensors[source.tensor].shape
             expected = source.stored_shape(self._shapes[name])
-            if stored != expected:
-                raise CheckpointError(
-                    f"tensor {source.tensor!r} has shape {stored}; the model's metadata asks for {expected}"
-                )
+            for tensor in source.tensors:
+                stored = self._checkpoint.tensors[tensor].shape
+                if stored != expected:
+                    raise CheckpointError(
+                        f"tensor {tensor!r} has shape {stored}; the model's metadata asks for {expected}"
+                    )
 
 
 def _matrices(program: Program) -> set[str]:
-    """Weights of linears and of token embeddings: those that a format is chosen for."""
-    linears = {op.weight.name for op in program.operations if isinstance(op, Linear)}
+    """Weights of linears, experts' too, and of token embeddings: those that a format is chosen for."""
+    linears = {op.weight.name for op in program.operations if isinstance(op, Linear | ExpertLinear)}
     tables = {op.table.name for op in program.operations if isinstance(op, Embed) and op.ids.kind == "tokens"}
     return linears | tables
 
@@ -122,7 +129,7 @@ def _sources(
     for name in shapes:
         plain = Source(_tensor_name(family, gguf, prefix, name))
         sources[name] = family.source(spec, checkpoint.kind, name, plain)
-    used = {source.tensor for source in sources.values()}
+    used = {tensor for source in sources.values() for tensor in source.tensors}
     _complain("is missing", sorted(used - set(checkpoint.tensors)))
     if spec.tied_head:  # a file may store the tied matrix twice
         used.add(_tensor_name(family, gguf, prefix, "head"))

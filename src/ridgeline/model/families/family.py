@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,9 +17,11 @@ from ridgeline.precision.storage import Tensor, float32_tensor
 class Source:
     """Where a canonical weight lies in a checkpoint, and how to turn what lies there into our orientation.
 
-    In this order: transpose, take `rows` (start, stop) of a tensor that fuses `fused_rows`, or of each of its
-    `row_groups` groups of equal size, undo the interleaving of rotary pairs within each of
-    `interleaved_heads` heads, add `offset`, multiply by `factor`.
+    A weight of `experts` is one tensor with a dimension for them in front, or a tensor of each where the name
+    holds `{e}`; what follows is done to each of them. In this order: transpose, take `rows` (start, stop) of
+    a tensor that fuses `fused_rows`, or of each of its `row_groups` groups of equal size, undo the
+    interleaving of rotary pairs within each of `interleaved_heads` heads, add `offset`, multiply by
+    `factor`.
     """
 
     tensor: str
@@ -30,13 +32,33 @@ class Source:
     interleaved_heads: int | None = None
     offset: float = 0.0
     factor: float = 1.0
+    experts: int | None = None
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the file's tensors."""
+        if self.experts is None or "{e}" not in self.tensor:
+            return (self.tensor,)
+        return tuple(self.tensor.replace("{e}", str(expert)) for expert in range(self.experts))
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that the file's tensor must have to give a weight of the canonical `shape`."""
+        """The shape that each of the file's tensors must have to give a weight of the canonical `shape`."""
+        if self.experts is not None:
+            one = replace(self, experts=None).stored_shape(shape[1:])
+            return one if "{e}" in self.tensor else (self.experts, *one)
         stored = (self.fused_rows or shape[0], *shape[1:])
         return stored[::-1] if self.transposed else stored
 
-    def apply(self, tensor: Tensor) -> Tensor:
+    def apply(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The weight, from the file's tensors."""
+        if self.experts is None:
+            return self._apply_to_one(tensors[0])
+        if len(tensors) == 1 and replace(self, experts=None) == Source(self.tensor):
+            return tensors[0]
+        each = tensors if len(tensors) > 1 else [_entry(tensors[0], i) for i in range(self.experts)]
+        return _stacked([self._apply_to_one(tensor) for tensor in each])
+
+    def _apply_to_one(self, tensor: Tensor) -> Tensor:
         if len(tensor.shape) == 1:  # entries of a vector can only be picked once they are decoded
             tensor = float32_tensor(tensor.dequantise())
         if self.transposed:
@@ -53,6 +75,22 @@ class Source:
         if self.factor != 1.0:
             tensor = float32_tensor(tensor.dequantise() * np.float32(self.factor))
         return tensor
+
+
+def _entry(tensor: Tensor, index: int) -> Tensor:
+    """One entry of the first dimension, without it."""
+    entry = tensor.rows(slice(index, index + 1))
+    return Tensor(entry.storage, entry.shape[1:], entry.data)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape along a new first dimension, in float32 if their storages differ."""
+    if len({tensor.storage.name for tensor in tensors}) > 1:
+        tensors = [float32_tensor(tensor.dequantise()) for tensor in tensors]
+    first = tensors[0]
+    return Tensor(
+        first.storage, (len(tensors), *first.shape), np.concatenate([tensor.data for tensor in tensors])
+    )
 
 
 def _of_each(rows: int, groups: int, part: slice) -> np.ndarray[tuple[int], np.dtype[np.intp]]:

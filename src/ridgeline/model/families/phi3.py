@@ -18,7 +18,7 @@ from ridgeline.model.families.decoder import (
 from ridgeline.model.families.family import Family, Source, layer_of
 from ridgeline.model.families.fields import Fields
 from ridgeline.model.families.rope import LONG_FACTORS, SHORT_FACTORS
-from ridgeline.model.spec import ModelSpec
+from ridgeline.model.spec import FeedForwardSpec, ModelSpec
 
 _TRAITS = Traits("phi3", eps=1e-5, context=4096, biases="none", rotary=1.0)
 _QKV = ("blk.{i}.attn_qkv", "model.layers.{i}.self_attn.qkv_proj")
@@ -45,6 +45,7 @@ def source(spec: ModelSpec, kind: Kind, name: str, plain: Source) -> Source:
         return plain
     layer = layer_of(spec, name)
     if part in ("gate", "up"):
+        assert isinstance(layer.feed_forward, FeedForwardSpec)
         width = layer.feed_forward.width
         start = width if part == "up" else 0
         return replace(plain, rows=(start, start + width), fused_rows=2 * width)
