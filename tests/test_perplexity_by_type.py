@@ -14,13 +14,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
-from compare_perplexity import TYPES, compare  # noqa: E402
+from compare_perplexity import TYPES, compare
 
 RUINED = {"TQ1_0": 0.5, "TQ2_0": 0.5}
 """Types that destroy this model, whose perplexity then says little: how far the two may be apart."""
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("type_name", TYPES)
 def test_perplexity_is_that_of_llama_cpp(type_name: str, default_model_path: Path, wiki_text: Path) -> None:
     python = os.environ.get("RIDGELINE_LLAMA_PYTHON", sys.executable)
