@@ -197,6 +197,10 @@ class Engine:
                 self._retire(choice)
         return self._finish(state)
 
+    def has_begun(self, request_id: str) -> bool:
+        """Whether any row of a request that is under way has been planned."""
+        return any(choice.sequence.computed for choice in self._requests[request_id].choices)
+
     def _check(self, tokens: tuple[int, ...], params: SamplingParams) -> int:
         """Refuse what cannot be served; returns the most tokens that a sequence of the request may have."""
         context = self.model.max_model_len

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -33,13 +34,15 @@ _SHORTEST_CONTEXT = 256
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """Everything that the API needs of one model. `chat_template` is None for a model without one;
-    `sampling_defaults` apply where a caller gives no parameters."""
+    `sampling_defaults` apply where a caller gives no parameters; `formats` counts the matrices that run in
+    each number format."""
 
     config: EngineConfig
     engine: Engine
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     sampling_defaults: SamplingParams
+    formats: Mapping[str, int]
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's token ids; a text gets the special tokens that the model begins with."""
@@ -136,7 +139,8 @@ def load_engine(config: EngineConfig) -> LoadedModel:
     ends = frozenset(token for token in tokenizer.eos_ids if token < spec.vocabulary)
     facts = ModelFacts(spec.vocabulary, config.max_model_len, ends, tokenizer.bos_id)
     engine = Engine(executor, handle, scheduler, facts, tokenizer.detokenizer, config.seed)
-    return LoadedModel(config, engine, tokenizer, template, defaults)
+    formats = Counter(fmt.name for fmt in weights.formats.values())
+    return LoadedModel(config, engine, tokenizer, template, defaults, formats)
 
 
 def settled(

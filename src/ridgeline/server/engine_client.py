@@ -1,0 +1,347 @@
+"""The server's side of the engine process: it is started here, watched, and started again when it dies.
+
+One task keeps the process; everybody else sees requests: `submit` gives a stream of what the engine says of
+one. When the process dies, every open stream ends with EngineDeadError, and new ones are refused until there
+is a process again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import secrets
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ridgeline.config import EngineConfig
+from ridgeline.server.messages import (
+    EVENTS,
+    Abort,
+    Add,
+    Event,
+    Failed,
+    FrameError,
+    Hello,
+    Message,
+    ModelCard,
+    Piece,
+    Pieces,
+    Pulse,
+    Ready,
+    Refused,
+    Start,
+    frame,
+    read_frame,
+)
+from ridgeline.types import CapacityError, EngineDeadError, RequestError, SamplingParams
+
+logger = logging.getLogger("ridgeline.server")
+
+State = Literal["loading", "ready", "stuck", "restarting", "failed", "closed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long the server waits for what."""
+
+    pulse_s: float = 3.0  # without a sign of life, the engine counts as stuck
+    step_s: float = 10.0  # a step may always take this long
+    step_factor: float = 20.0  # and this many times the longest of the recent ones
+    kill_s: float = 120.0  # stuck for so long, the process is killed
+    first_backoff_s: float = 0.5
+    longest_backoff_s: float = 30.0
+    calm_s: float = 60.0  # a process that lived so long is restarted without back-off
+
+
+class ExpiredError(RequestError):
+    """A request waited in the queue past its deadline and was never begun."""
+
+
+class EngineStream:
+    """What the engine says of one request. At most `limit` pieces wait for a slow reader; then the request is
+    aborted and the reader gets CapacityError."""
+
+    def __init__(self, client: EngineClient, number: int, limit: int) -> None:
+        self.number = number
+        self._client = client
+        self._limit = limit
+        self._pieces: list[Piece] = []
+        self._ended = False
+        self._error: Exception | None = None
+        self._arrived = asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[list[Piece]]:
+        """Lists of pieces until the request has ended. Raises RequestError, ExpiredError, EngineDeadError and
+        CapacityError; leaving it before its end aborts the request."""
+        try:
+            while True:
+                await self._arrived.wait()
+                self._arrived.clear()
+                pieces, self._pieces = self._pieces, []
+                if pieces:
+                    yield pieces
+                if self._error is not None:
+                    raise self._error
+                if self._ended and not self._pieces:
+                    return
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """End the request within a step, if it has not ended. Idempotent."""
+        self._client.forget(self)
+
+    def take(self, piece: Piece) -> None:
+        self._pieces.append(piece)
+        self._arrived.set()
+        if len(self._pieces) > self._limit:
+            self.fail(
+                CapacityError(f"the reader is {len(self._pieces)} tokens behind; the request was ended")
+            )
+            self._pieces.clear()
+            self.abort()
+
+    def end(self) -> None:
+        self._ended = True
+        self._arrived.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._arrived.set()
+
+
+class EngineClient:
+    """Owns the engine process and the folder with its socket. Belongs to one event loop.
+
+    `pieces_limit` bounds what waits for a slow reader. `on_event` hears of every event, for metrics.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        patience: Patience | None = None,
+        pieces_limit: int = 4096,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self.state: State = "loading"
+        self.card: ModelCard | None = None
+        self.pulse: Pulse | None = None
+        self.restarts = 0
+        self.failure = ""
+        self._config = config
+        self._patience = patience or Patience()
+        self._pieces_limit = pieces_limit
+        self._on_event = on_event
+        self._numbers = itertools.count()
+        self._streams: dict[int, EngineStream] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._heard_s = 0.0
+        self._settled = asyncio.Event()  # ready once, or failed for good
+        self._task: asyncio.Task[None] | None = None
+
+    # -------------------------------------------------------------------------------------- requests
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._streams)
+
+    def submit(
+        self,
+        tokens: Sequence[int],
+        params: SamplingParams,
+        stream: bool = True,
+        deadline_s: float | None = None,
+    ) -> EngineStream:
+        """Begin a request. Raises EngineDeadError while there is no engine to begin it on."""
+        if self.state not in ("ready", "stuck"):
+            raise EngineDeadError(f"the engine is {self.state}; accepted: requests once it is ready")
+        held = EngineStream(self, next(self._numbers), self._pieces_limit)
+        self._streams[held.number] = held
+        self._send(Add(held.number, tuple(tokens), params, stream, deadline_s))
+        return held
+
+    def forget(self, stream: EngineStream) -> None:
+        """Abort a request that is still open, and tell its stream nothing more."""
+        if self._streams.pop(stream.number, None) is not None:
+            self._send(Abort(stream.number))
+
+    def _send(self, message: Message) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(frame(message))
+
+    # ----------------------------------------------------------------------------- life of the process
+
+    async def start(self) -> ModelCard:
+        """Start the process and wait until the model is loaded. Raises EngineDeadError with the cause when it
+        cannot be."""
+        self._task = asyncio.create_task(self._keep(), name="engine")
+        await self._settled.wait()
+        if self.card is None:
+            raise EngineDeadError(self.failure)
+        return self.card
+
+    async def close(self) -> None:
+        """End the process; open streams end with EngineDeadError. Idempotent."""
+        self.state = "closed"
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._end_streams("the server is closing")
+
+    async def _keep(self) -> None:
+        """Run one process after the other."""
+        patience, backoff_s = self._patience, self._patience.first_backoff_s
+        while True:
+            began_s = time.monotonic()
+            try:
+                last_words = await self._run_once()
+            finally:
+                self._writer = None
+                await self._reap()
+            self._end_streams(last_words or "the engine process died")
+            if self.card is None:  # it never was ready: the same would happen again
+                self.state, self.failure = "failed", last_words or "the engine process died while loading"
+                self._settled.set()
+                return
+            self.state = "restarting"
+            self.restarts += 1
+            if time.monotonic() - began_s > patience.calm_s:
+                backoff_s = patience.first_backoff_s
+            logger.error("engine died (%s); starting it again in %.1f s", last_words or "no cause", backoff_s)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, patience.longest_backoff_s)
+
+    async def _run_once(self) -> str:
+        """Start a process and listen to it until it is gone; its last words, or none."""
+        with tempfile.TemporaryDirectory(prefix="ridgeline-") as folder:  # its mode is 0700
+            path = str(Path(folder) / "engine.sock")
+            secret = secrets.token_hex(16)
+            connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+            connected = asyncio.get_running_loop().create_future()
+            before = os.umask(0o177)
+            try:
+                server = await asyncio.start_unix_server(_doorkeeper(secret, connected), path)
+            finally:
+                os.umask(before)
+            async with server:
+                self._process = await self._spawn(Start(path, secret, asdict(self._config)))
+                died = asyncio.create_task(self._process.wait())
+                first: set[asyncio.Future[Any]] = {connected, died}
+                await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+                if not connected.done():
+                    connected.cancel()
+                    return ""
+                reader, writer = connected.result()
+                died.cancel()
+                self._writer, self._heard_s = writer, time.monotonic()
+                watch = asyncio.create_task(self._watch(self._process))
+                try:
+                    return await self._listen(reader)
+                finally:
+                    watch.cancel()
+                    writer.close()
+
+    async def _spawn(self, start: Start) -> asyncio.subprocess.Process:
+        """A process in a session of its own: a Ctrl-C at the terminal is the server's to handle."""
+        command = (sys.executable, "-m", "ridgeline.server.engine_process")
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.PIPE, start_new_session=True
+        )
+        assert process.stdin is not None
+        process.stdin.write(frame(start)[4:])
+        process.stdin.close()
+        return process
+
+    async def _reap(self) -> None:
+        """Make sure that the process is gone. Its socket is closed, which ends it; a stuck one is killed."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+        self._process = None
+
+    async def _listen(self, reader: asyncio.StreamReader) -> str:
+        last_words = ""
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                try:
+                    event = await read_frame(reader, EVENTS)
+                except FrameError as error:
+                    return f"the engine said {error}"
+                self._heard_s = time.monotonic()
+                if isinstance(event, Failed):
+                    last_words = event.message
+                self._hear(event)
+        return last_words
+
+    def _hear(self, event: Event) -> None:
+        self._on_event(event)
+        if isinstance(event, Pieces):
+            for piece in event.pieces:
+                if (stream := self._streams.get(piece.id)) is not None:
+                    stream.take(piece)
+            for number in event.ended:
+                if (stream := self._streams.pop(number, None)) is not None:
+                    stream.end()
+        elif isinstance(event, Refused):
+            if (stream := self._streams.pop(event.id, None)) is not None:
+                stream.fail((ExpiredError if event.expired else RequestError)(event.message))
+        elif isinstance(event, Pulse):
+            self.pulse = event
+        elif isinstance(event, Ready):
+            self.card, self.state = event.card, "ready"
+            self._settled.set()
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Notice a process that does not live on: no pulse, or a step far longer than those before."""
+        patience, stuck_since_s = self._patience, 0.0
+        while True:
+            await asyncio.sleep(patience.pulse_s / 4)
+            if self.state not in ("ready", "stuck"):
+                continue
+            silent_s, pulse = time.monotonic() - self._heard_s, self.pulse
+            limit_s = max(patience.step_s, patience.step_factor * pulse.usual_step_s) if pulse else 0.0
+            if silent_s <= patience.pulse_s and (pulse is None or pulse.step_age_s <= limit_s):
+                self.state = "ready"
+                continue
+            if self.state == "ready":
+                self.state, stuck_since_s = "stuck", time.monotonic()
+                requests = sorted(self._streams) if pulse is None else pulse.in_step
+                logger.error("engine makes no progress; requests in its step: %s", list(requests))
+            elif time.monotonic() - stuck_since_s > patience.kill_s:
+                process.kill()
+
+    def _end_streams(self, cause: str) -> None:
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.fail(EngineDeadError(f"engine stopped: {cause}"))
+
+
+def _doorkeeper(
+    secret: str, connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+    """Lets in the first connection that says the secret; every other one is closed."""
+
+    async def welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            hello = await asyncio.wait_for(read_frame(reader, EVENTS), 10)
+        except (FrameError, asyncio.IncompleteReadError, TimeoutError, ConnectionError):
+            hello = None
+        known = isinstance(hello, Hello) and secrets.compare_digest(hello.secret, secret)
+        if known and not connected.done():
+            connected.set_result((reader, writer))
+        else:
+            writer.close()
+
+    return welcome

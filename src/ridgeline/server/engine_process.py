@@ -1,0 +1,230 @@
+"""The engine's own process: it alone holds the model. The server starts it, and it ends with the server.
+
+    python -m ridgeline.server.engine_process     (told what to do on its standard input)
+
+Three threads: one loads the model and then steps the engine, one reads commands, one tells every now and then
+that the process lives and how long the step under way has taken.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from setproctitle import setproctitle
+
+from ridgeline.config import EngineConfig
+from ridgeline.engine import Engine
+from ridgeline.loading import LoadedModel, load_engine
+from ridgeline.server.messages import (
+    COMMANDS,
+    START,
+    Abort,
+    Add,
+    Command,
+    Failed,
+    FrameError,
+    Hello,
+    Message,
+    ModelCard,
+    Piece,
+    Pieces,
+    Pulse,
+    Ready,
+    Refused,
+    Start,
+    frame,
+    receive_frame,
+)
+from ridgeline.types import Request, RequestOutput, RidgelineError
+
+PULSE_S = 0.2
+_RECENT_STEPS = 64
+
+
+class EngineWorker:
+    """Steps an engine on the commands of one server, and tells it what comes of them.
+
+    `tell` may be called from several threads. Everything else belongs to the thread that runs `serve`.
+    """
+
+    def __init__(
+        self, engine: Engine, commands: queue.SimpleQueue[Command], tell: Callable[[Message], None]
+    ) -> None:
+        self._commands = commands
+        self._engine = engine
+        self._tell = tell
+        self._told: dict[int, list[tuple[int, int]]] = {}  # characters and tokens of each choice
+        self._deadlines: dict[int, float] = {}  # of requests that have not begun
+        self._step_began_s: float | None = None
+        self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._steps = 0
+
+    def serve(self) -> None:
+        """Until the process ends: commands first, then a step."""
+        while True:
+            if not self._engine.has_work:
+                self._obey(self._commands.get())
+            while not self._commands.empty():
+                self._obey(self._commands.get())
+            self.step()
+
+    def step(self) -> None:
+        """One step of the engine, and its outcome to the server."""
+        if self._deadlines:
+            self._expire(time.monotonic())
+        self._step_began_s = began_s = time.monotonic()
+        outputs = self._engine.step()
+        self._step_began_s = None
+        self._recent.append(time.monotonic() - began_s)
+        self._steps += 1
+        if outputs:
+            self._tell(self._pieces(outputs))
+
+    def pulse(self) -> Pulse:
+        """How things stand; asked from another thread, so that its numbers may be of different moments."""
+        began_s, scheduler = self._step_began_s, self._engine.scheduler
+        running, pools = list(scheduler.running), scheduler.cache.pools
+        used = max((pool.used_pages / pool.pages for pool in pools if pool.pages), default=0.0)
+        return Pulse(
+            step_age_s=0.0 if began_s is None else time.monotonic() - began_s,
+            usual_step_s=max(list(self._recent), default=0.0),
+            in_step=() if began_s is None else tuple(dict(self._told)),
+            steps=self._steps,
+            running=len(running),
+            waiting=len(scheduler.waiting),
+            kv_used=used,
+        )
+
+    def _obey(self, command: Command) -> None:
+        if isinstance(command, Add):
+            self._add(command)
+        elif isinstance(command, Abort) and command.id in self._told:
+            self._forget(command.id)
+            self._engine.abort(str(command.id))
+
+    def _add(self, command: Add) -> None:
+        try:
+            self._engine.add(Request(str(command.id), command.tokens, command.params), stream=command.stream)
+        except Exception as error:  # what is wrong with one request must not end the others
+            self._tell(Refused(command.id, str(error)))
+            return
+        self._told[command.id] = [(0, 0)] * command.params.n
+        if command.deadline_s is not None:
+            self._deadlines[command.id] = command.deadline_s
+
+    def _expire(self, now_s: float) -> None:
+        for request, deadline_s in list(self._deadlines.items()):
+            if self._engine.has_begun(str(request)):
+                del self._deadlines[request]
+            elif now_s > deadline_s:
+                self._forget(request)
+                self._engine.abort(str(request))
+                self._tell(Refused(request, "the request waited longer than it may", expired=True))
+
+    def _forget(self, request: int) -> None:
+        del self._told[request]
+        self._deadlines.pop(request, None)
+
+    def _pieces(self, outputs: Sequence[RequestOutput]) -> Pieces:
+        """What is new in each request's state."""
+        pieces, ended = [], []
+        for output in outputs:
+            request = int(output.request_id)
+            told = self._told[request]
+            for choice in output.outputs:
+                characters, tokens = told[choice.index]
+                if choice.finish_reason is None and len(choice.token_ids) == tokens:
+                    continue
+                told[choice.index] = (len(choice.text), len(choice.token_ids))
+                logprobs = choice.logprobs[tokens:] if choice.logprobs is not None else None
+                text, new = choice.text[characters:], choice.token_ids[tokens:]
+                piece = Piece(
+                    request, choice.index, text, new, logprobs, choice.finish_reason, choice.stop_reason
+                )
+                pieces.append(piece)
+            if output.finished:
+                ended.append(request)
+                self._forget(request)
+        return Pieces(tuple(pieces), tuple(ended))
+
+
+def card_of(loaded: LoadedModel) -> ModelCard:
+    """What the server needs to know of a model."""
+    config = loaded.config
+    assert config.max_model_len is not None
+    return ModelCard(
+        model=config.model,
+        device=config.device,
+        formats=dict(loaded.formats),
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        vocabulary_size=loaded.engine.model.vocabulary_size,
+        sampling_defaults=loaded.sampling_defaults,
+    )
+
+
+# ---------------------------------------------------------------------------------------- the process
+
+
+class _Line:
+    """The connection to the server, which several threads write to."""
+
+    def __init__(self, start: Start) -> None:
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._connection.connect(start.socket_path)
+        self._lock = threading.Lock()  # guards whole frames
+        self.tell(Hello(start.secret))
+
+    def tell(self, message: Message) -> None:
+        with self._lock:
+            self._connection.sendall(frame(message))
+
+    def listen(self, obey: Callable[[Command], None]) -> None:
+        """Take in commands until the server is gone, and then be gone too."""
+        try:
+            while True:
+                obey(receive_frame(self._connection, COMMANDS))
+        except (EOFError, OSError, FrameError):
+            os._exit(0)
+
+
+def _pulses(worker: EngineWorker, line: _Line) -> None:
+    while True:
+        time.sleep(PULSE_S)
+        with suppress(RuntimeError):  # a queue that changed while it was looked at
+            line.tell(worker.pulse())
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server says when it is over
+    setproctitle("ridgeline-engine")
+    start = START.decode(sys.stdin.buffer.read())
+    line = _Line(start)
+    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    threading.Thread(target=line.listen, args=(commands.put,), daemon=True).start()
+    try:
+        loaded = load_engine(EngineConfig.from_options(start.config))
+    except (RidgelineError, MemoryError) as error:
+        line.tell(Failed(str(error) or "the model needs more memory than there is", startup=True))
+        sys.exit(1)
+    worker = EngineWorker(loaded.engine, commands, line.tell)
+    line.tell(Ready(card_of(loaded)))
+    threading.Thread(target=_pulses, args=(worker, line), daemon=True).start()
+    try:
+        worker.serve()
+    except Exception as error:  # nobody may be left waiting, whatever it was
+        line.tell(Failed(f"{type(error).__name__}: {error}", startup=False))
+        raise
+
+
+if __name__ == "__main__":
+    main()

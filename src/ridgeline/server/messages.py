@@ -1,0 +1,188 @@
+"""What the HTTP process and the engine process say to each other, and how it lies on their socket.
+
+A frame is its length as four bytes, little-endian, and that many bytes of MessagePack: one command or one
+event, checked against its type when it is read. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from typing import Any, TypeVar
+
+import msgspec
+
+from ridgeline.types import SamplingParams, TokenLogprobs
+
+MAX_FRAME_BYTES = 64 << 20
+_LENGTH = struct.Struct("<I")
+
+T = TypeVar("T")
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of commands and events; the class's name tells them apart."""
+
+
+# ------------------------------------------------------------------------------- to the engine process
+
+
+class Start(Message, frozen=True):
+    """What an engine process is told on its standard input: where to connect, and what to load."""
+
+    socket_path: str
+    secret: str
+    config: dict[str, Any]  # fields of EngineConfig
+
+
+class Add(Message, frozen=True):
+    """Begin a request. `id` is the server's own, never used twice. A request that has not begun by
+    `deadline_s`, on `time.monotonic`'s clock, is dropped."""
+
+    id: int
+    tokens: tuple[int, ...]
+    params: SamplingParams
+    stream: bool = True
+    deadline_s: float | None = None
+
+
+class Abort(Message, frozen=True):
+    """End a request; nothing more is told of it. Ids that are not (or no longer) known are ignored."""
+
+    id: int
+
+
+Command = Add | Abort
+
+# ----------------------------------------------------------------------------- from the engine process
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """What the server needs to know of the loaded model."""
+
+    model: str
+    device: str
+    formats: dict[str, int]  # how many matrices run in each format
+    max_model_len: int
+    max_num_seqs: int
+    vocabulary_size: int
+    sampling_defaults: SamplingParams
+
+
+class Hello(Message, frozen=True):
+    """The first frame on a connection: who cannot say the secret is not the engine."""
+
+    secret: str
+
+
+class Ready(Message, frozen=True):
+    """The model is loaded."""
+
+    card: ModelCard
+
+
+class Piece(msgspec.Struct, frozen=True, array_like=True):
+    """What a choice of a request has gained: text, tokens, and at its end the reason."""
+
+    id: int
+    choice: int
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+class Pieces(Message, frozen=True):
+    """What a step gave, and the requests that it ended."""
+
+    pieces: tuple[Piece, ...]
+    ended: tuple[int, ...]
+
+
+class Refused(Message, frozen=True):
+    """A request that was not begun. `expired`: its deadline passed while it waited."""
+
+    id: int
+    message: str
+    expired: bool = False
+
+
+class Pulse(Message, frozen=True):
+    """A sign of life, several a second, from a thread of its own.
+
+    `step_age_s` is how long the step under way has taken so far, 0 between steps; `in_step` the requests
+    whose rows are in it. `usual_step_s` is the longest of the recent steps.
+    """
+
+    step_age_s: float
+    usual_step_s: float
+    in_step: tuple[int, ...]
+    steps: int
+    running: int
+    waiting: int
+    kv_used: float  # share of the pages
+
+
+class Failed(Message, frozen=True):
+    """The engine process ends. `startup`: the model could not be loaded, and trying again will not help."""
+
+    message: str
+    startup: bool
+
+
+Event = Hello | Ready | Pieces | Refused | Pulse | Failed
+
+# ------------------------------------------------------------------------------------------- the socket
+
+_ENCODER = msgspec.msgpack.Encoder()
+COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
+EVENTS: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
+START: msgspec.msgpack.Decoder[Start] = msgspec.msgpack.Decoder(Start)
+
+
+class FrameError(Exception):
+    """What came is no frame of ours."""
+
+
+def frame(message: Message) -> bytes:
+    """A message as it lies on the socket."""
+    body = _ENCODER.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def _checked_length(header: bytes) -> int:
+    (length,) = _LENGTH.unpack(header)
+    if length > MAX_FRAME_BYTES:
+        raise FrameError(f"a frame of {length} bytes; accepted: up to {MAX_FRAME_BYTES}")
+    return int(length)
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[T], body: bytes) -> T:
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise FrameError(f"a frame of {len(body)} bytes: {error}") from None
+
+
+async def read_frame(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[T]) -> T:
+    """The next message. Raises FrameError, and asyncio.IncompleteReadError at the end."""
+    length = _checked_length(await reader.readexactly(_LENGTH.size))
+    return _decoded(decoder, await reader.readexactly(length))
+
+
+def receive_frame(connection: socket.socket, decoder: msgspec.msgpack.Decoder[T]) -> T:
+    """The next message, for threads. Raises FrameError, EOFError at the end, and OSError."""
+    length = _checked_length(_receive(connection, _LENGTH.size))
+    return _decoded(decoder, _receive(connection, length))
+
+
+def _receive(connection: socket.socket, count: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < count:
+        part = connection.recv(min(count - len(parts), 1 << 20))
+        if not part:
+            raise EOFError
+        parts += part
+    return bytes(parts)
