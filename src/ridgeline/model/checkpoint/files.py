@@ -167,6 +167,11 @@ class MappedCheckpoint:
         row_bytes = storage.row_bytes(info.shape[-1]) if info.shape else info.nbytes
         return Tensor(storage, info.shape, entry.file.view(entry.offset, info.nbytes).reshape(-1, row_bytes))
 
+    def content(self, name: str) -> ByteArray:
+        """uint8 (nbytes,): the bytes of a tensor of any type, a read-only view of the mapped file."""
+        entry = self._entry(name)
+        return entry.file.view(entry.offset, entry.info.nbytes)
+
     def release(self, name: str) -> None:
         entry = self._entry(name)
         entry.file.release(entry.offset, entry.info.nbytes)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ridgeline.model.checkpoint.files import (
+    Checkpoint,
     Entry,
     MappedCheckpoint,
     MappedFile,
@@ -27,6 +28,7 @@ from ridgeline.model.checkpoint.files import (
     reading,
     shown,
 )
+from ridgeline.model.checkpoint.quantised import logical_checkpoint
 from ridgeline.types import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -42,8 +44,11 @@ VALUE_BYTES = {
 }  # fmt: skip
 
 
-def read_safetensors(folder: Path) -> MappedCheckpoint:
-    """Open a folder with `config.json` and safetensors. Raises CheckpointError for everything else."""
+def read_safetensors(folder: Path) -> Checkpoint:
+    """Open a folder with `config.json` and safetensors, whose tensors may be quantised.
+
+    Raises CheckpointError for everything else.
+    """
     config_path = contained(folder, "config.json")
     config = parse_json_object(read_file(config_path, CONFIG_LIMIT_BYTES), config_path, "the configuration")
     files: list[MappedFile] = []
@@ -51,7 +56,9 @@ def read_safetensors(folder: Path) -> MappedCheckpoint:
         with reading(folder):
             entries = _read_weights(folder, files)
             sidecar = partial(read_sidecar, folder)
-            return MappedCheckpoint(folder, "safetensors", config, entries, files, sidecar)
+            return logical_checkpoint(
+                MappedCheckpoint(folder, "safetensors", config, entries, files, sidecar)
+            )
     except BaseException:
         for file in files:
             file.close()
