@@ -128,5 +128,5 @@ def _decode_four_bits(
     codes = np.stack((packed >> np.uint8(4), packed & np.uint8(15)), axis=1).reshape(-1)
     codes = codes[start % 2 : start % 2 + stop - start]
     with np.errstate(over="ignore", invalid="ignore"):
-        decoded = values[codes] * scales[np.arange(start, stop) // size]
+        decoded: Float32Array = values[codes] * scales[np.arange(start, stop) // size]
     return decoded.astype("<f4", copy=False).reshape(-1, cols).view(np.uint8)

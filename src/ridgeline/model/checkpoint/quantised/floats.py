@@ -60,7 +60,7 @@ def scaled_floats(parts: Parts, codes: str, scales: str, block: tuple[int, int] 
             bands = by_block[np.arange(selected.start, selected.stop) // block[0]]
             with np.errstate(over="ignore", invalid="ignore"):
                 values *= bands[:, np.arange(cols) // block[1]]
-            return values.astype("<f4", copy=False).view(np.uint8)
+            return np.ascontiguousarray(values, "<f4").view(np.uint8)
 
         return decode
 

@@ -9,7 +9,7 @@ Codes, scales and zeros decide which storage of blocks of 32 values is handed ov
 - Q4_1, for other codes of up to 4 bits: the codes are kept, and m = -zero * d is rounded to float16, d being
   the scale in float16. A group moves by at most 2**-11 of m, which is 0.008 of the step between its codes.
 - F32 for the rest: 8 bits off centre, columns whose groups are not whole blocks of 32 (act-order), and scales
-  that float16 cannot hold, or only as a rounded subnormal number.
+  that float16 cannot hold, or of a tensor that is so small that float16 holds it badly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ridgeline.model.checkpoint.quantised.logical import Decoder, Logical
 from ridgeline.types import ByteArray, Float32Array
 
 BLOCK = 32
-_SMALLEST_NORMAL = np.float16(2.0**-14)
+_LAST_PLACE, _UNSEEN = np.float32(2.0**-11), np.float32(2.0**-16)
 Int16Array = NDArray[np.int16]
 Int32Array = NDArray[np.int32]
 
@@ -87,10 +87,17 @@ def _storage(grid: Grid) -> str:
 
 
 def _fits_float16(values: Float32Array) -> bool:
-    """Whether rounding loses no more than the last places. What is not finite is for others to refuse."""
-    halves = _halves(values)
-    normal = np.isfinite(halves) & (np.abs(halves) >= _SMALLEST_NORMAL)
-    return bool((normal | (halves == values) | ~np.isfinite(values)).all())
+    """Whether rounding moves no value by more than its own last place, or by what nobody sees in the tensor.
+
+    Scales of dead outputs are often so small that float16 makes them subnormal or zero. Values that are not
+    finite are for others to refuse.
+    """
+    finite = np.isfinite(values)
+    largest = np.abs(values).max(initial=0, where=finite)
+    allowed = np.maximum(np.abs(values) * _LAST_PLACE, largest * _UNSEEN)
+    with np.errstate(invalid="ignore"):
+        near = np.abs(_halves(values).astype(np.float32) - values) <= allowed
+    return bool((near | ~finite).all())
 
 
 def _halves(values: Float32Array) -> NDArray[np.float16]:
@@ -105,7 +112,7 @@ def _minima(scales: Float32Array, zeros: Int16Array) -> Float32Array:
 
 def _of_blocks(fields: Float32Array, groups: Int32Array) -> ByteArray:
     """Float16 of each block of 32, (rows, groups) to uint8 (rows, blocks, 2)."""
-    halves = _halves(fields)[:, groups]
+    halves = np.ascontiguousarray(_halves(fields)[:, groups])
     return halves.view(np.uint8).reshape(*halves.shape, 2)
 
 
@@ -158,7 +165,7 @@ def _start_floats(grid: Grid) -> Decoder:
         values -= zeros if zeros.size == 1 else zeros[rows][:, grid.group_of]
         with np.errstate(over="ignore", invalid="ignore"):
             values *= scales[rows][:, grid.group_of]
-        return values.astype("<f4", copy=False).view(np.uint8)
+        return np.ascontiguousarray(values, "<f4").view(np.uint8)
 
     return decode
 

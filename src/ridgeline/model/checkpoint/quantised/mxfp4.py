@@ -1,8 +1,8 @@
 """MXFP4 as gpt-oss keeps its experts, to the blocks of the storage MXFP4, without a change to any value.
 
-X_blocks, uint8 (experts, outputs, groups, 16), holds the 32 codes of a group in pairs of neighbours, the first
-in the low half of a byte; X_scales, uint8 (experts, outputs, groups), its exponents, as the storage has them.
-Together they are the tensor X, (experts, outputs, groups * 32).
+X_blocks, uint8 (experts, outputs, groups, 16), holds the 32 codes of a group in pairs of neighbours, the
+first in the low half of a byte; X_scales, uint8 (experts, outputs, groups), its exponents, as the storage has
+them. Together they are the tensor X, (experts, outputs, groups * 32).
 """
 
 from __future__ import annotations
