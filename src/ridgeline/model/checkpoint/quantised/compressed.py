@@ -112,10 +112,10 @@ def _packed(parts: Parts, stem: str, scheme: _Scheme) -> Logical:
     bits = scheme.bits
     outputs, words = parts.check(codes, ("I32",))
     parts.check(shape, ("I64", "I32"), (2,))
-    stated = parts.array(shape)
+    stated = parts.array(shape).tolist()
     inputs = int(stated[1])
-    if int(stated[0]) != outputs or inputs < 1 or -(-inputs * bits // 32) != words:
-        parts.refuse(codes, f"the {bits}-bit codes of {shape!r}, {stated.tolist()}")
+    if stated[0] != outputs or inputs < 1 or -(-inputs * bits // 32) != words:
+        parts.refuse(codes, f"the {bits}-bit codes of {shape!r}, {stated}")
     groups = _group_count(inputs, scheme)
     names, zeros = [codes, shape], None
     zero = f"{stem}.weight_zero_point"
