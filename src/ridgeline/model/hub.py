@@ -41,6 +41,8 @@ _FOLDER_FILES = frozenset(
     {
         "config.json",
         "generation_config.json",
+        "quantize_config.json",
+        "quant_config.json",
         "tokenizer.json",
         "tokenizer.model",
         "tokenizer_config.json",

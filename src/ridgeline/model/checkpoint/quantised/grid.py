@@ -135,7 +135,8 @@ def _start_4_bits(grid: Grid, with_minimum: bool) -> Decoder:
         codes = codes.reshape(len(codes), -1, BLOCK)
         if shifts is not None and shifts.any():
             codes = codes + (shifts if len(shifts) == 1 else shifts[rows])
-        packed = codes[..., :16] | codes[..., 16:] << np.uint8(4)
+        packed = codes[..., 16:] << np.uint8(4)
+        packed |= codes[..., :16]
         return np.concatenate((header[rows], packed), axis=2).reshape(len(codes), -1)
 
     return decode
@@ -162,9 +163,9 @@ def _start_floats(grid: Grid) -> Decoder:
 
     def decode(rows: slice) -> ByteArray:
         values = grid.codes(rows).astype(np.float32)
-        values -= zeros if zeros.size == 1 else zeros[rows][:, grid.group_of]
+        values -= zeros if zeros.size == 1 else np.take(zeros[rows], grid.group_of, axis=1)
         with np.errstate(over="ignore", invalid="ignore"):
-            values *= scales[rows][:, grid.group_of]
+            values *= np.take(scales[rows], grid.group_of, axis=1)
         return np.ascontiguousarray(values, "<f4").view(np.uint8)
 
     return decode

@@ -87,6 +87,8 @@ def unpack(words: NDArray[np.int32], bits: int) -> ByteArray:
         return codes
     if bits == 8:
         return packed
-    codes = packed[:, :, None] >> np.arange(0, 8, bits, dtype=np.uint8)
+    codes = np.empty((*packed.shape, 8 // bits), np.uint8)
+    for place in range(8 // bits):
+        np.right_shift(packed, np.uint8(bits * place), out=codes[..., place])
     codes &= np.uint8((1 << bits) - 1)
     return codes.reshape(len(words), -1)
