@@ -312,6 +312,16 @@ def test_settings_in_other_places(tmp_path: Path) -> None:
         assert list(checkpoint.tensors) == ["layer.weight"]
 
 
+def test_a_quantised_cache_leaves_weights_alone(tmp_path: Path) -> None:
+    tensors = {"l.k_proj.weight": torch.ones(2, 32), "l.k_scale": torch.ones(1), "l.v_scale": torch.ones(1)}
+    settings = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": {"num_bits": 8}}
+    with open_checkpoint(files.write(tmp_path / "m", tensors, settings)) as checkpoint:
+        assert list(checkpoint.tensors) == ["l.k_proj.weight"]
+    settings["config_groups"] = {"attention": {"targets": ["LlamaAttention"], "weights": None}}
+    with open_checkpoint(files.write(tmp_path / "m", tensors, settings)) as checkpoint:
+        assert checkpoint.tensor("l.k_proj.weight").dequantise().sum() == 64
+
+
 def test_optional_parts_and_settings(tmp_path: Path) -> None:
     """A GPTQ file without g_idx, modules left out by `dynamic`, and biases of zeros that nobody asked for."""
     scheme = SCHEMES["gptq 4"]

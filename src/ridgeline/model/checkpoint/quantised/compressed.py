@@ -50,6 +50,8 @@ def read(parts: Parts, settings: Settings) -> Found:
     transforms = settings.section("transform_config")
     transforms.refuse("config_groups", "no transforms")
     scheme = _scheme(settings)
+    if scheme is None:
+        return Found({}, activation_scales(parts))
     if scheme.format == "pack-quantized":
         stems = parts.stems(".weight_packed")
         tensors = {f"{stem}.weight": _packed(parts, stem, scheme) for stem in stems}
@@ -64,12 +66,18 @@ def read(parts: Parts, settings: Settings) -> Found:
     return Found(tensors, hidden)
 
 
-def _scheme(settings: Settings) -> _Scheme:
-    """What all groups of layers have in common; groups that differ are refused."""
-    groups = settings.section("config_groups")
-    schemes = [_scheme_of(settings, groups.section(name)) for name in groups.values]
-    if not schemes:
+def _scheme(settings: Settings) -> _Scheme | None:
+    """What all groups of layers have in common; groups that differ are refused.
+
+    None where no weights are quantised, but the KV cache or activations.
+    """
+    section = settings.section("config_groups")
+    groups = [section.section(name) for name in section.values]
+    if not groups and not settings.values.get("kv_cache_scheme"):
         raise settings.error("config_groups", "at least one group of layers")
+    schemes = [_scheme_of(settings, group) for group in groups if group.values.get("weights") is not None]
+    if not schemes:
+        return None
     if any(scheme != schemes[0] for scheme in schemes):
         raise settings.error("config_groups", "groups of layers whose weights are quantised alike")
     return schemes[0]
