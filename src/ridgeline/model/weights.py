@@ -128,7 +128,7 @@ def _sources(
     sources = {}
     for name in shapes:
         plain = Source(_tensor_name(family, gguf, prefix, name))
-        sources[name] = family.source(spec, checkpoint.kind, name, plain)
+        sources[name] = family.source(spec, checkpoint, name, plain)
     used = {tensor for source in sources.values() for tensor in source.tensors}
     _complain("is missing", sorted(used - set(checkpoint.tensors)))
     if spec.tied_head:  # a file may store the tied matrix twice

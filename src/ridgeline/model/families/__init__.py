@@ -11,12 +11,14 @@ from ridgeline.model.families.family import Family
 from ridgeline.model.families.gemma2 import GEMMA2
 from ridgeline.model.families.gemma3 import GEMMA3
 from ridgeline.model.families.gpt2 import GPT2
+from ridgeline.model.families.gpt_oss import GPT_OSS
 from ridgeline.model.families.gptneox import GPTNEOX
 from ridgeline.model.families.granite import GRANITE
-from ridgeline.model.families.llama import LLAMA, MISTRAL
+from ridgeline.model.families.llama import LLAMA, MISTRAL, MIXTRAL
 from ridgeline.model.families.olmo2 import OLMO2
 from ridgeline.model.families.phi3 import PHI3
 from ridgeline.model.families.qwen import QWEN2, QWEN3
+from ridgeline.model.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from ridgeline.model.families.smollm3 import SMOLLM3
 from ridgeline.model.families.stablelm import STABLELM
 from ridgeline.model.families.starcoder2 import STARCODER2
@@ -40,6 +42,10 @@ FAMILIES = (
     GRANITE,
     SMOLLM3,
     OLMO2,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    GPT_OSS,
 )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ridgeline.model.checkpoint import Checkpoint
-from ridgeline.model.checkpoint.files import Kind
 from ridgeline.model.families.decoder import IGNORED, NAMES
 from ridgeline.model.families.family import Family, Source, layer_of
 from ridgeline.model.families.fields import MAX_CONTEXT, Fields
@@ -53,7 +52,7 @@ def from_config(checkpoint: Checkpoint) -> ModelSpec:
     )
 
 
-def source(spec: ModelSpec, kind: Kind, name: str, plain: Source) -> Source:
+def source(spec: ModelSpec, checkpoint: Checkpoint, name: str, plain: Source) -> Source:
     """Files of both kinds interleave rotary pairs; the scale of the logits is one of the final norm."""
     part = name.removesuffix(".bias").rpartition(".")[2]
     if part in ("q", "k"):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ridgeline.model.checkpoint import Checkpoint
-from ridgeline.model.checkpoint.files import Kind
 from ridgeline.model.families.family import Source, layer_of
 from ridgeline.model.families.fields import MAX_CONTEXT, MAX_LAYERS, MAX_VOCABULARY, Fields
 from ridgeline.model.families.partial_rope import partial_rope_from_config, partial_rope_from_gguf
@@ -65,8 +64,9 @@ class Traits:
     """What a family fixes, and what holds where a file says nothing.
 
     `head_dim` None is the width divided by the heads. `biases` are those of Q, K, V and the output as the
-    config's `attention_bias` says, of Q, K and V always, or none; GGUF files show them by their tensors.
-    `rotary` is the fraction of a head that turns, where a family allows other than all.
+    config's `attention_bias` says, all always, of Q, K and V always, or none; GGUF files show them by their
+    tensors. `rotary` is the fraction of a head that turns, where a family allows other than all. `experts`
+    lets a GGUF file have some, which the family puts into the spec (`experts.py`).
     """
 
     family: str
@@ -77,18 +77,20 @@ class Traits:
     tied: bool = False
     activation: Activation = "silu"
     activation_key: tuple[str, str] = ("hidden_act", "silu")
-    biases: Literal["stated", "qkv", "none"] = "stated"
+    biases: Literal["stated", "all", "qkv", "none"] = "stated"
     qk_norm: bool = False
     qk_norm_whole: bool = False
     pre_norms: bool = True
     post_norms: bool = False
     rotary: float | None = None
+    experts: bool = False
 
 
 def spec_from_gguf(checkpoint: Checkpoint, traits: Traits, architecture: str) -> ModelSpec:
     """The spec of a GGUF file, every layer alike and without windows."""
     fields = Fields(checkpoint.metadata, f"{architecture}.")
-    fields.refuse("expert_count", 0)
+    if not traits.experts:
+        fields.refuse("expert_count", 0)
     hidden = fields.integer("embedding_length")
     heads = fields.integer("attention.head_count")
     head_dim = fields.integer("attention.key_length", traits.head_dim or hidden // heads)
@@ -179,7 +181,7 @@ def _biases(fields: Fields, traits: Traits) -> tuple[bool, bool]:
     """Those of Q, K and V, and that of the output."""
     if traits.biases == "stated":
         return (fields.flag("attention_bias", False),) * 2
-    return traits.biases == "qkv", False
+    return traits.biases in ("qkv", "all"), traits.biases == "all"
 
 
 # ------------------------------------------------------------------------------------ changes to specs
@@ -217,10 +219,10 @@ def refuse_window_of_gguf(checkpoint: Checkpoint, spec: ModelSpec, architecture:
     return spec
 
 
-def interleaved(spec: ModelSpec, kind: Kind, name: str, plain: Source) -> Source:
+def interleaved(spec: ModelSpec, checkpoint: Checkpoint, name: str, plain: Source) -> Source:
     """GGUF files of some families keep rotary pairs interleaved in the rows of Q and K."""
     suffix = name.removesuffix(".bias").rpartition(".")[2]
-    if kind == "gguf" and suffix in ("q", "k"):
+    if checkpoint.kind == "gguf" and suffix in ("q", "k"):
         attention = layer_of(spec, name).attention
         return replace(plain, interleaved_heads=attention.heads if suffix == "q" else attention.kv_heads)
     return plain

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ridgeline.model.checkpoint import Checkpoint
-from ridgeline.model.checkpoint.files import Kind
 from ridgeline.model.families.family import Family, Source, fused_heads, layer_of
 from ridgeline.model.families.fields import Fields
 from ridgeline.model.families.layer_normed import (
@@ -93,15 +92,16 @@ def _one_norm(fields: Fields) -> bool:
     return True
 
 
-def source(spec: ModelSpec, kind: Kind, name: str, plain: Source) -> Source:
+def source(spec: ModelSpec, checkpoint: Checkpoint, name: str, plain: Source) -> Source:
     """Q, K and V share a tensor, by key head in safetensors; two norms have names of their own."""
     part = name.removesuffix(".bias").rpartition(".")[2]
     if part in ("q", "k", "v"):
-        return fused_heads(plain, layer_of(spec, name).attention, part, by_group=kind == "safetensors")
-    if (kind, part) in TWO_NORMS:
+        by_group = checkpoint.kind == "safetensors"
+        return fused_heads(plain, layer_of(spec, name).attention, part, by_group)
+    if (checkpoint.kind, part) in TWO_NORMS:
         layer = layer_of(spec, name)
         if layer.parallel and not layer.one_norm:
-            return replace(plain, tensor=plain.tensor.replace(*TWO_NORMS[kind, part]))
+            return replace(plain, tensor=plain.tensor.replace(*TWO_NORMS[checkpoint.kind, part]))
     return plain
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ridgeline.model.checkpoint import Checkpoint
-from ridgeline.model.checkpoint.files import Kind
 from ridgeline.model.spec import AttentionSpec, LayerSpec, ModelSpec
 from ridgeline.precision.storage import Tensor, float32_tensor
 
@@ -21,7 +20,7 @@ class Source:
     holds `{e}`; what follows is done to each of them. In this order: transpose, take `rows` (start, stop) of
     a tensor that fuses `fused_rows`, or of each of its `row_groups` groups of equal size, undo the
     interleaving of rotary pairs within each of `interleaved_heads` heads, add `offset`, multiply by
-    `factor`.
+    `factor`, put a dimension of 1 in front where the file leaves it out (`squeezed`).
     """
 
     tensor: str
@@ -32,6 +31,7 @@ class Source:
     interleaved_heads: int | None = None
     offset: float = 0.0
     factor: float = 1.0
+    squeezed: bool = False
     experts: int | None = None
 
     @property
@@ -46,6 +46,8 @@ class Source:
         if self.experts is not None:
             one = replace(self, experts=None).stored_shape(shape[1:])
             return one if "{e}" in self.tensor else (self.experts, *one)
+        if self.squeezed:
+            return replace(self, squeezed=False).stored_shape(shape[1:])
         stored = (self.fused_rows or shape[0], *shape[1:])
         return stored[::-1] if self.transposed else stored
 
@@ -53,16 +55,17 @@ class Source:
         """The weight, from the file's tensors."""
         if self.experts is None:
             return self._apply_to_one(tensors[0])
-        if len(tensors) == 1 and replace(self, experts=None) == Source(self.tensor):
-            return tensors[0]
-        each = tensors if len(tensors) > 1 else [_entry(tensors[0], i) for i in range(self.experts)]
-        return _stacked([self._apply_to_one(tensor) for tensor in each])
+        if "{e}" not in self.tensor:
+            if replace(self, experts=None) == Source(self.tensor):
+                return tensors[0]
+            tensors = [_entry(tensors[0], expert) for expert in range(self.experts)]
+        return _stacked([self._apply_to_one(tensor) for tensor in tensors])
 
     def _apply_to_one(self, tensor: Tensor) -> Tensor:
         if len(tensor.shape) == 1:  # entries of a vector can only be picked once they are decoded
             tensor = float32_tensor(tensor.dequantise())
         if self.transposed:
-            tensor = float32_tensor(np.ascontiguousarray(tensor.dequantise().T))
+            tensor = _transposed(tensor)
         if self.rows:
             one = slice(*self.rows)
             tensor = tensor.rows(
@@ -74,7 +77,16 @@ class Source:
             tensor = float32_tensor(tensor.dequantise() + np.float32(self.offset))
         if self.factor != 1.0:
             tensor = float32_tensor(tensor.dequantise() * np.float32(self.factor))
-        return tensor
+        return Tensor(tensor.storage, (1, *tensor.shape), tensor.data) if self.squeezed else tensor
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    """A matrix with its dimensions swapped; decoded if its storage keeps rows in blocks."""
+    if tensor.storage.block_values != 1:
+        return float32_tensor(np.ascontiguousarray(tensor.dequantise().T))
+    width = tensor.storage.block_bytes
+    turned = np.ascontiguousarray(tensor.data.view(f"V{width}").T)
+    return Tensor(tensor.storage, tensor.shape[::-1], turned.view(np.uint8))
 
 
 def _entry(tensor: Tensor, index: int) -> Tensor:
@@ -108,9 +120,9 @@ class Family:
     """A mapping of metadata to a spec and of weight names to tensors; nothing here computes.
 
     `names` gives the GGUF and Hugging Face stem of each canonical weight, with `{i}` for the layer; biases
-    add `.bias` where weights add `.weight`. `source` adjusts a plain source where the file holds something
-    else. `prefixes` are module paths that a safetensors file may put before its names. Tensors that match
-    `ignored` carry no information.
+    add `.bias` where weights add `.weight`. `source` adjusts a plain source where the file names or holds
+    something else. `prefixes` are module paths that a safetensors file may put before its names. Tensors
+    that match `ignored` carry no information.
     """
 
     name: str
@@ -119,7 +131,7 @@ class Family:
     from_gguf: Callable[[Checkpoint], ModelSpec]
     from_config: Callable[[Checkpoint], ModelSpec]
     names: Mapping[str, tuple[str, str]]
-    source: Callable[[ModelSpec, Kind, str, Source], Source] = lambda spec, kind, name, source: source
+    source: Callable[[ModelSpec, Checkpoint, str, Source], Source] = lambda spec, checkpoint, name, it: it
     prefixes: tuple[str, ...] = ("",)
     ignored: tuple[str, ...] = ()
 

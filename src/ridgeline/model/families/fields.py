@@ -53,6 +53,12 @@ class Fields:
         entries = self._accept(ok, key, values, f"{count} numbers")
         return [Fields({key: value}).number(key) for value in entries]
 
+    def integers(self, key: str, high: int) -> list[int]:
+        """A list of whole numbers from 0 to `high`; empty where there is none."""
+        values = self._get(key, [])
+        ok = isinstance(values, list) and all(type(value) is int and 0 <= value <= high for value in values)
+        return list(self._accept(ok, key, values, f"whole numbers from 0 to {high}"))
+
     def entries(self, key: str, count: int, choices: Mapping[Any, T]) -> list[T] | None:
         """What stands for each of `count` words or flags, one a layer; None where there is no list."""
         values = self._get(key, None)

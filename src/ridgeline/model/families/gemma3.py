@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 
 from ridgeline.model.checkpoint import Checkpoint
-from ridgeline.model.checkpoint.files import Kind
 from ridgeline.model.families.decoder import NAMES as DECODER_NAMES
 from ridgeline.model.families.decoder import POST_NORMS, QK_NORMS, SLIDING
 from ridgeline.model.families.family import Family, Source
@@ -132,9 +131,9 @@ def _ropes(fields: Fields, dim: int) -> tuple[RopeSpec, RopeSpec]:
     return rope(local_theta, dim), rope_from_config(fields, dim, GLOBAL_THETA)
 
 
-def source(spec: ModelSpec, kind: Kind, name: str, plain: Source) -> Source:
+def source(spec: ModelSpec, checkpoint: Checkpoint, name: str, plain: Source) -> Source:
     """Norm gains are stored as a difference from one in safetensors; GGUF files hold the gain itself."""
-    return replace(plain, offset=1.0) if kind == "safetensors" and name.endswith("norm") else plain
+    return replace(plain, offset=1.0) if checkpoint.kind == "safetensors" and name.endswith("norm") else plain
 
 
 GEMMA3 = Family(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ridgeline.model.checkpoint import Checkpoint
-from ridgeline.model.checkpoint.files import Kind
 from ridgeline.model.families.family import Family, Source, layer_of
 from ridgeline.model.families.fields import MAX_CONTEXT, MAX_LAYERS, MAX_VOCABULARY, Fields
 from ridgeline.model.spec import Activation, AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec, NormSpec
@@ -98,7 +97,7 @@ def from_config(checkpoint: Checkpoint) -> ModelSpec:
     return _spec(fields, keys, activation, fields.integer("vocab_size", high=MAX_VOCABULARY), tied)
 
 
-def source(spec: ModelSpec, kind: Kind, name: str, plain: Source) -> Source:
+def source(spec: ModelSpec, checkpoint: Checkpoint, name: str, plain: Source) -> Source:
     """Q, K and V are thirds of one tensor, and the safetensors files store (inputs, outputs)."""
     part = name.removesuffix(".bias").rpartition(".")[2]
     if part in ("q", "k", "v"):
@@ -107,7 +106,7 @@ def source(spec: ModelSpec, kind: Kind, name: str, plain: Source) -> Source:
         start = "qkv".index(part) * third
         plain = replace(plain, rows=(start, start + third), fused_rows=3 * third)
     linear = part in ("q", "k", "v", "o", "up", "down") and not name.endswith(".bias")
-    return replace(plain, transposed=linear and kind == "safetensors")
+    return replace(plain, transposed=linear and checkpoint.kind == "safetensors")
 
 
 GPT2 = Family(

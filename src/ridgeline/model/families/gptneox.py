@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ridgeline.model.checkpoint import Checkpoint
-from ridgeline.model.checkpoint.files import Kind
 from ridgeline.model.families.family import Family, Source, fused_heads, layer_of
 from ridgeline.model.families.fields import Fields
 from ridgeline.model.families.layer_normed import (
@@ -59,11 +58,12 @@ def from_config(checkpoint: Checkpoint) -> ModelSpec:
     return spec_from_config(fields, "gptneox", norm, layer, context=2048, tied=False)
 
 
-def source(spec: ModelSpec, kind: Kind, name: str, plain: Source) -> Source:
+def source(spec: ModelSpec, checkpoint: Checkpoint, name: str, plain: Source) -> Source:
     """Q, K and V share a tensor: head by head in safetensors, one after another in GGUF files."""
     part = name.removesuffix(".bias").rpartition(".")[2]
     if part in ("q", "k", "v"):
-        return fused_heads(plain, layer_of(spec, name).attention, part, by_group=kind == "safetensors")
+        by_group = checkpoint.kind == "safetensors"
+        return fused_heads(plain, layer_of(spec, name).attention, part, by_group)
     return plain
 
 

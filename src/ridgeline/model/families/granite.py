@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ridgeline.model.checkpoint import Checkpoint
-from ridgeline.model.checkpoint.files import Kind
 from ridgeline.model.families.decoder import (
     IGNORED,
     NAMES,
@@ -71,11 +70,11 @@ def from_config(checkpoint: Checkpoint) -> ModelSpec:
     return _scaled(spec_from_config(checkpoint, _TRAITS), Fields(checkpoint.metadata), _CONFIG_KEYS, 1.0)
 
 
-def source(spec: ModelSpec, kind: Kind, name: str, plain: Source) -> Source:
+def source(spec: ModelSpec, checkpoint: Checkpoint, name: str, plain: Source) -> Source:
     """The scale of the logits is one of the final norm; rotary pairs are interleaved in GGUF files."""
     if name == "final_norm":
         return replace(plain, factor=spec.logit_scale)
-    return interleaved(spec, kind, name, plain)
+    return interleaved(spec, checkpoint, name, plain)
 
 
 GRANITE = Family(

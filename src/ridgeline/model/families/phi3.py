@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ridgeline.model.checkpoint import Checkpoint
-from ridgeline.model.checkpoint.files import Kind
 from ridgeline.model.families.decoder import (
     IGNORED,
     NAMES,
@@ -38,7 +37,7 @@ def from_config(checkpoint: Checkpoint) -> ModelSpec:
     return windowed(spec_from_config(checkpoint, _TRAITS), window_of(fields, "sliding_window"))
 
 
-def source(spec: ModelSpec, kind: Kind, name: str, plain: Source) -> Source:
+def source(spec: ModelSpec, checkpoint: Checkpoint, name: str, plain: Source) -> Source:
     """Q, K and V lie one below the other in a tensor, and so do gate and up."""
     part = name.rpartition(".")[2]
     if part not in ("q", "k", "v", "gate", "up"):

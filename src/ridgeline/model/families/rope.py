@@ -46,8 +46,12 @@ def rope(theta: float, dim: int, factors: Float32Array | float = 1.0, scale: flo
 # ------------------------------------------------------------------------------------------- GGUF
 
 
-def rope_from_gguf(checkpoint: Checkpoint, fields: Fields, dim: int, theta: float) -> RopeSpec:
-    """From a GGUF's keys and its tables of factors: linear scaling, Llama 3's, YaRN and LongRoPE."""
+def rope_from_gguf(
+    checkpoint: Checkpoint, fields: Fields, dim: int, theta: float, whole: bool = True
+) -> RopeSpec:
+    """From a GGUF's keys and its tables of factors: linear scaling, Llama 3's, YaRN and LongRoPE.
+
+    Files do not say whether YaRN's ramp is widened to `whole` pairs; that is the model's rule."""
     fields.refuse("rope.scaling.type", "none", "linear", "yarn", "longrope")
     fields.refuse("rope.scale_linear", 1.0)  # the older key for a factor
     fields.refuse("rope.dimension_count", dim)
@@ -57,7 +61,7 @@ def rope_from_gguf(checkpoint: Checkpoint, fields: Fields, dim: int, theta: floa
     factors = np.full(dim // 2, 1.0, np.float32)
     rule = fields.values.get(fields.prefix + "rope.scaling.type")
     if rule == "yarn":
-        factors = _yarn_factors_of_gguf(fields, theta, dim, factor)
+        factors = _yarn_factors_of_gguf(fields, theta, dim, factor, whole)
         scale *= _yarn_scale(factor)
     elif rule == "longrope":  # whose tables hold all of it
         fields.refuse("rope.scaling.factor", 1.0)
@@ -83,7 +87,7 @@ def _longrope_table(checkpoint: Checkpoint, fields: Fields) -> str:
     return LONG_FACTORS if fields.number("context_length") > original else SHORT_FACTORS
 
 
-def _yarn_factors_of_gguf(fields: Fields, theta: float, dim: int, factor: float) -> Float32Array:
+def _yarn_factors_of_gguf(fields: Fields, theta: float, dim: int, factor: float, whole: bool) -> Float32Array:
     """The file's keys for YaRN. The length of queries and keys always follows from the factor there: a
     file may repeat that value, or hold the 1 that stands for it."""
     key = "rope.scaling.yarn_attn_factor"
@@ -96,7 +100,7 @@ def _yarn_factors_of_gguf(fields: Fields, theta: float, dim: int, factor: float)
     fields.refuse("rope.scaling.yarn_log_multiplier", 0.0)
     context = fields.number("rope.scaling.original_context_length", fields.number("context_length"))
     fast, slow = (fields.number(f"rope.scaling.yarn_beta_{end}", beta) for end, beta in _BETAS.items())
-    return _yarn_factors(theta, dim, factor, context, (fast, slow), whole=True)
+    return _yarn_factors(theta, dim, factor, context, (fast, slow), whole)
 
 
 # ----------------------------------------------------------------------------------------- config
