@@ -134,7 +134,7 @@ def test_gemma2_without_caps_and_of_27b(gated: Gated) -> None:
 @pytest.mark.parametrize(
     ("family", "kind", "key", "value", "reason"),
     [
-        ("mistral", "gguf", "llama.expert_count", 8, "llama.expert_count is 8; accepted: 0"),
+        ("qwen3", "gguf", "qwen3.expert_count", 8, "qwen3.expert_count is 8; accepted: 0"),
         ("mistral", "safetensors", "layer_types", ["full_attention"], "layer_types is"),
         ("mistral", "safetensors", "sliding_window", -1, "sliding_window is -1"),
         ("qwen2", "safetensors", "layer_types", ["sliding_attention"], ""),
@@ -181,9 +181,9 @@ def test_any_value_in_any_field_is_taken_or_refused(gated: Gated, family: str, k
 
 def test_unknown_families_name_the_nearest(gated: Gated) -> None:
     with pytest.raises(
-        CheckpointError, match="model_type is 'mixtral'; the nearest that is known is 'mistral'"
+        CheckpointError, match="model_type is 'ministral'; the nearest that is known is 'mistral'"
     ):
-        spec_of(gated("mistral").folder, model_type="mixtral")
+        spec_of(gated("mistral").folder, model_type="ministral")
     with pytest.raises(CheckpointError, match="the nearest that is known is 'qwen3'; accepted: those of"):
         spec_of(gated("qwen3").gguf, **{"general.architecture": "qwen35"})
 

@@ -42,9 +42,7 @@ def _mixtral(**more: Any) -> Any:
 
 
 def _qwen2_moe(**more: Any) -> Any:
-    config = transformers.Qwen2MoeConfig(
-        **SIZES, **SPARSE, shared_expert_intermediate_size=96, **more
-    )
+    config = transformers.Qwen2MoeConfig(**SIZES, **SPARSE, shared_expert_intermediate_size=96, **more)
     return transformers.Qwen2MoeForCausalLM(config)
 
 

@@ -54,7 +54,7 @@ def experts_from_gguf(fields: Fields, expert: FeedForwardSpec, gating: Sequence[
 
 def experts_from_config(fields: Fields, expert: FeedForwardSpec) -> ExpertsSpec:
     """Experts like `expert`, with renormalised scores."""
-    key = "num_local_experts" if "num_local_experts" in fields else "num_experts"
+    key = "num_experts" if "num_experts" in fields else "num_local_experts"
     count = fields.integer(key, high=MAX_EXPERTS)
     return ExpertsSpec(count, fields.integer("num_experts_per_tok", high=count), expert)
 
