@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from running import assert_executors_agree
-from test_families import EXTREMES, KINDS, file_of, read_all, refusal, rounded, spec_of, weights_of
+from test_families import EXTREMES, KINDS, Changed, file_of, read_all, refusal, rounded, spec_of, weights_of
 from test_families_gated import TOKENS, assert_logits_equal, windows
 from tiny_experts import (
     CHOSEN,
@@ -239,6 +240,55 @@ def test_what_gguf_files_may_say_or_not(sparse: Sparse) -> None:
     assert older.expert.width == 160 // CHOSEN
     same = {"gpt-oss.expert_weights_scale": 1.0, "gpt-oss.expert_gating_func": 3}
     assert experts("gpt-oss", **same) == experts("gpt-oss")
+
+
+PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
+    "mixtral-8x7b": (
+        {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+         "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+         "num_experts_per_tok": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
+         "sliding_window": None, "hidden_act": "silu", "tie_word_embeddings": False, "vocab_size": 32000},
+        46.7,
+    ),
+    "qwen1.5-moe-a2.7b": (
+        {"model_type": "qwen2_moe", "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24,
+         "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 60, "num_experts_per_tok": 4,
+         "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "norm_topk_prob": False,
+         "decoder_sparse_step": 1, "max_window_layers": 21, "sliding_window": 32768,
+         "use_sliding_window": False, "max_position_embeddings": 8192, "rope_theta": 1e6,
+         "vocab_size": 151936},
+        14.3,
+    ),
+    "qwen3-30b-a3b": (
+        {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+         "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+         "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+         "mlp_only_layers": [], "attention_bias": False, "sliding_window": None, "use_sliding_window": False,
+         "rope_scaling": None, "max_position_embeddings": 40960, "rope_theta": 1e6, "vocab_size": 151936},
+        30.5,
+    ),
+    "gpt-oss-20b": (
+        {"model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
+         "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32,
+         "num_experts_per_tok": 4, "experts_per_token": 4, "attention_bias": True, "swiglu_limit": 7.0,
+         "layer_types": ["sliding_attention", "full_attention"] * 12, "sliding_window": 128,
+         "rope_theta": 150000, "vocab_size": 201088, "max_position_embeddings": 131072,
+         "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "truncate": False,
+                          "original_max_position_embeddings": 4096, "rope_type": "yarn"},
+         "quantization_config": {"quant_method": "mxfp4"}},
+        20.9,
+    ),
+}  # fmt: skip
+"""The settings of published models, and their billions of parameters as their cards say."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_parameters_that_their_cards_say(sparse: Sparse, name: str) -> None:
+    settings, billions = PUBLISHED[name]
+    with open_checkpoint(sparse("mixtral").folder) as checkpoint:
+        spec = read_spec(Changed(checkpoint, settings))  # type: ignore[arg-type]
+    total = sum(math.prod(weight.shape) for weight in decoder(spec).weights())
+    assert total / 1e9 == pytest.approx(billions, abs=0.05)
 
 
 def test_routes_are_named_in_the_program(sparse: Sparse) -> None:
