@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -22,17 +21,17 @@ from tiny_experts import (
     CHOSEN,
     CONFIG_ONLY,
     EXPERTS,
-    MXFP4,
     SPARSE_MODELS,
     WINDOW,
     make_sparse,
     sparse_tensors,
+    write_mxfp4_folder,
     write_sparse_gguf,
 )
 from tiny_models import TinyModel
 
 from ridgeline.model.build import decoder
-from ridgeline.model.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from ridgeline.model.checkpoint import open_checkpoint
 from ridgeline.model.families import read_spec
 from ridgeline.model.families.family import Source
 from ridgeline.model.program import Route
@@ -136,44 +135,16 @@ def test_a_gate_of_shared_experts_may_be_a_matrix_of_one_row(sparse: Sparse, tmp
     assert_logits_equal(rewritten(model, path, tensors), path, "reference", TOKENS[:8])
 
 
-@dataclass
-class InMxfp4:
-    """A folder of gpt-oss that shows its experts as published ones do: (experts, outputs, inputs), MXFP4."""
-
-    checkpoint: Checkpoint
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.checkpoint, name)
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return {
-            name: self._turned(info) if name.endswith("_proj") else info
-            for name, info in self.checkpoint.tensors.items()
-        }
-
-    def _turned(self, info: TensorInfo) -> TensorInfo:
-        experts, inputs, outputs = info.shape
-        return replace(info, shape=(experts, outputs, inputs), storage="MXFP4")
-
-    def tensor(self, name: str) -> Tensor:
-        held = self.checkpoint.tensor(name)
-        if not name.endswith("_proj"):
-            return held
-        values = np.ascontiguousarray(held.dequantise().swapaxes(1, 2))
-        blocks = gguf.quants.quantize(values, MXFP4)
-        return Tensor(STORAGES["MXFP4"], values.shape, blocks.reshape(-1, blocks.shape[-1]))
-
-
-def test_experts_in_mxfp4_are_stored_the_other_way_round(sparse: Sparse) -> None:
-    with open_checkpoint(sparse("gpt-oss-mxfp4").folder) as checkpoint:
+def test_gpt_oss_as_it_is_published(sparse: Sparse, tmp_path: Path) -> None:
+    """Experts in MXFP4 lie the other way round than unquantised ones, in parts of two tensors."""
+    model = sparse("gpt-oss-mxfp4")
+    folder = write_mxfp4_folder(model.folder, tmp_path / "published")
+    assert_logits_equal(model, folder, "reference", TOKENS)
+    with open_checkpoint(folder) as checkpoint:
         spec = read_spec(checkpoint)
-        views: list[Any] = [checkpoint, InMxfp4(checkpoint)]
-        plain, blocks = (Weights(spec, decoder(spec), view, "W32A32") for view in views)
-        for name in plain.formats:
-            np.testing.assert_array_equal(plain.matrix(name).dequantise(), blocks.matrix(name).dequantise())
-        assert blocks.nbytes == plain.nbytes
-        assert Weights(spec, decoder(spec), views[1]).formats["layers.0.experts.up"].weight_bits < 32
+        store = Weights(spec, decoder(spec), checkpoint)
+        assert store.formats["layers.0.experts.up"].name == "W8A8-g32"
+        assert store.formats["layers.0.experts.up"] == store.formats["layers.0.experts.down"]
 
 
 def test_one_expert_is_a_stack_of_one() -> None:

@@ -6,6 +6,7 @@ tests' prompts.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,28 @@ def _rounded_to_mxfp4(weight: torch.Tensor) -> torch.Tensor:
     """A stack of experts (experts, inputs, outputs), with blocks along its inputs."""
     blocks = gguf.quants.quantize(np.ascontiguousarray(weight.numpy().swapaxes(1, 2)), MXFP4)
     return torch.from_numpy(gguf.quants.dequantize(blocks, MXFP4).swapaxes(1, 2).copy())
+
+
+def write_mxfp4_folder(source: Path, folder: Path) -> Path:
+    """A copy of a gpt-oss folder with its experts in MXFP4: (experts, outputs, inputs), codes in pairs of
+    neighbours, and exponents beside them."""
+    tensors = {}
+    for key, value in safetensors.numpy.load_file(source / "model.safetensors").items():
+        if not key.endswith("_proj"):
+            tensors[key] = value
+            continue
+        rows = np.ascontiguousarray(value.swapaxes(1, 2))
+        blocks = gguf.quants.quantize(rows, MXFP4).reshape(*rows.shape[:2], -1, 17)
+        halves = blocks[..., 1:]
+        codes = np.concatenate([halves & 15, halves >> 4], axis=-1)
+        tensors[f"{key}_blocks"] = codes[..., ::2] | codes[..., 1::2] << 4
+        tensors[f"{key}_scales"] = np.ascontiguousarray(blocks[..., 0])
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 # ------------------------------------------------------------------------------------------- GGUF
