@@ -8,6 +8,8 @@ Buffers of activations:
            hold anything.
   A8       uint8 (max_rows, a8_row_bytes(width)), 64-byte aligned: int8 codes in groups of 32 with, per group,
            a scale, the sums of its two halves of codes and scale times the sum of both.
+  bfloat16 uint16 (max_rows, stride), stride a multiple of 32 and at least the width: the values' bits, and a
+           zero behind the last where the width is odd.
 KV pool of a layer: uint16 (bfloat16 bits) or float32, (pages, kv_heads, 2 * PAGE_TOKENS * head_dim).
 """
 
@@ -17,7 +19,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-_Buffer: TypeAlias = NDArray[np.float32] | NDArray[np.uint8]
+_Buffer: TypeAlias = NDArray[np.float32] | NDArray[np.uint8] | NDArray[np.uint16]
 _Pool: TypeAlias = NDArray[np.uint16] | NDArray[np.float32]
 
 PAGE_TOKENS: int
@@ -57,7 +59,7 @@ def probe_read(team: Team, working_set_bytes: int, seconds: float) -> list[tuple
     """Read bandwidth in GB/s (1e9 bytes) for several access patterns, about `seconds` each."""
 
 def probe_peak(team: Team, isa: str, format: str) -> float:
-    """Peak operations per second (a multiply-add is two) for "int8", "bf16" or "fp32"; 0 if it has none."""
+    """Peak operations per second (a multiply-add is two) for "int8", "bf16" or "fp32"."""
 
 class Team:
     """Persistent threads that run a tape; worker 0 is the caller. One run at a time, others wait."""
@@ -85,8 +87,8 @@ class Matrix:
 class Part:
     """One output of a linear launch: y = matrix·x + bias, then act(y), or act(gate·x + gate_bias) * y.
 
-    `out` is a float32 buffer (`accumulate`: out += y), an A8 buffer (y is quantised in the same pass) or None
-    for the step's logits. `activation`: "none", "silu", "gelu_tanh" or "gelu".
+    `out` is a float32 buffer (`accumulate`: out += y), an A8 or bfloat16 buffer (y is quantised in the same
+    pass) or None for the step's logits. `activation`: "none", "silu", "gelu_tanh" or "gelu".
     """
 
     def __init__(
@@ -172,8 +174,14 @@ class Tape:
         output_rows[i]. `accumulate`: out += norm(x)."""
 
     def quantise(
-        self, x: NDArray[np.float32], out: NDArray[np.uint8], width: int, gather: bool = False
-    ) -> None: ...
+        self,
+        x: NDArray[np.float32],
+        out: NDArray[np.uint8] | NDArray[np.uint16],
+        width: int,
+        gather: bool = False,
+    ) -> None:
+        """out = x, quantised to A8 or rounded to bfloat16."""
+
     def add(self, x: NDArray[np.float32], out: NDArray[np.float32], width: int) -> None:
         """out += x."""
 
@@ -188,8 +196,9 @@ class Tape:
         """out = act(x), or act(x) * times."""
 
     def linear(self, x: _Buffer, parts: Sequence[Part], outputs_only: bool = False) -> None:
-        """All parts share x: A8 for quantised matrices, float32 for the others. `outputs_only`: run over as
-        many rows as the step has outputs (buffers hold gathered rows), as parts that write logits must."""
+        """All parts share x: A8 for quantised matrices, bfloat16 for BF16, float32 for the others.
+        `outputs_only`: run over as many rows as the step has outputs (buffers hold gathered rows), as parts
+        that write logits must."""
 
     def softcap(self, width: int, cap: float) -> None:
         """logits = cap * tanh(logits / cap)."""
@@ -210,14 +219,15 @@ class Tape:
         q_norm: NDArray[np.float32] | None = None,
         k_norm: NDArray[np.float32] | None = None,
         eps: float = 1e-6,
+        rounded_q: NDArray[np.uint16] | None = None,
     ) -> None:
         """Per row: RMS norm of each head of q and k (optional), rotate-half rope on the first `rotary_dim` of
         each head with cos, sin (max_rows, rotary_dim / 2), then k and v to the row's slot as bfloat16.
-        q is written back in place; k is left as it was."""
+        q is written to the bfloat16 buffer `rounded_q`, or else back in place; k is left as it was."""
 
     def attention(
         self,
-        q: NDArray[np.float32],
+        q: NDArray[np.float32] | NDArray[np.uint16],
         out: _Buffer,
         pool: _Pool,
         group: int,
@@ -228,8 +238,8 @@ class Tape:
         window: int = 0,
         softcap: float = 0.0,
     ) -> None:
-        """Softmax attention of each row over its sequence's segments. `out` is float32, or A8 where head_dim
-        is a multiple of 32. `window` 0 sees everything, `softcap` 0 leaves scores as they are."""
+        """Softmax attention of each row over its sequence's segments. `q` is float32 or bfloat16; `out` is
+        float32, bfloat16, or A8 where head_dim is a multiple of 32. `window` 0 sees everything, `softcap` 0 leaves scores as they are."""
 
     def run(self, step: StepInputs) -> None:
         """Run one step, without the GIL. ValueError if the step does not fit or contradicts itself."""

@@ -24,14 +24,21 @@ int32_t checked_int(const char* name, int64_t value, int64_t low, int64_t high) 
 
 constexpr int64_t kLargest = 1 << 30;
 
-bool is_bytes(nb::handle object) {
-  // Asks by trial: an A8 buffer is the only one of bytes.
-  try {
-    Array<uint8_t> array(object, "", 2);
-    return true;
-  } catch (const std::invalid_argument&) {
-    return false;
-  }
+// The kinds of row buffers, told apart by their item types; what is none of them counts as float32.
+enum class RowKind { f32, a8, bf16 };
+
+RowKind row_kind(nb::handle object) {
+  if (Array<uint8_t>::holds(object)) return RowKind::a8;
+  return Array<uint16_t>::holds(object) ? RowKind::bf16 : RowKind::f32;
+}
+
+const char* name_of(RowKind kind) {
+  return kind == RowKind::a8 ? "A8" : kind == RowKind::bf16 ? "bfloat16" : "float32";
+}
+
+void check_accumulate(bool accumulate, RowKind out) {
+  if (accumulate && out != RowKind::f32)
+    refuse("accumulate", "True", "False where out is not a float32 buffer");
 }
 
 struct PyPart {
@@ -51,7 +58,7 @@ struct PyPart {
                  std::to_string(matrix->shape().cols));
     }
     if (gate == nullptr && !gate_bias.is_none()) refuse("gate_bias", "given", "None where there is no gate");
-    if (accumulate && is_bytes(out)) refuse("accumulate", "True", "False for an A8 buffer");
+    check_accumulate(accumulate, row_kind(out));
   }
 
   std::shared_ptr<Matrix> matrix, gate;
@@ -138,7 +145,8 @@ class PyTape {
 
   void quantise(nb::object x, nb::object out, int64_t width, bool gather) {
     const int32_t w = checked_int("width", width, 1, kLargest);
-    tape_.append("quantise", QuantiseLaunch{f32(x, "x", w, Access::read), a8(out, "out", w), w, gather});
+    if (row_kind(out) == RowKind::f32) refuse("out", "not an A8 or bfloat16 buffer", "uint8 or uint16 rows");
+    tape_.append("quantise", QuantiseLaunch{f32(x, "x", w, Access::read), target(out, "out", w, false), w, gather});
   }
 
   void add(nb::object x, nb::object out, int64_t width) {
@@ -160,15 +168,10 @@ class PyTape {
     LinearLaunch launch{};
     launch.cols = parts[0]->matrix->shape().cols;
     launch.outputs_only = outputs_only;
-    const bool quantised = is_bytes(x);
-    if (quantised) {
-      launch.x8 = a8(x, "x", launch.cols, Access::read);
-    } else {
-      launch.x32 = f32(x, "x", launch.cols, Access::read);
-    }
+    launch.x = input(x, "x", launch.cols);
     for (const auto& part : parts) {
-      check_operand(*part->matrix, launch.cols, quantised);
-      if (part->gate != nullptr) check_operand(*part->gate, launch.cols, quantised);
+      check_operand(*part->matrix, launch.cols, row_kind(x));
+      if (part->gate != nullptr) check_operand(*part->gate, launch.cols, row_kind(x));
       launch.parts.push_back(bind_part(*part, outputs_only));
     }
     for (const auto& part : parts) {
@@ -185,10 +188,11 @@ class PyTape {
 
   void rope_store(nb::object q, nb::object k, nb::object v, nb::object pool, int64_t group, int64_t heads,
                   int64_t kv_heads, int64_t head_dim, nb::object cos, nb::object sin, int64_t rotary_dim,
-                  nb::object q_norm, nb::object k_norm, float eps) {
+                  nb::object q_norm, nb::object k_norm, float eps, nb::object rounded_q) {
     RopeStoreLaunch launch{};
     check_heads(heads, kv_heads, head_dim, group);
-    launch.q = f32(q, "q", heads * head_dim);
+    launch.q = f32(q, "q", heads * head_dim, rounded_q.is_none() ? Access::write : Access::read);
+    if (!rounded_q.is_none()) launch.rounded_q = bf16(rounded_q, "rounded_q", heads * head_dim);
     launch.k = f32(k, "k", kv_heads * head_dim, Access::read);
     launch.v = f32(v, "v", kv_heads * head_dim, Access::read);
     launch.pool = pages(pool, kv_heads, head_dim, Access::write);
@@ -215,10 +219,14 @@ class PyTape {
                  int64_t kv_heads, int64_t head_dim, float scale, int64_t window, float softcap) {
     AttentionLaunch launch{};
     check_heads(heads, kv_heads, head_dim, group);
-    if (is_bytes(out) && head_dim % kGroup != 0) {
+    if (row_kind(out) == RowKind::a8 && head_dim % kGroup != 0) {
       refuse("head_dim", std::to_string(head_dim), "a multiple of 32 where out is an A8 buffer");
     }
-    launch.q = f32(q, "q", heads * head_dim, Access::read);
+    if (row_kind(q) == RowKind::bf16) {
+      launch.rounded_q = bf16(q, "q", heads * head_dim, Access::read);
+    } else {
+      launch.q = f32(q, "q", heads * head_dim, Access::read);
+    }
     launch.out = target(out, "out", heads * head_dim, false);
     launch.pool = pages(pool, kv_heads, head_dim, Access::read);
     launch.group = int32_t(group);
@@ -257,10 +265,44 @@ class PyTape {
     return {bytes_.back().data(), bytes_.back().size(1)};
   }
 
+  // A row's last value is read with its partner, and 32 values fill a line.
+  Bf16Rows bf16(nb::handle object, const char* name, int64_t width, Access access = Access::write) {
+    Array<uint16_t> array(object, name, 2, access);
+    array.expect_at_least(0, tape_.max_rows(), name);
+    array.expect_at_least(1, width, name);
+    if (array.size(1) % 32 != 0) {
+      refuse(std::string(name) + ".shape[1]", std::to_string(array.size(1)), "a multiple of 32");
+    }
+    halves_.push_back(std::move(array));
+    return {halves_.back().data(), halves_.back().size(1)};
+  }
+
   Target target(nb::handle object, const char* name, int64_t width, bool accumulate) {
-    if (!is_bytes(object)) return {f32(object, name, width), {}, accumulate};
-    if (accumulate) refuse("accumulate", "True", "False for an A8 buffer");
-    return {{}, a8(object, name, width), false};
+    const RowKind kind = row_kind(object);
+    check_accumulate(accumulate, kind);
+    if (kind == RowKind::a8) return {.a8 = a8(object, name, width)};
+    if (kind == RowKind::bf16) return {.bf16 = bf16(object, name, width)};
+    return {.f32 = f32(object, name, width), .accumulate = accumulate};
+  }
+
+  InputRows input(nb::handle object, const char* name, int64_t width) {
+    const auto rows = [](const auto* data, int64_t stride) {
+      return InputRows{reinterpret_cast<const uint8_t*>(data), stride * int64_t(sizeof *data)};
+    };
+    switch (row_kind(object)) {
+      case RowKind::a8: {
+        const A8Rows x = a8(object, name, width, Access::read);
+        return rows(x.data, x.stride);
+      }
+      case RowKind::bf16: {
+        const Bf16Rows x = bf16(object, name, width, Access::read);
+        return rows(x.data, x.stride);
+      }
+      default: {
+        const F32Rows x = f32(object, name, width, Access::read);
+        return rows(x.data, x.stride);
+      }
+    }
   }
 
   const float* vector(nb::handle object, const char* name, int64_t width) {
@@ -281,7 +323,7 @@ class PyTape {
 
   KvPool pages(nb::handle object, int64_t kv_heads, int64_t head_dim, Access access) {
     if (Array<float>::holds(object)) return pages(wide_pools_, object, kv_heads, head_dim, access);
-    return pages(pools_, object, kv_heads, head_dim, access);
+    return pages(halves_, object, kv_heads, head_dim, access);
   }
 
   template <class T>
@@ -304,15 +346,18 @@ class PyTape {
     }
   }
 
-  static void check_operand(const Matrix& matrix, int32_t cols, bool quantised) {
+  static void check_operand(const Matrix& matrix, int32_t cols, RowKind x) {
     if (matrix.shape().cols != cols) {
       refuse("cols of a part", std::to_string(matrix.shape().cols),
              std::to_string(cols) + ", as the first part has");
     }
-    if (is_quantised(matrix.shape().storage) != quantised) {
-      refuse("x", quantised ? "an A8 buffer" : "a float32 buffer",
-             quantised ? "float32 for a matrix of " + matrix.storage_name()
-                       : "A8 for a matrix of " + matrix.storage_name());
+    const Storage storage = matrix.shape().storage;
+    const RowKind wanted = is_quantised(storage)      ? RowKind::a8
+                           : storage == Storage::bf16 ? RowKind::bf16
+                                                      : RowKind::f32;
+    if (x != wanted) {
+      refuse("x", std::string(x == RowKind::a8 ? "an " : "a ") + name_of(x) + " buffer",
+             std::string(name_of(wanted)) + " for a matrix of " + matrix.storage_name());
     }
   }
 
@@ -337,7 +382,7 @@ class PyTape {
   Tape tape_;
   std::vector<Array<float>> floats_;
   std::vector<Array<uint8_t>> bytes_;
-  std::vector<Array<uint16_t>> pools_;
+  std::vector<Array<uint16_t>> halves_;  // rows and pools of bfloat16
   std::vector<Array<float>> wide_pools_;
   std::vector<std::shared_ptr<Matrix>> matrices_;
 };
@@ -375,7 +420,7 @@ void bind_tape(nb::module_& m) {
       .def("softcap", &PyTape::softcap, "width"_a, "cap"_a)
       .def("rope_store", &PyTape::rope_store, "q"_a, "k"_a, "v"_a, "pool"_a, "group"_a, "heads"_a,
            "kv_heads"_a, "head_dim"_a, "cos"_a = nb::none(), "sin"_a = nb::none(), "rotary_dim"_a = 0,
-           "q_norm"_a = nb::none(), "k_norm"_a = nb::none(), "eps"_a = 1e-6f)
+           "q_norm"_a = nb::none(), "k_norm"_a = nb::none(), "eps"_a = 1e-6f, "rounded_q"_a = nb::none())
       .def("attention", &PyTape::attention, "q"_a, "out"_a, "pool"_a, "group"_a, "heads"_a, "kv_heads"_a,
            "head_dim"_a, "scale"_a, "window"_a = 0, "softcap"_a = 0.0f)
       .def(

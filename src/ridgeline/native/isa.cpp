@@ -14,6 +14,12 @@ extern const Kernels kernels;
 }
 #endif
 
+#if defined(RIDGELINE_WITH_AVX512_BF16)
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+#endif
+
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> levels;
 #if defined(RIDGELINE_WITH_AVX512_VNNI)
@@ -21,6 +27,9 @@ std::vector<const Kernels*> available_kernels() {
   const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+#if defined(RIDGELINE_WITH_AVX512_BF16)
+  if (runs && __builtin_cpu_supports("avx512bf16")) levels.push_back(&avx512_bf16::kernels);
+#endif
   if (runs) levels.push_back(&avx512_vnni::kernels);
 #endif
   levels.push_back(&portable::kernels);

@@ -22,12 +22,25 @@ struct A8Rows {
   uint8_t* data = nullptr;
   int64_t stride = 0;  // bytes
 };
+struct Bf16Rows {
+  uint16_t* data = nullptr;
+  int64_t stride = 0;  // values
+};
+// Rows of any of these kinds, as a linear reads them.
+struct InputRows {
+  const uint8_t* data = nullptr;
+  int64_t row_bytes = 0;
+};
 
-// Where rows of results go: float32, quantised to A8, or the step's logits (neither pointer set).
+// Where rows of results go: float32, quantised to A8, rounded to bfloat16, or the step's logits (no pointer
+// set).
 struct Target {
-  F32Rows f32;
-  A8Rows a8;
+  F32Rows f32 = {};
+  A8Rows a8 = {};
+  Bf16Rows bf16 = {};
   bool accumulate = false;
+
+  bool is_logits() const { return f32.data == nullptr && a8.data == nullptr && bf16.data == nullptr; }
 };
 
 struct MatrixView {
@@ -52,7 +65,7 @@ struct NormLaunch {
 };
 struct QuantiseLaunch {
   F32Rows x;
-  A8Rows out;
+  Target out;
   int32_t width;
   bool gather;
 };
@@ -73,8 +86,7 @@ struct LinearPart {
   Activation activation;
 };
 struct LinearLaunch {
-  F32Rows x32;
-  A8Rows x8;
+  InputRows x;
   int32_t cols;
   bool outputs_only;
   std::vector<LinearPart> parts;
@@ -91,6 +103,7 @@ struct KvPool {
 };
 struct RopeStoreLaunch {
   F32Rows q, k, v;
+  Bf16Rows rounded_q;  // where q goes; without it, q is rewritten in place
   KvPool pool;
   int32_t group, heads, kv_heads, head_dim, rotary_dim;
   const float *cos, *sin;  // (max_rows, rotary_dim / 2) or null
@@ -99,6 +112,7 @@ struct RopeStoreLaunch {
 };
 struct AttentionLaunch {
   F32Rows q;
+  Bf16Rows rounded_q;  // instead of q
   Target out;
   KvPool pool;
   int32_t group, heads, kv_heads, head_dim, window;

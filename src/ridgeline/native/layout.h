@@ -3,6 +3,8 @@
 //
 // A8 row: int8 codes [groups*32], float32 scales [groups], int32 sums of 16 codes [groups][2], float32
 //   scale * sum of all 32 [groups]; rows are a multiple of 64 bytes apart.
+// Bfloat16 row: the values, and a zero after them where their number is odd; rows are a multiple of 64 bytes
+//   apart.
 // KV page of one head: K as [head_dim/2][16 slots][2], then V as [16 slots][head_dim], bfloat16. In float32
 // pools K lies as [head_dim][16 slots].
 #pragma once

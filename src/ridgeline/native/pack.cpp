@@ -69,9 +69,17 @@ void pack_float_row(const uint8_t* row, Storage storage, int32_t cols, int lane,
       std::memcpy(&wide, row + size_t(k) * 4, 4);
     } else {
       std::memcpy(&half, row + size_t(k) * 2, 2);
-      wide = storage == Storage::bf16 ? uint32_t(half) << 16 : widen_f16(half);
+      wide = widen_f16(half);
     }
     write32(tile + (size_t(k) * kTileRows + lane) * 4, wide);
+  }
+}
+
+void pack_bf16_row(const uint8_t* row, int32_t cols, int lane, uint8_t* tile) {
+  for (int32_t k = 0; k < cols; k += 2) {
+    uint32_t pair = 0;
+    std::memcpy(&pair, row + size_t(k) * 2, k + 1 < cols ? 4 : 2);
+    write32(tile + (size_t(k / 2) * kTileRows + lane) * 4, pair);
   }
 }
 
@@ -88,6 +96,8 @@ void pack_matrix(const uint8_t* data, Storage storage, int32_t rows, int32_t col
         const uint8_t* row = data + size_t(first + lane) * row_bytes;
         if (is_quantised(storage)) {
           pack_quantised_row(row, storage, cols, lane, tile);
+        } else if (storage == Storage::bf16) {
+          pack_bf16_row(row, cols, lane, tile);
         } else {
           pack_float_row(row, storage, cols, lane, tile);
         }

@@ -9,7 +9,8 @@
 //     16 lanes of four inputs.
 //       W4: chunk j of 4: input 8j+i in the low nibble, input 8j+4+i in the high one.
 //       W8: chunk j of 8: input 4j+i as an unsigned byte (code + 128).
-//   float32 tile: for each input 16 floats.
+//   bfloat16 tile: for each pair of inputs 16 pairs; a last input without a partner has a zero.
+//   float32 tile: for each input 16 floats. It holds F32 and F16.
 #pragma once
 
 #include "layout.h"
@@ -37,6 +38,7 @@ RIDGELINE_INLINE constexpr GroupPlace group_place(Storage s, int group) {
   return {block + second * kLineBytes / 2, block + kLineBytes + second * group_code_bytes(s)};
 }
 RIDGELINE_INLINE constexpr size_t tile_bytes(Storage s, int cols) {
+  if (s == Storage::bf16) return round_up(size_t(cols), 2) * kTileRows * sizeof(uint16_t);
   if (!is_quantised(s)) return size_t(cols) * kTileRows * sizeof(float);
   return group_place(s, group_count(cols) - 1).codes + group_code_bytes(s);
 }

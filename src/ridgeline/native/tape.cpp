@@ -50,8 +50,7 @@ void Tape::collect(const AnyLaunch& launch) {
           },
           [&](const LinearLaunch& l) {
             for (const LinearPart& part : l.parts) {
-              const bool logits = part.out.f32.data == nullptr && part.out.a8.data == nullptr;
-              if (logits) needs_.logits_width = std::max(needs_.logits_width, part.matrix.rows);
+              if (part.out.is_logits()) needs_.logits_width = std::max(needs_.logits_width, part.matrix.rows);
             }
           },
           [&](const SoftcapLaunch& l) { needs_.logits_width = std::max(needs_.logits_width, l.width); },

@@ -55,7 +55,7 @@ def parse_format(name: str) -> Format:
 
 
 DEVICE_FORMATS: dict[str, tuple[str, ...]] = {
-    "cpu": ("W4A8-g32", "W8A8-g32", "W32A32"),
+    "cpu": ("W4A8-g32", "W8A8-g32", "W16A16", "W32A32"),
     "cuda": tuple(FORMATS),
     "reference": tuple(FORMATS),
 }

@@ -28,7 +28,7 @@ class Binding:
     """What launches are bound to: where a value, a weight, a layer's memory and a rope's tables live."""
 
     tape: Tape
-    buffer: Callable[[Value], Any]  # float32 or A8 buffer; None for the step's logits
+    buffer: Callable[[Value], Any]  # float32, A8 or bfloat16 buffer; None for the step's logits
     matrix: Callable[[Weight], Matrix]
     vector: Callable[[Weight | None], Float32Array | None]
     pool: Callable[[int], Any]
@@ -122,7 +122,10 @@ class LinearLaunch(Launch):
 
 @dataclass(frozen=True, slots=True)
 class RopeStoreLaunch(Launch):
-    """Head norms and rope of Q and K, then K and V into their slots. Q is rewritten in place."""
+    """Head norms and rope of Q and K, then K and V into their slots.
+
+    Q is rewritten in place, or rounded to the bfloat16 value that attention reads.
+    """
 
     store: StoreKV
     attention: Attention
@@ -135,6 +138,7 @@ class RopeStoreLaunch(Launch):
     def bind(self, to: Binding) -> None:
         cos, sin = to.rope(self.rope) if self.rope else (None, None)
         norm = self.query_norm or self.key_norm
+        rounded = self.attention.query if self.attention.query.kind == "bf16" else None
         to.tape.rope_store(
             to.buffer(self.query),
             to.buffer(self.key),
@@ -150,6 +154,7 @@ class RopeStoreLaunch(Launch):
             to.vector(self.query_norm.weight if self.query_norm else None),
             to.vector(self.key_norm.weight if self.key_norm else None),
             norm.spec.eps if norm else 0.0,
+            rounded_q=to.buffer(rounded) if rounded else None,
         )
 
 

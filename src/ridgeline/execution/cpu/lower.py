@@ -4,7 +4,7 @@ The rules, each local and guarded by "nobody else reads it":
 - all linears of one value are one launch; gate, up and activation are one of its parts;
 - a `Quantise`, or an `Add` to the residual stream, joins the operation that produces its input;
 - picking output rows joins the final norm;
-- head norms and ropes of Q and K join the store of K and V.
+- head norms, ropes and the rounding of Q, and those of K, join the store of K and V.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from ridgeline.model.program import (
     Value,
 )
 
-A8_HEAD_MULTIPLE = 32  # attention quantises its heads one by one, so a group must not span two
+A8_HEAD_MULTIPLE = 32  # attention writes its heads one by one, so a group of A8 must not span two
 
 
 def lower(program: Program) -> tuple[CpuLaunch, ...]:
@@ -138,16 +138,21 @@ class _Lowering(Fusion[CpuLaunch]):
 
     def store(self, op: StoreKV) -> CpuLaunch:
         attention = self.attention_of(op)
-        query, query_norm, query_rope = self.head_chain(attention.query)
+        rounding = self.producer[attention.query.name]
+        quantise = rounding if isinstance(rounding, Quantise) else None
+        turned = quantise.x if quantise else attention.query
+        query, query_norm, query_rope = self.head_chain(turned)
         key, key_norm, key_rope = self.head_chain(op.key)
-        chain = [c for c in (query_norm, query_rope, key_norm, key_rope) if c is not None]
+        chain = [c for c in (query_norm, query_rope, quantise, key_norm, key_rope) if c is not None]
         rope = self.shared_rope(query_rope, key_rope, op)
-        overwrites = () if attention.query.name == query.name else ((attention.query, query),)
+        in_place = quantise is None and turned.name != query.name
+        overwrites = ((turned, query),) if in_place else ()
         covers = (*chain, op)
         return RopeStoreLaunch(covers, overwrites, op, attention, query, key, rope, query_norm, key_norm)
 
     def attention(self, op: Attention) -> CpuLaunch:
-        quantise, out = self.then_quantise(op.out) if op.head_dim % A8_HEAD_MULTIPLE == 0 else ((), op.out)
+        kinds = ("bf16",) if op.head_dim % A8_HEAD_MULTIPLE else ()
+        quantise, out = self.then_quantise(op.out, *kinds)
         return AttentionLaunch((op, *quantise), (), op, out)
 
     def activate(self, op: Activate) -> CpuLaunch:

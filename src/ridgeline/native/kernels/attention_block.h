@@ -78,7 +78,7 @@ struct Arena {
 struct Buffers {
   int value_stride;
   Widened widened;
-  float *p, *decay, *lanes;
+  float *p, *decay, *lanes, *wide_q;
   const float** q;
   SlotRange* visible;
   State split, total;
@@ -95,6 +95,7 @@ RIDGELINE_INLINE Buffers lay_out(const AttentionLaunch& launch, Arena& arena) {
   b.decay = arena.take<float>(queries);
   b.lanes = arena.take<float>(queries * 16);
   b.q = arena.take<const float*>(queries);
+  b.wide_q = arena.take<float>(launch.rounded_q.data == nullptr ? 0 : queries * stride);
   b.visible = arena.take<SlotRange>(queries);
   b.split = arena.take_state(queries, stride);
   b.total = arena.take_state(queries, stride);
@@ -113,8 +114,11 @@ class BlockTask {
         ratio_(launch.heads / launch.kv_heads),
         queries_(block.row_count * ratio_) {
     for (int i = 0; i < queries_; ++i) {
-      b_.q[i] = launch.q.data + (block.row_begin + i / ratio_) * launch.q.stride +
-                int64_t(kv_head * ratio_ + i % ratio_) * launch.head_dim;
+      const int64_t row = block.row_begin + i / ratio_;
+      const int64_t column = int64_t(kv_head * ratio_ + i % ratio_) * launch.head_dim;
+      b_.q[i] = launch.rounded_q.data != nullptr
+                    ? widen_query(launch.rounded_q.data + row * launch.rounded_q.stride + column, i)
+                    : launch.q.data + row * launch.q.stride + column;
     }
   }
 
@@ -175,19 +179,19 @@ class BlockTask {
         const float* o = b_.total.o + i * b_.value_stride + d;
         const vfloat a = load(o) * factor + zero();
         const vfloat b = d + 16 < b_.value_stride ? load(o + 16) * factor + zero() : zero();
-        if (launch_.out.a8.data != nullptr) {
-          quantise_group(a, b, launch_.out.a8.data + row * launch_.out.a8.stride, layout,
-                         (column + d) / kGroup);
-        } else {
-          float* out = launch_.out.f32.data + row * launch_.out.f32.stride + column + d;
-          store_f32(out, launch_.head_dim - d, a, false);
-          store_f32(out + 16, launch_.head_dim - d - 16, b, false);
-        }
+        write_group(launch_.out, layout, {row, column + d, launch_.head_dim - d}, a, b);
       }
     }
   }
 
  private:
+  const float* widen_query(const uint16_t* query, int i) const {
+    float* wide = b_.wide_q + int64_t(i) * b_.value_stride;
+    for (int d = 0; d < launch_.head_dim; d += 16)
+      store(wide + d, load_bf16(first_lanes(launch_.head_dim - d), query + d));
+    return wide;
+  }
+
   void clear(const State& state) const {
     for (int i = 0; i < queries_; ++i) {
       state.top[i] = kLowest;

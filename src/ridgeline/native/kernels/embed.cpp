@@ -32,11 +32,21 @@ void unpack_group(const MatrixView& matrix, const uint8_t* tile, int lane, int g
   }
 }
 
+void unpack_pairs(const uint8_t* tile, int lane, int column, int cols, float* out) {
+  for (int c = column; c < column + kGroup && c < cols; ++c) {
+    uint16_t half;
+    std::memcpy(&half, tile + (size_t(c / 2) * kTileRows + lane) * 4 + c % 2 * 2, 2);
+    const uint32_t wide = uint32_t(half) << 16;
+    std::memcpy(out + (c - column), &wide, 4);
+  }
+}
+
 // Columns [column, column + 32) of a row; those beyond the matrix are left alone.
 void unpack_columns(const MatrixView& matrix, int64_t row, int column, float* out) {
   const uint8_t* tile = matrix.data + row / kTileRows * tile_bytes(matrix.storage, matrix.cols);
   const int lane = int(row % kTileRows);
   if (is_quantised(matrix.storage)) return unpack_group(matrix, tile, lane, column / kGroup, out);
+  if (matrix.storage == Storage::bf16) return unpack_pairs(tile, lane, column, matrix.cols, out);
   for (int i = 0; i < kGroup && column + i < matrix.cols; ++i) {
     std::memcpy(out + i, tile + (size_t(column + i) * kTileRows + lane) * 4, 4);
   }
@@ -45,7 +55,7 @@ void unpack_columns(const MatrixView& matrix, int64_t row, int column, float* ou
 }  // namespace
 
 void embed(const EmbedLaunch& launch, const StepView& step, Worker& worker) {
-  const Target out{launch.out, {}, launch.accumulate};
+  const Target out{.f32 = launch.out, .accumulate = launch.accumulate};
   const int32_t* ids = launch.by_position ? step.positions : step.tokens;
   for_rows(worker, step.rows, 1, [&](int64_t row) {
     write_row(out, row, launch.matrix.cols, [&](int column, vfloat& a, vfloat& b) {

@@ -42,15 +42,15 @@ struct PairInput {
 };
 
 void multiply_pair(const PairInput& in, const MatrixView& matrix, int64_t row, int tokens, float* y) {
-  const bool quantised = is_quantised(matrix.storage);
-  const int64_t row_bytes = quantised ? in.launch.x8.stride : in.launch.x32.stride * int64_t(sizeof(float));
-  const uint8_t* x = quantised ? in.launch.x8.data : reinterpret_cast<const uint8_t*>(in.launch.x32.data);
+  const InputRows& x = in.launch.x;
   const size_t bytes = tile_bytes(matrix.storage, matrix.cols);
   for (int half = 0; half < 2; ++half) {
     const int64_t tile = 2 * in.pair + half;
     if (tile < tile_count(matrix.rows)) {
-      multiply_tile(matrix.storage, {matrix.data + tile * bytes, x + row * row_bytes, row_bytes, matrix.cols},
-                    tokens, y + half * kTileRows);
+      multiply_tile(
+          matrix.storage,
+          {matrix.data + tile * bytes, x.data + row * x.row_bytes, x.row_bytes, matrix.cols}, tokens,
+          y + half * kTileRows);
     } else {
       for (int t = 0; t < tokens; ++t) store(y + t * kResultStride + half * kTileRows, zero());
     }
@@ -81,22 +81,12 @@ void finish_values(const PairInput& in, int tokens, float* y, const float* gate)
 }
 
 void write_values(const PairInput& in, const StepView& step, int64_t row, int tokens, const float* y) {
-  const Target& out = in.part.out;
-  if (out.a8.data != nullptr) {
-    const A8Layout layout = a8_layout(in.part.matrix.rows);
-    for (int t = 0; t < tokens; ++t, y += kResultStride) {
-      quantise_group(load(y), load(y + kTileRows), out.a8.data + (row + t) * out.a8.stride, layout,
-                     int(in.pair));
-    }
-    return;
-  }
-  const int64_t column = in.pair * kResultStride, width = in.part.matrix.rows;
-  const int64_t stride = out.f32.data != nullptr ? out.f32.stride : step.vocabulary;
-  float* p = (out.f32.data != nullptr ? out.f32.data : step.logits) + row * stride + column;
-  for (int t = 0; t < tokens; ++t, y += kResultStride, p += stride) {
-    store_f32(p, int(width - column), load(y), out.accumulate);
-    store_f32(p + kTileRows, int(width - column) - kTileRows, load(y + kTileRows), out.accumulate);
-  }
+  Target out = in.part.out;
+  if (out.is_logits()) out.f32 = {step.logits, step.vocabulary};
+  const int width = in.part.matrix.rows, column = int(in.pair) * kResultStride;
+  const A8Layout layout = a8_layout(width);
+  for (int t = 0; t < tokens; ++t, y += kResultStride)
+    write_group(out, layout, {row + t, column, width - column}, load(y), load(y + kTileRows));
 }
 
 void run_pair(const PairInput& in, const StepView& step, int64_t row, int tokens) {

@@ -2,6 +2,7 @@
 // The order of the float accumulation is that of the input groups, whatever the number of rows.
 #pragma once
 
+#include "bf16_tile.h"
 #include "float_tile.h"
 #include "quantised_tile.h"
 
@@ -13,6 +14,7 @@ static void multiply_tile(Storage storage, const TileInput& in, float* y) {
     case Storage::q4_0: return quantised_tile<Storage::q4_0, kTokens>(in, y);
     case Storage::q4_1: return quantised_tile<Storage::q4_1, kTokens>(in, y);
     case Storage::q8_0: return quantised_tile<Storage::q8_0, kTokens>(in, y);
+    case Storage::bf16: return bf16_tile<kTokens>(in, y);
     default: return float_tile<kTokens>(in, y);
   }
 }

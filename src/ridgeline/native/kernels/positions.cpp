@@ -37,30 +37,37 @@ void store_wide(const float* key, const float* value, int head_dim, float* page,
               size_t(head_dim) * sizeof(float));
 }
 
-void store_key(const float* head, int head_dim, uint16_t* page, int slot) {
-  alignas(64) uint16_t values[kMaxHeadDim];
-  for (int d = 0; d < head_dim; d += 16)
-    store_bf16(first_lanes(head_dim - d), values + d, load(first_lanes(head_dim - d), head + d));
-  for (int pair = 0; pair < head_dim / 2; ++pair)
-    std::memcpy(page + (pair * kPageTokens + slot) * 2, values + 2 * pair, 4);
-}
-
-void store_value(const float* head, int head_dim, uint16_t* page, int slot) {
-  uint16_t* out = page + page_values(head_dim) / 2 + size_t(slot) * head_dim;
+void round_head(const float* head, int head_dim, uint16_t* out) {
   for (int d = 0; d < head_dim; d += 16) {
     const vmask m = first_lanes(head_dim - d);
     store_bf16(m, out + d, load(m, head + d));
   }
 }
 
+void store_key(const float* head, int head_dim, uint16_t* page, int slot) {
+  alignas(64) uint16_t values[kMaxHeadDim];
+  round_head(head, head_dim, values);
+  for (int pair = 0; pair < head_dim / 2; ++pair)
+    std::memcpy(page + (pair * kPageTokens + slot) * 2, values + 2 * pair, 4);
+}
+
+void store_value(const float* head, int head_dim, uint16_t* page, int slot) {
+  round_head(head, head_dim, page + page_values(head_dim) / 2 + size_t(slot) * head_dim);
+}
+
 void rope_store_row(const RopeStoreLaunch& launch, const StepView& step, int64_t row) {
   const int head_dim = launch.head_dim, slot = step.slots[row];
   const float* cos = launch.cos == nullptr ? nullptr : launch.cos + row * (launch.rotary_dim / 2);
   const float* sin = launch.sin == nullptr ? nullptr : launch.sin + row * (launch.rotary_dim / 2);
+  uint16_t* rounded =
+      launch.rounded_q.data == nullptr ? nullptr : launch.rounded_q.data + row * launch.rounded_q.stride;
   for (int h = 0; h < launch.heads; ++h) {
+    alignas(64) float copy[kMaxHeadDim];
     float* q = launch.q.data + row * launch.q.stride + int64_t(h) * head_dim;
+    if (rounded != nullptr) q = static_cast<float*>(std::memcpy(copy, q, size_t(head_dim) * 4));
     if (launch.q_norm != nullptr) rms_norm_head(q, head_dim, launch.q_norm, launch.eps);
     if (cos != nullptr) rotate_head(q, launch.rotary_dim, cos, sin);
+    if (rounded != nullptr) round_head(q, head_dim, rounded + int64_t(h) * head_dim);
   }
   const int segment = step.segment_begin[step.row_sequence[row] + 1] - 1;
   const int32_t* table = step.tables + launch.group * step.pages + step.table_begin[segment];

@@ -32,11 +32,6 @@ RIDGELINE_INLINE vint start_sum(const uint8_t* sum) {
   return isplat((sums[0] + sums[1]) * (kStorage == Storage::q8_0 ? -128 : -8));
 }
 
-// How far ahead of their use weights are fetched. The tile after this one follows in memory and is mostly the
-// next. With few rows the hardware's own prefetching is better: it stays closer to what is computed.
-constexpr size_t kPrefetchBytes = 4096;
-constexpr int kPrefetchTokens = 3;
-
 template <Storage kStorage>
 RIDGELINE_INLINE void prefetch_group(const uint8_t* tile, int group) {
   constexpr size_t kBytes = group_place(kStorage, 2).scales / 2;

@@ -58,10 +58,9 @@ void norm(const NormLaunch& launch, const StepView& step, Worker& worker) {
 }
 
 void quantise(const QuantiseLaunch& launch, const StepView& step, Worker& worker) {
-  const Target out{{}, launch.out, false};
   for_rows(worker, launch.gather ? step.outputs : step.rows, kRowsPerUnit, [&](int64_t row) {
     const float* x = launch.x.data + (launch.gather ? step.output_rows[row] : row) * launch.x.stride;
-    write_row(out, row, launch.width, [&](int c, vfloat& a, vfloat& b) {
+    write_row(launch.out, row, launch.width, [&](int c, vfloat& a, vfloat& b) {
       a = load_up_to(x + c, launch.width - c);
       b = load_up_to(x + c + 16, launch.width - c - 16);
     });
@@ -69,7 +68,7 @@ void quantise(const QuantiseLaunch& launch, const StepView& step, Worker& worker
 }
 
 void add(const AddLaunch& launch, const StepView& step, Worker& worker) {
-  const Target out{launch.out, {}, true};
+  const Target out{.f32 = launch.out, .accumulate = true};
   for_rows(worker, step.rows, kRowsPerUnit, [&](int64_t row) {
     const float* x = launch.x.data + row * launch.x.stride;
     write_row(out, row, launch.width, [&](int c, vfloat& a, vfloat& b) {
@@ -112,7 +111,7 @@ void softcap(const SoftcapLaunch& launch, const StepView& step, Worker& worker) 
 }
 
 void quantise_rows(const float* x, int64_t rows, int32_t width, uint8_t* out) {
-  const Target target{{}, {out, int64_t(a8_layout(width).row_bytes)}, false};
+  const Target target{.a8 = {out, int64_t(a8_layout(width).row_bytes)}};
   for (int64_t row = 0; row < rows; ++row) {
     write_row(target, row, width, [&](int c, vfloat& a, vfloat& b) {
       a = load_up_to(x + row * width + c, width - c);

@@ -41,6 +41,28 @@ RIDGELINE_INLINE void store_f32(float* p, int count, vfloat a, bool accumulate) 
   store(m, p, accumulate ? load(m, p) + a : a);
 }
 
+// Where 32 values go, or the `count` that are left of a row. In A8 rows the column is a multiple of 32.
+struct GroupAt {
+  int64_t row;
+  int column, count;
+};
+
+// Writes two vectors, which hold zeros beyond the row's end.
+RIDGELINE_INLINE void write_group(const Target& out, const A8Layout& layout, GroupAt at, vfloat a, vfloat b) {
+  if (out.a8.data != nullptr) {
+    quantise_group(a, b, out.a8.data + at.row * out.a8.stride, layout, at.column / kGroup);
+  } else if (out.bf16.data != nullptr) {
+    uint16_t* p = out.bf16.data + at.row * out.bf16.stride + at.column;
+    const int count = at.count + at.count % 2;  // a last value has a partner
+    store_bf16(first_lanes(count), p, a);
+    store_bf16(first_lanes(count - 16), p + 16, b);
+  } else {
+    float* p = out.f32.data + at.row * out.f32.stride + at.column;
+    store_f32(p, at.count, a, out.accumulate);
+    store_f32(p + 16, at.count - 16, b, out.accumulate);
+  }
+}
+
 // Writes one row of `width` values, 32 at a time: values(column, first, second) fills two vectors, with zeros
 // beyond the width.
 template <class Values>
@@ -49,13 +71,7 @@ RIDGELINE_INLINE void write_row(const Target& out, int64_t row, int width, Value
   for (int column = 0; column < width; column += kGroup) {
     vfloat a, b;
     values(column, a, b);
-    if (out.a8.data != nullptr) {
-      quantise_group(a, b, out.a8.data + row * out.a8.stride, layout, column / kGroup);
-    } else {
-      float* p = out.f32.data + row * out.f32.stride + column;
-      store_f32(p, width - column, a, out.accumulate);
-      store_f32(p + 16, width - column - 16, b, out.accumulate);
-    }
+    write_group(out, layout, {row, column, width - column}, a, b);
   }
 }
 

@@ -16,10 +16,21 @@ struct TileInput {
   int32_t cols;
 };
 
+// How far ahead of their use weights are fetched. The tile after this one follows in memory and is mostly the
+// next. With few rows the hardware's own prefetching is better: it stays closer to what is computed.
+constexpr size_t kPrefetchBytes = 4096;
+constexpr int kPrefetchTokens = 3;
+
 RIDGELINE_INLINE vfloat splat_at(const uint8_t* p) {
   float value;
   std::memcpy(&value, p, 4);
   return splat(value);
+}
+// Two neighbouring bfloat16, the same for every lane.
+RIDGELINE_INLINE vint splat_pair(const uint8_t* p) {
+  int32_t pair;
+  std::memcpy(&pair, p, 4);
+  return isplat(pair);
 }
 
 RIDGELINE_END
