@@ -55,6 +55,21 @@ def a8_values(x: Floats) -> Floats:
     return values.reshape(len(x), codes.shape[1] * 32)[:, : x.shape[1]]
 
 
+def bf16_bits(x: Floats) -> NDArray[np.uint16]:
+    """The nearest bfloat16, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), bits >> 16 | 0x40, rounded).astype(np.uint16)
+
+
+def widen(bits: NDArray[np.uint16]) -> Floats:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def bf16_values(x: Floats) -> Floats:
+    return widen(bf16_bits(x))
+
+
 def _erf(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.vectorize(math.erf, otypes=[np.float64])(x)
 
@@ -77,6 +92,11 @@ def f32_buffer(rows: int, width: int, values: Floats | None = None) -> Floats:
 
 def a8_buffer(rows: int, width: int) -> NDArray[np.uint8]:
     return native.allocate(rows * native.a8_row_bytes(width)).reshape(rows, -1)
+
+
+def bf16_buffer(rows: int, width: int) -> NDArray[np.uint16]:
+    """A bfloat16 buffer of NaN."""
+    return np.full((rows, -(-width // 32) * 32), 0x7FFF, np.uint16)
 
 
 def packed(weights: Floats, storage: str, team: native.Team) -> native.Matrix:

@@ -107,7 +107,10 @@ class Margins:
 
 def assert_executors_agree(path: Path, weights: str, tokens: Sequence[int]) -> None:
     """Every ISA level equals the reference to 1e-5, but for rows in which a code lies so near a rounding
-    boundary that the last place decides it. `tokens` are cut into sequences of three, one to a page."""
+    boundary that the last place decides it. `tokens` are cut into sequences of three, one to a page.
+
+    Small values have bfloat16 neighbours so near that every row has one at some boundary. There most rows
+    must agree, and where one value was rounded the other way, to what that weighs."""
     length = 3
     starts = range(len(tokens) - length + 1)[:60]
     reference = load(path, "reference", weights, "KV32")
@@ -118,9 +121,10 @@ def assert_executors_agree(path: Path, weights: str, tokens: Sequence[int]) -> N
         expected = reference.logits(*batch)
     # A row also reads what the rows before it stored.
     near = np.minimum.accumulate(margins.of_row.reshape(-1, length), axis=1).reshape(-1) < 1e-4
+    sixteen = weights == "W16A16"
     assert near.mean() < 0.9
     for isa in isa_levels():
         error = np.abs(load(path, isa, weights, "KV32").logits(*batch) - expected).max(axis=1)
         error /= np.abs(expected).max()
-        assert error[~near].max() < 1e-5
-        assert error.max() < 0.1
+        assert np.mean(error < 1e-5) > 0.6 if sixteen else error[~near].max() < 1e-5
+        assert error.max() < (0.01 if sixteen else 0.1)

@@ -94,8 +94,8 @@ MISTAKES = [
     (["run", "-m", "TINY", "--temperature", "-1", "hi"], "temperature is -1.0; accepted: 0 to 100"),
     (["run", "-m", "TINY", "--weights", "W9", "hi"], "weights is 'W9'; accepted: auto, W4A8-g32"),
     (
-        ["run", "-m", "TINY", "--weights", "W16A16", "--device", "cpu", "hi"],
-        "weights is 'W16A16'; accepted on cpu: auto, W4A8-g32",
+        ["run", "-m", "TINY", "--weights", "W4A16-g32", "--device", "cpu", "hi"],
+        "weights is 'W4A16-g32'; accepted on cpu: auto, W4A8-g32",
     ),
     (["run", "-m", "TINY", "--device", "tpu", "hi"], "device is 'tpu'; accepted: auto, cpu"),
     (["run", "-m", "TINY", "--threads", "0", "hi"], "threads is 0"),

@@ -98,8 +98,9 @@ def test_entries_of_pages_given_back_are_never_read(tiny: Tiny, kind: str) -> No
 
 
 @KINDS
-def test_steps_without_outputs_only_write(tiny: Tiny, kind: str) -> None:
-    loaded = load(tiny("llama").folder, kind, "W8A8-g32")
+@pytest.mark.parametrize("weights", ["W8A8-g32", "W16A16"])
+def test_steps_without_outputs_only_write(tiny: Tiny, weights: str, kind: str) -> None:
+    loaded = load(tiny("llama").folder, kind, weights)
     expected = loaded.run(TOKENS[:40])[-1:]
     silent = loaded.logits(loaded.rows(TOKENS[:39], pages=[7, 8, 9], outputs=False))
     assert silent.shape == (0, VOCABULARY)
@@ -156,7 +157,7 @@ def test_odd_sizes_equal_transformers(tiny: Tiny, name: str, file: str, kind: st
         assert 1.5 < np.abs(seen).max() <= 2.0
 
 
-@pytest.mark.parametrize("weights", ["W8A8-g32", "W4A8-g32"])
+@pytest.mark.parametrize("weights", ["W8A8-g32", "W4A8-g32", "W16A16"])
 def test_odd_sizes_quantise_like_the_reference(tiny: Tiny, weights: str) -> None:
     assert_executors_agree(tiny("odd").folder, weights, [token % 50 for token in TOKENS])
 

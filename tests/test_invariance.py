@@ -29,11 +29,15 @@ PROMPTS = st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=70)
 # ---------------------------------------------------------------------- one step at a time, to the bit
 
 
-@pytest.fixture(scope="module", params=[(f, isa) for f in ("llama", "gemma3") for isa in ISA_LEVELS], ids=str)
+MODELS = [(f, "W4A8-g32", isa) for f in ("llama", "gemma3") for isa in ISA_LEVELS]
+MODELS += [("llama", "W16A16", isa) for isa in ISA_LEVELS]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=str)
 def pair(request: pytest.FixtureRequest, tiny: Tiny) -> Iterator[tuple[Loaded, Loaded]]:
     """The same model at one and at two threads."""
-    family, isa = request.param
-    both = tuple(load(tiny(family).folder, isa, "W4A8-g32", threads=threads) for threads in (1, 2))
+    family, weights, isa = request.param
+    both = tuple(load(tiny(family).folder, isa, weights, threads=threads) for threads in (1, 2))
     yield both[0], both[1]
     for loaded in both:
         loaded.executor.close()

@@ -37,8 +37,9 @@ def test_every_operation_is_covered_once(tiny: Tiny, family: str, weights: str) 
     check_lowering(program, launches)
 
 
-def test_a_llama_layer_is_eight_launches(tiny: Tiny) -> None:
-    program, store = load_program(tiny("llama3").folder, "W8A8-g32")
+@pytest.mark.parametrize("weights", ["W8A8-g32", "W16A16"])
+def test_a_llama_layer_is_eight_launches(tiny: Tiny, weights: str) -> None:
+    program, store = load_program(tiny("llama3").folder, weights)
     store.close()
     layers = sum(len(group.layers) for group in program.groups)
     assert len(lower(program)) == 8 * layers + 4  # and embedding, final norm, head, sample
@@ -91,11 +92,12 @@ def test_fusion_moves_fewer_bytes(tiny: Tiny) -> None:
     assert moved[0] < moved[1]
 
 
-def test_weights_are_read_once_a_step(tiny: Tiny) -> None:
+@pytest.mark.parametrize(("weights", "bytes_each"), [("W8A8-g32", 34 / 32), ("W16A16", 2)])
+def test_weights_are_read_once_a_step(tiny: Tiny, weights: str, bytes_each: float) -> None:
     """A decode step's traffic is the packed weights, plus what its rows and slots add."""
-    loaded = load(tiny("llama3").gguf, "portable", "W8A8-g32")
+    loaded = load(tiny("llama3").gguf, "portable", weights)
     model = loaded.handle.work
     held = sum(
         w.shape[0] * w.shape[1] for w in loaded.program.weights() if len(w.shape) == 2 and w.name != "embed"
     )
-    assert model.fixed.read_bytes + model.if_outputs.read_bytes == pytest.approx(held * 34 / 32, rel=0.1)
+    assert model.fixed.read_bytes + model.if_outputs.read_bytes == pytest.approx(held * bytes_each, rel=0.1)

@@ -31,7 +31,7 @@ def test_float32_logits_equal_transformers(tiny: Tiny, family: str, file: str, k
     assert relative_error(seen, model.logits(TOKENS)) < 1e-4
 
 
-@pytest.mark.parametrize("weights", ["W8A8-g32", "W4A8-g32"])
+@pytest.mark.parametrize("weights", ["W8A8-g32", "W4A8-g32", "W16A16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantised_logits_equal_the_reference(tiny: Tiny, family: str, weights: str) -> None:
     assert_executors_agree(tiny(family).folder, weights, TOKENS)

@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_oracles import LEVELS, Floats, Part, Rows, a8_buffer, a8_values, f32_buffer, step_inputs
+from native_oracles import (
+    LEVELS,
+    Floats,
+    Part,
+    Rows,
+    a8_buffer,
+    a8_values,
+    bf16_bits,
+    f32_buffer,
+    step_inputs,
+    widen,
+)
 
 from ridgeline import native
 
@@ -20,16 +31,6 @@ ONE_THREAD = native.Team(1)
 FIVE_THREADS = native.Team(5)
 NAN = 0x7FFF  # as bfloat16
 BF16, F32 = np.dtype(np.uint16), np.dtype(np.float32)
-
-
-def bf16(x: Floats) -> np.ndarray:
-    """Bits of x rounded to nearest even."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def widen(bits: np.ndarray) -> Floats:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Shape:
 
     def stored(self, x: Floats) -> Floats:
         """x as the pool rounds it."""
-        return x if self.pool == F32 else widen(bf16(x))
+        return x if self.pool == F32 else widen(bf16_bits(x))
 
     @property
     def q_width(self) -> int:
@@ -216,7 +217,7 @@ def test_long_contexts_by_one_row_and_by_many(isa: str, window: int) -> None:
     for team in (TEAM, ONE_THREAD):
         by_row = run_in_chunks(isa, shape, tokens, [0, 1390, *range(1391, length + 1)], pages, team)
         np.testing.assert_array_equal(by_row.view(np.uint32), whole.view(np.uint32))
-    k, v = (widen(bf16(x)).reshape(length, 1, -1) for x in tokens[1:])
+    k, v = (widen(bf16_bits(x)).reshape(length, 1, -1) for x in tokens[1:])
     expected = attention_of(shape, tokens[0][-1].reshape(3, -1), length - 1, [Context(k, v, Part(length))])
     np.testing.assert_allclose(whole[-1], expected, rtol=1e-4, atol=2e-6)
 
@@ -264,10 +265,10 @@ def test_several_segments_with_bias_and_without_mask(isa: str, window: int) -> N
     for segment in (first, second):
         q, k, v = make_tokens(rng, shape, segment.length)
         harness.run([Rows(0, segment.length, (Part(segment.length),), (places[segment],))], q, k, v)
-        kv = [widen(bf16(x)).reshape(segment.length, 2, -1) for x in (k, v)]
+        kv = [widen(bf16_bits(x)).reshape(segment.length, 2, -1) for x in (k, v)]
         contexts.append(Context(kv[0], kv[1], segment))
     q, k, v = make_tokens(rng, shape, 13)
-    kv = [widen(bf16(x)).reshape(13, 2, -1) for x in (k, v)]
+    kv = [widen(bf16_bits(x)).reshape(13, 2, -1) for x in (k, v)]
     contexts.append(Context(kv[0], kv[1], own))
     mine = Rows(0, 13, (first, second, own), tuple(places.values()))
     alone = harness.run([mine], q, k, v)
@@ -295,7 +296,7 @@ def test_long_segments_are_split_alike_by_one_thread_and_by_many(isa: str) -> No
         for segment, place in zip((first, second, own), places, strict=True):
             q, k, v = make_tokens(rng, shape, segment.length)
             harness.run([Rows(0, segment.length, (Part(segment.length),), (place,))], q, k, v)
-            kv = [widen(bf16(x)).reshape(segment.length, 2, -1) for x in (k, v)]
+            kv = [widen(bf16_bits(x)).reshape(segment.length, 2, -1) for x in (k, v)]
             contexts.append(Context(kv[0], kv[1], segment))
         last = tuple(x[-1:] for x in (q, k, v))
         mine = Rows(260, 1, (first, second, own), tuple(places))
@@ -365,7 +366,7 @@ def test_rope_and_head_norms(isa: str, head_dim: int, rotary_dim: int, normed: b
         bits = pool[page, 0, : 16 * head_dim].reshape(-1, 16, 2)[:, slot].reshape(-1)
         np.testing.assert_allclose(widen(bits), expected_k[row], rtol=2**-8, atol=1e-5)
         value = pool[page, 0, 16 * head_dim :].reshape(16, -1)[slot]
-        np.testing.assert_array_equal(value, bf16(v[row]))
+        np.testing.assert_array_equal(value, bf16_bits(v[row]))
     assert (pool[1] == NAN).all()
 
 

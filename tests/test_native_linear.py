@@ -18,6 +18,8 @@ from native_oracles import (
     Floats,
     a8_buffer,
     a8_values,
+    bf16_buffer,
+    bf16_values,
     blocks,
     dequantised,
     f32_buffer,
@@ -38,15 +40,15 @@ def normal(rng: np.random.Generator, *shape: int) -> Floats:
 
 def exact_product(x: Floats, weights: Floats, storage: str) -> np.ndarray:
     """x @ weights.T in float64, of what the kernels see of both."""
-    seen = a8_values(x) if storage in QUANTISED else x
+    seen = a8_values(x) if storage in QUANTISED else bf16_values(x) if storage == "BF16" else x
     return seen.astype(np.float64) @ dequantised(blocks(weights, storage), storage).astype(np.float64).T
 
 
 def input_buffer(tape: native.Tape, x: Floats, storage: str) -> np.ndarray:
     source = f32_buffer(MAX_ROWS, x.shape[1], x)
-    if storage not in QUANTISED:
+    if storage in ("F32", "F16"):
         return source
-    out = a8_buffer(MAX_ROWS, x.shape[1])
+    out = (bf16_buffer if storage == "BF16" else a8_buffer)(MAX_ROWS, x.shape[1])
     tape.quantise(source, out, x.shape[1])
     return out
 
@@ -171,7 +173,7 @@ def test_linear_is_the_product(isa: str, storage: str, rows: int, cols: int, out
 
 
 @pytest.mark.parametrize("isa", LEVELS)
-@pytest.mark.parametrize("storage", ["Q4_0", "Q4_1", "Q8_0", "F32"])
+@pytest.mark.parametrize("storage", ["Q4_0", "Q4_1", "Q8_0", "F32", "BF16"])
 def test_rows_do_not_depend_on_the_batch(isa: str, storage: str) -> None:
     rng = np.random.default_rng(3)
     x, weights = normal(rng, 29, 192), normal(rng, 84, 192)
@@ -183,7 +185,7 @@ def test_rows_do_not_depend_on_the_batch(isa: str, storage: str) -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.sampled_from(LEVELS), st.sampled_from(["Q4_0", "Q4_1", "Q8_0", "F32"]), st.data())
+@given(st.sampled_from(LEVELS), st.sampled_from(["Q4_0", "Q4_1", "Q8_0", "F32", "BF16"]), st.data())
 def test_rows_do_not_depend_on_the_chunks(isa: str, storage: str, data: st.DataObject) -> None:
     rng = np.random.default_rng(4)
     x, weights = normal(rng, 24, 64), normal(rng, 48, 64)
@@ -194,7 +196,7 @@ def test_rows_do_not_depend_on_the_chunks(isa: str, storage: str, data: st.DataO
 
 
 @pytest.mark.parametrize("isa", LEVELS)
-@pytest.mark.parametrize("storage", ["Q4_1", "F32"])
+@pytest.mark.parametrize("storage", ["Q4_1", "F32", "BF16"])
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("gated", [False, True])
 def test_gate_bias_activation_and_targets(isa: str, storage: str, activation: str, gated: bool) -> None:
