@@ -41,7 +41,7 @@ def rounded(isa: str, x: Floats, gather: list[int] | None = None) -> np.ndarray:
 
 
 def product(isa: str, x: Floats, weights: Floats, team: native.Team = TEAMS[1]) -> Floats:
-    rows, cols = x.shape
+    rows = len(x)
     tape = native.Tape(team, isa, rows)
     out = f32_buffer(rows, len(weights))
     tape.linear(rounded(isa, x), [native.Part(packed(weights, "BF16", team), out)])
@@ -227,8 +227,7 @@ def test_wrong_buffers_are_refused_by_name() -> None:
         native.Part(matrix, bf16_buffer(4, 16), accumulate=True)
     with pytest.raises(ValueError, match=r"^out is not an A8 or bfloat16 buffer"):
         tape.quantise(f32_buffer(4, 40), f32_buffer(4, 40), 40)  # type: ignore[arg-type]
+    pool, q, k = np.zeros((1, 1, 32 * 24), np.uint16), f32_buffer(4, 48), f32_buffer(4, 24)
     with pytest.raises(ValueError, match=r"^rounded_q.shape\[1\] is 32; accepted: at least 48"):
-        pool = np.zeros((1, 1, 32 * 24), np.uint16)
-        q, k = f32_buffer(4, 48), f32_buffer(4, 24)
         tape.rope_store(q, k, k, pool, 0, 2, 1, 24, rounded_q=bf16_buffer(4, 24))
     assert tape.launches == []

@@ -239,7 +239,8 @@ class Tape:
         softcap: float = 0.0,
     ) -> None:
         """Softmax attention of each row over its sequence's segments. `q` is float32 or bfloat16; `out` is
-        float32, bfloat16, or A8 where head_dim is a multiple of 32. `window` 0 sees everything, `softcap` 0 leaves scores as they are."""
+        float32, bfloat16, or A8 where head_dim is a multiple of 32. `window` 0 sees everything, `softcap` 0
+        leaves scores as they are."""
 
     def run(self, step: StepInputs) -> None:
         """Run one step, without the GIL. ValueError if the step does not fit or contradicts itself."""

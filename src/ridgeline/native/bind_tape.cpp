@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bind.h"
+#include "row_buffers.h"
 #include "tape.h"
 
 namespace ridgeline {
@@ -23,23 +24,6 @@ int32_t checked_int(const char* name, int64_t value, int64_t low, int64_t high) 
 }
 
 constexpr int64_t kLargest = 1 << 30;
-
-// The kinds of row buffers, told apart by their item types; what is none of them counts as float32.
-enum class RowKind { f32, a8, bf16 };
-
-RowKind row_kind(nb::handle object) {
-  if (Array<uint8_t>::holds(object)) return RowKind::a8;
-  return Array<uint16_t>::holds(object) ? RowKind::bf16 : RowKind::f32;
-}
-
-const char* name_of(RowKind kind) {
-  return kind == RowKind::a8 ? "A8" : kind == RowKind::bf16 ? "bfloat16" : "float32";
-}
-
-void check_accumulate(bool accumulate, RowKind out) {
-  if (accumulate && out != RowKind::f32)
-    refuse("accumulate", "True", "False where out is not a float32 buffer");
-}
 
 struct PyPart {
   PyPart(std::shared_ptr<Matrix> matrix_, nb::object out_, nb::object bias_, std::shared_ptr<Matrix> gate_,
@@ -117,10 +101,11 @@ struct PyStep {
   int32_t last_size_ = 0;
 };
 
-class PyTape {
+class PyTape : RowBuffers {
  public:
   PyTape(std::shared_ptr<Team> team, const std::string& isa, int64_t max_rows)
-      : tape_(std::move(team), kernels_named(isa), checked_int("max_rows", max_rows, 1, kLargest)) {}
+      : RowBuffers(checked_int("max_rows", max_rows, 1, kLargest)),
+        tape_(std::move(team), kernels_named(isa), int32_t(max_rows)) {}
 
   Tape& tape() { return tape_; }
 
@@ -245,85 +230,25 @@ class PyTape {
   }
 
  private:
-  F32Rows f32(nb::handle object, const char* name, int64_t width, Access access = Access::write) {
-    Array<float> array(object, name, 2, access);
-    array.expect_at_least(0, tape_.max_rows(), name);
-    array.expect_at_least(1, width, name);
-    if (array.size(1) % 16 != 0) {
-      refuse(std::string(name) + ".shape[1]", std::to_string(array.size(1)), "a multiple of 16");
-    }
-    floats_.push_back(std::move(array));
-    return {floats_.back().data(), floats_.back().size(1)};
-  }
-
-  A8Rows a8(nb::handle object, const char* name, int64_t width, Access access = Access::write) {
-    Array<uint8_t> array(object, name, 2, access);
-    array.expect_at_least(0, tape_.max_rows(), name);
-    array.expect(1, int64_t(a8_layout(int(width)).row_bytes), name);
-    array.expect_aligned(kLineBytes, name);
-    bytes_.push_back(std::move(array));
-    return {bytes_.back().data(), bytes_.back().size(1)};
-  }
-
-  // A row's last value is read with its partner, and 32 values fill a line.
-  Bf16Rows bf16(nb::handle object, const char* name, int64_t width, Access access = Access::write) {
-    Array<uint16_t> array(object, name, 2, access);
-    array.expect_at_least(0, tape_.max_rows(), name);
-    array.expect_at_least(1, width, name);
-    if (array.size(1) % 32 != 0) {
-      refuse(std::string(name) + ".shape[1]", std::to_string(array.size(1)), "a multiple of 32");
-    }
-    halves_.push_back(std::move(array));
-    return {halves_.back().data(), halves_.back().size(1)};
-  }
-
-  Target target(nb::handle object, const char* name, int64_t width, bool accumulate) {
-    const RowKind kind = row_kind(object);
-    check_accumulate(accumulate, kind);
-    if (kind == RowKind::a8) return {.a8 = a8(object, name, width)};
-    if (kind == RowKind::bf16) return {.bf16 = bf16(object, name, width)};
-    return {.f32 = f32(object, name, width), .accumulate = accumulate};
-  }
-
-  InputRows input(nb::handle object, const char* name, int64_t width) {
-    const auto rows = [](const auto* data, int64_t stride) {
-      return InputRows{reinterpret_cast<const uint8_t*>(data), stride * int64_t(sizeof *data)};
-    };
-    switch (row_kind(object)) {
-      case RowKind::a8: {
-        const A8Rows x = a8(object, name, width, Access::read);
-        return rows(x.data, x.stride);
-      }
-      case RowKind::bf16: {
-        const Bf16Rows x = bf16(object, name, width, Access::read);
-        return rows(x.data, x.stride);
-      }
-      default: {
-        const F32Rows x = f32(object, name, width, Access::read);
-        return rows(x.data, x.stride);
-      }
-    }
-  }
-
   const float* vector(nb::handle object, const char* name, int64_t width) {
     Array<float> array = optional_array<float>(object, name, 1);
     if (!array) return nullptr;
     array.expect(0, width, name);
-    floats_.push_back(std::move(array));
-    return floats_.back().data();
+    vectors_.push_back(std::move(array));
+    return vectors_.back().data();
   }
 
   const float* angles(nb::handle object, const char* name, int64_t width) {
     Array<float> array(object, name, 2);
     array.expect_at_least(0, tape_.max_rows(), name);
     array.expect(1, width, name);
-    floats_.push_back(std::move(array));
-    return floats_.back().data();
+    vectors_.push_back(std::move(array));
+    return vectors_.back().data();
   }
 
   KvPool pages(nb::handle object, int64_t kv_heads, int64_t head_dim, Access access) {
     if (Array<float>::holds(object)) return pages(wide_pools_, object, kv_heads, head_dim, access);
-    return pages(halves_, object, kv_heads, head_dim, access);
+    return pages(pools_, object, kv_heads, head_dim, access);
   }
 
   template <class T>
@@ -351,10 +276,7 @@ class PyTape {
       refuse("cols of a part", std::to_string(matrix.shape().cols),
              std::to_string(cols) + ", as the first part has");
     }
-    const Storage storage = matrix.shape().storage;
-    const RowKind wanted = is_quantised(storage)      ? RowKind::a8
-                           : storage == Storage::bf16 ? RowKind::bf16
-                                                      : RowKind::f32;
+    const RowKind wanted = row_kind(matrix.shape().storage);
     if (x != wanted) {
       refuse("x", std::string(x == RowKind::a8 ? "an " : "a ") + name_of(x) + " buffer",
              std::string(name_of(wanted)) + " for a matrix of " + matrix.storage_name());
@@ -380,10 +302,8 @@ class PyTape {
   }
 
   Tape tape_;
-  std::vector<Array<float>> floats_;
-  std::vector<Array<uint8_t>> bytes_;
-  std::vector<Array<uint16_t>> halves_;  // rows and pools of bfloat16
-  std::vector<Array<float>> wide_pools_;
+  std::vector<Array<float>> vectors_, wide_pools_;
+  std::vector<Array<uint16_t>> pools_;
   std::vector<std::shared_ptr<Matrix>> matrices_;
 };
 
