@@ -131,7 +131,8 @@ class PyTape : RowBuffers {
   void quantise(nb::object x, nb::object out, int64_t width, bool gather) {
     const int32_t w = checked_int("width", width, 1, kLargest);
     if (row_kind(out) == RowKind::f32) refuse("out", "not an A8 or bfloat16 buffer", "uint8 or uint16 rows");
-    tape_.append("quantise", QuantiseLaunch{f32(x, "x", w, Access::read), target(out, "out", w, false), w, gather});
+    tape_.append("quantise",
+                 QuantiseLaunch{f32(x, "x", w, Access::read), target(out, "out", w, false), w, gather});
   }
 
   void add(nb::object x, nb::object out, int64_t width) {
