@@ -94,13 +94,6 @@ def test_bits_do_not_depend_on_company(tiny: Tiny, isa: str) -> None:
     other.executor.close()
 
 
-@pytest.mark.parametrize("name", ["gptneox", "command-r"])
-def test_cuda_gives_the_logits_of_transformers(tiny: Tiny, name: str) -> None:
-    loaded = load(tiny(name).folder, "cuda", "W32A32", "KV32")
-    assert relative_error(loaded.run(TOKENS[:5]), tiny(name).logits(TOKENS[:5])) < 1e-4
-    loaded.executor.close()
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_every_operation_is_covered_once(tiny: Tiny, name: str) -> None:
     for device, lower in LOWERINGS.items():

@@ -114,10 +114,10 @@ MODELS: dict[str, Callable[[], Any]] = {
 WITHOUT_GGUF = ("falcon-sequential",)
 
 
-def make(name: str, directory: Path) -> TinyModel:
-    """Build, scale and write the model; deterministic."""
+def make(name: str, directory: Path, change: Callable[[Any], Any] = lambda model: model) -> TinyModel:
+    """Build, change, scale and write the model; deterministic."""
     torch.manual_seed(sum(map(ord, name)))
-    model = MODELS[name]().float().eval()
+    model = change(MODELS[name]()).float().eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if weight.ndim == 2 and "norm" not in key:
