@@ -13,15 +13,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import tiny_gated
 import tiny_models
 import tiny_parallel
+import torch
 from running import Loaded, load, relative_error
+from test_families import weights_of
 from tiny_models import TinyModel
 
 from ridgeline.model.checkpoint import open_checkpoint
 from ridgeline.model.families import FAMILIES, family_of
 from ridgeline.native import isa_levels
+from ridgeline.types import CheckpointError
 
 Small = Callable[[str], TinyModel]
 Make = Callable[[str, Path, Callable[[Any], Any]], TinyModel]
@@ -77,6 +81,23 @@ def test_float32_logits_equal_transformers(small: Small, name: str) -> None:
         seen = np.concatenate([loaded.run(TOKENS[:5]), loaded.run(TOKENS[5:6], 5)])
         assert relative_error(seen, expected) < 1e-4, executor
         loaded.executor.close()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tensors_that_do_not_fit_are_named(small: Small, name: str, tmp_path: Path) -> None:
+    folder = small(name).folder
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    held = safetensors.torch.load_file(folder / "model.safetensors")
+    one = sorted(held)[-1]
+    for tensors, message in (
+        (held | {one: torch.zeros(held[one].shape[0] + 1, 7)}, f"tensor '{one}' has shape"),
+        ({key: value for key, value in held.items() if key != one}, f"tensor '{one}' is missing"),
+        (held | {"model.layers.0.sideways": torch.zeros(2)}, r"'model.layers.0.sideways' is not known"),
+        (held | {one: held[one].to(torch.float64)}, f"tensor '{one}' is stored as 'F64'"),
+    ):
+        safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            weights_of(tmp_path)
 
 
 def greedy(loaded: Loaded, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
