@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
+import tiny_experts
 import tiny_gated
 import tiny_models
 import tiny_parallel
 import torch
 from running import Loaded, load, relative_error
 from test_families import weights_of
+from test_families_experts import ON_CPU, ON_CUDA
 from tiny_models import TinyModel
 
 from ridgeline.model.checkpoint import open_checkpoint
@@ -30,10 +32,12 @@ from ridgeline.types import CheckpointError
 Small = Callable[[str], TinyModel]
 Make = Callable[[str, Path, Callable[[Any], Any]], TinyModel]
 
+SPARSE = tuple(name for name in tiny_experts.SPARSE_MODELS if not name.endswith("mxfp4"))
 MODELS: dict[str, Make] = {
     **dict.fromkeys(tiny_models.MODELS, tiny_models.make),
     **dict.fromkeys(tiny_parallel.MODELS, tiny_parallel.make),
     **dict.fromkeys((*tiny_gated.GATED, *tiny_gated.CONFIG_ONLY), tiny_gated.make_gated),
+    **dict.fromkeys(SPARSE, tiny_experts.make_sparse),
 }
 TOKENS = np.random.default_rng(13).integers(0, 50, 60).tolist()
 WINDOW = 3
@@ -58,6 +62,12 @@ def shrunk(model: Any) -> Any:
     return type(model)(config)
 
 
+def executors_of(name: str) -> tuple[str, ...]:
+    """Those beside the reference that have kernels for a model."""
+    sparse = name in SPARSE
+    return (*(isa_levels() if ON_CPU or not sparse else ()), *(("cuda",) if ON_CUDA or not sparse else ()))
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     directory = tmp_path_factory.mktemp("small")
@@ -76,7 +86,7 @@ def test_no_family_is_left_out(small: Small) -> None:
 def test_float32_logits_equal_transformers(small: Small, name: str) -> None:
     """A prompt, and one token more."""
     expected = small(name).logits(TOKENS[:6])
-    for executor in ("reference", *isa_levels(), "cuda"):
+    for executor in ("reference", *executors_of(name)):
         loaded = load(small(name).folder, executor, "W32A32", "KV32")
         seen = np.concatenate([loaded.run(TOKENS[:5]), loaded.run(TOKENS[5:6], 5)])
         assert relative_error(seen, expected) < 1e-4, executor
@@ -116,7 +126,7 @@ def greedy(loaded: Loaded, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]
     return [np.stack(of) for of in chosen]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if isa_levels()[0] in executors_of(name)])
 def test_bits_do_not_depend_on_the_batch(small: Small, name: str) -> None:
     """Three requests at once on two threads, and each of them alone on one."""
     isa = isa_levels()[0]
