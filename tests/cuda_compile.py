@@ -42,6 +42,7 @@ SETTINGS = (
     Setting("llama-3.1-8b", "W4A16-g32"),
     Setting("llama-3.1-8b", "W8A8-g32"),
     Setting("llama-3.1-8b", "W16A16"),
+    Setting("llama with head norms", "W16A16"),
     Setting("qwen3-0.6b", "W8A16-g32"),
     Setting("qwen3-0.6b", "W16A16"),
     Setting("smollm2-135m", "W4A8-g32"),

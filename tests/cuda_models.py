@@ -61,6 +61,15 @@ def qwen3_0_6b() -> ModelSpec:
     return replace(spec, layers=(layer,), norm=NormSpec("rms", 1e-6))
 
 
+def llama_with_head_norms() -> ModelSpec:
+    """Llama's shapes with the norms of Command-R+, whose heads are as wide: layer norms with a gain for each
+    head."""
+    spec = llama_3_1_8b()
+    normed = {"qk_norm": True, "qk_norm_kind": "layer", "qk_norm_by_head": True}
+    layers = (replace(each, attention=replace(each.attention, **normed)) for each in spec.layers)
+    return replace(spec, layers=tuple(layers))
+
+
 def gemma_3_1b() -> ModelSpec:
     """A layer with a window and one without, norms on both sides of each half, and wide heads."""
     attention = AttentionSpec(4, 1, 256, 256**-0.5, rope(1000000.0, 256), qk_norm=True)
@@ -106,6 +115,7 @@ def gpt2() -> ModelSpec:
 SPECS: dict[str, Callable[[], ModelSpec]] = {
     "llama-3.1-8b": llama_3_1_8b,
     "qwen3-0.6b": qwen3_0_6b,
+    "llama with head norms": llama_with_head_norms,
     "smollm2-135m": smollm2_135m,
     "gemma-2-2b": gemma_2_2b,
     "gemma-3-1b": gemma_3_1b,

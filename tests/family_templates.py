@@ -302,6 +302,49 @@ Document: {{ loop.index0 }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}""",
+    "command-r7b": """{{ bos_token }}{%- macro place_of(id) %}
+{%- set ns = namespace(place=0, found=false) %}
+{%- for m in messages if m.tool_calls %}{%- for call in m.tool_calls %}
+    {%- if call.id == id and not ns.found -%}{{ ns.place }}{%- set ns.found = true %}{%- endif %}
+    {%- set ns.place = ns.place + 1 %}
+{%- endfor %}{%- endfor %}
+{%- endmacro %}
+{%- macro result(m) -%}
+{# what a tool gave #}
+{"tool_call_id": "{{ place_of(m.tool_call_id) }}", "results": {"0": {{ m.content|tojson }}}}
+{%- endmacro -%}
+{%- set first = messages[0]['role']|lower == 'system' %}{%- set ns = namespace(calls=0, told=[]) %}
+<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># Rules
+{% for tool in tools or [] %}
+
+{{ loop.index }}. {{ tool['function']['name'] }}: {{ tool['function']['parameters']|tojson }}{%- if not loop.last %};{% endif %}
+
+{% endfor %}
+{%- if first %}{{ messages[0]['content'] }}{%- endif -%}
+{%- if documents %}{{ documents|tojson }}{% endif %}<|END_OF_TURN_TOKEN|>
+{%- for m in messages[(1 if first else 0):] %}{% set role = m.role|lower %}
+    {%- if m.tool_calls %}
+<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_THINKING|>{{ m.tool_plan }}<|END_THINKING|><|START_ACTION|>[
+    {% for call in m.tool_calls %}
+    {"tool_call_id": "{{ ns.calls }}", "parameters": {{ call['function']['arguments']|tojson }}}{% if not loop.last %},{% endif %}
+
+    {% set ns.calls = ns.calls + 1 %}
+    {% endfor %}
+]<|END_ACTION|><|END_OF_TURN_TOKEN|>
+    {%- elif role == 'tool' and m.tool_call_id not in ns.told %}
+<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|><|START_TOOL_RESULT|>[
+        {%- for other in messages[messages.index(m):] %}
+            {%- if other.role|lower != 'tool' %}{%- break %}{%- endif %}
+{{ result(other) }}{%- set ns.told = ns.told + [other.tool_call_id] %}
+        {%- endfor %}
+
+]<|END_TOOL_RESULT|><|END_OF_TURN_TOKEN|>
+    {%- elif role == 'assistant' or role == 'chatbot' %}
+<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>
+    {% elif role != 'tool' %}
+<|START_OF_TURN_TOKEN|><|{{ role|upper }}_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>
+    {%- endif %}
+{%- endfor %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>""",
     "deepseek-r1": """{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}
 {% set ns = namespace(is_first=false, is_tool=false, is_output_first=true, system='') %}
 {%- for m in messages %}{%- if m['role'] == 'system' %}{% set ns.system = m['content'] %}{%- endif %}{%- endfor %}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -114,11 +116,14 @@ def test_rotates_and_stores(heads: Heads, pool_dtype: torch.dtype, query_kind: s
 
 @pytest.mark.parametrize("heads", SHAPES, ids=str)
 @pytest.mark.parametrize("rotated", [0, 1, 2])
-def test_norms_of_heads(heads: Heads, rotated: int) -> None:
+@pytest.mark.parametrize(("kind", "by_head"), [("rms", False), ("layer", True), ("layer", False)])
+def test_norms_of_heads(heads: Heads, rotated: int, kind: Literal["rms", "layer"], by_head: bool) -> None:
     """Nothing, some or all of a head is rotated after its norm."""
     rope = rope_of(ints(7, 1000), max(rotated * heads.head_dim // 4, 1)) if rotated else None
-    query_norm = NormWeights("rms", 1e-6, normal(heads.head_dim, seed=3))
-    key_norm = NormWeights("rms", 1e-2, normal(heads.head_dim, seed=4))
+    query_norm, key_norm = (
+        NormWeights(kind, eps, normal(*((count,) if by_head else ()), heads.head_dim, seed=count))
+        for count, eps in ((heads.heads, 1e-6), (heads.kv_heads, 1e-2))
+    )
     Case(heads, 2).check(ints(16, 40), "f32", rope=rope, query_norm=query_norm, key_norm=key_norm)
 
 

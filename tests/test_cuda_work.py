@@ -318,6 +318,9 @@ def changed(attention: dict[str, Any], **layer: Any) -> ModelSpec:
 SPECS = {
     "capped scores": changed({"softcap": 20.0}),
     "norms of whole queries": changed({"qk_norm": True, "qk_norm_whole": True}),
+    "layer norms of single heads": changed(
+        {"qk_norm": True, "qk_norm_kind": "layer", "qk_norm_by_head": True}
+    ),
     "part of a head turned": changed({"rope": rope(1e4, 8)}),
     "norms behind only": changed({}, pre_norms=False, post_norms=True),
     "halves side by side": changed({}, parallel=True),

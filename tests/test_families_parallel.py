@@ -1,4 +1,5 @@
-"""Families with layer norms and parallel blocks: GPT-NeoX, Falcon, StableLM, StarCoder2, Command-R."""
+"""Families with layer norms and parallel blocks: GPT-NeoX, Falcon, StableLM, StarCoder2, Command-R,
+Cohere2."""
 
 from __future__ import annotations
 
@@ -31,7 +32,16 @@ Tiny = Callable[[str], TinyModel]
 TOKENS = np.random.default_rng(7).integers(0, VOCABULARY, 40).tolist()
 EXECUTORS = ("reference", *isa_levels())
 MODELS = tuple(tiny_parallel.MODELS)
-FAMILIES = ("gptneox", "falcon", "stablelm", "starcoder2", "command-r")
+FAMILIES = (
+    "gptneox",
+    "falcon",
+    "stablelm",
+    "stablelm-heads",
+    "starcoder2",
+    "command-r",
+    "command-r-plus",
+    "cohere2",
+)
 LOWERINGS: dict[str, Callable[[Program], Sequence[Launch]]] = {"cpu": lower_for_cpu, "cuda": lower_for_cuda}
 FILES = [
     (name, kind) for name in MODELS for kind in ("safetensors", "gguf")
@@ -84,13 +94,6 @@ def test_bits_do_not_depend_on_company(tiny: Tiny, isa: str) -> None:
     other.executor.close()
 
 
-@pytest.mark.parametrize("name", ["gptneox", "command-r"])
-def test_cuda_gives_the_logits_of_transformers(tiny: Tiny, name: str) -> None:
-    loaded = load(tiny(name).folder, "cuda", "W32A32", "KV32")
-    assert relative_error(loaded.run(TOKENS[:5]), tiny(name).logits(TOKENS[:5])) < 1e-4
-    loaded.executor.close()
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_every_operation_is_covered_once(tiny: Tiny, name: str) -> None:
     for device, lower in LOWERINGS.items():
@@ -131,6 +134,7 @@ BLOCKS = {
     "stablelm-parallel": (True, True),
     "starcoder2": (False, False),
     "command-r": (True, True),
+    "cohere2": (True, True),
 }
 
 
@@ -163,6 +167,28 @@ def test_older_rotary_base_of_gptneox(tiny: Tiny) -> None:
     np.testing.assert_allclose(rope.frequencies, [1.0, 0.1])
 
 
+def test_layers_of_cohere2(tiny: Tiny) -> None:
+    """Without a window there are no positions, but a window that covers the context is none."""
+
+    def layers(kind: str, **changes: Any) -> list[tuple[int | None, bool]]:
+        of = [layer.attention for layer in spec_of(file_of(tiny("cohere2"), kind), **changes).layers]
+        return [(each.window, each.rope is not None) for each in of]
+
+    near, far = (tiny_parallel.WINDOW, True), (None, False)
+    assert layers("gguf") == layers("safetensors") == [near, near, near, far, near]
+    assert layers("safetensors", layer_types=None) == [near, near, near, far, near]
+    assert layers("safetensors", layer_types=None, sliding_window_pattern=2) == [near, far, near, far, near]
+    kinds = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
+    assert layers("safetensors", layer_types=kinds) == [far, near, far, near, far]
+    assert layers("gguf", **{"cohere2.attention.sliding_window": 512})[2:4] == [(None, True), far]
+
+
+def test_norms_of_heads(tiny: Tiny) -> None:
+    for name in ("stablelm-heads", "command-r-plus"):
+        attention = spec_of(tiny(name).folder).layers[1].attention
+        assert (attention.qk_norm, attention.qk_norm_kind, attention.qk_norm_by_head) == (True, "layer", True)
+
+
 def test_context_of_command_r(tiny: Tiny) -> None:
     assert spec_of(tiny("command-r").folder).context == 512
     assert spec_of(tiny("command-r").folder, model_max_length=131072).context == 131072
@@ -188,7 +214,7 @@ REFUSED = [
     ("falcon", "num_ln_in_parallel_attn", 2, "num_ln_in_parallel_attn is 2; accepted: 1"),
     ("falcon-new", "num_ln_in_parallel_attn", 3, "num_ln_in_parallel_attn is 3"),
     ("falcon-new", "parallel_attn", False, "parallel_attn is False; accepted: True"),
-    ("stablelm", "qk_layernorm", True, "qk_layernorm is True; accepted: False"),
+    ("stablelm", "qk_layernorm", True, "k_layernorm.norms.0.weight' is missing (and 15 more)"),
     ("stablelm", "rope_parameters", {"partial_rotary_factor": 2.0}, "partial_rotary_factor is 2; accepted"),
     ("stablelm", "rope_parameters", {"partial_rotary_factor": 0.1}, "partial_rotary_factor is 0.1; accepted"),
     ("gptneox", "rope_parameters", {"partial_rotary_factor": 0.2}, "rotary dimension is 3"),
@@ -196,7 +222,22 @@ REFUSED = [
     ("gptneox", "num_attention_heads", 5, "query_key_value.weight' has shape"),
     ("starcoder2", "sliding_window", -1, "sliding_window is -1"),
     ("starcoder2", "use_bias", "yes", "use_bias is 'yes'"),
-    ("command-r", "use_qk_norm", True, "use_qk_norm is True; accepted: False"),
+    (
+        "command-r",
+        "use_qk_norm",
+        True,
+        "k_norm.weight' is missing (and 3 more)",
+    ),
+    ("command-r-plus", "use_qk_norm", False, "'model.layers.0.self_attn.k_norm.weight' is not known"),
+    ("command-r-plus", "num_key_value_heads", 3, "k_proj.weight' has shape (32, 96)"),
+    ("cohere2", "use_qk_norm", True, "use_qk_norm is True; accepted: False"),
+    ("cohere2", "sliding_window", 0, "sliding_window is 0"),
+    (
+        "cohere2",
+        "layer_types",
+        ["full_attention"],
+        "sliding_attention for each of 5 layers",
+    ),
     ("command-r", "logit_scale", 0, "logit_scale is 0"),
 ]
 REFUSED_GGUF = [
@@ -204,6 +245,7 @@ REFUSED_GGUF = [
     ("gptneox", "gptneox.rope.dimension_count", 18, "rope.dimension_count is 18"),
     ("gptneox", "gptneox.attention.head_count_kv", 2, "attn_qkv.weight' has shape"),
     ("stablelm", "stablelm.rope.dimension_count", 5, "rotary dimension is 5"),
+    ("cohere2", "cohere2.attention.sliding_window_pattern", "all", "sliding_window_pattern is 'all'"),
     ("command-r", "command-r.logit_scale", None, "logit_scale is missing"),
     ("command-r", "command-r.rope.scaling.type", "magic", "rope.scaling.type is 'magic'"),
 ]

@@ -335,24 +335,31 @@ def test_a_row_that_sees_nothing_gives_zeros(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 32), (34, 34), (6, 2)])
-@pytest.mark.parametrize("normed", [False, True])
-def test_rope_and_head_norms(isa: str, head_dim: int, rotary_dim: int, normed: bool) -> None:
+@pytest.mark.parametrize("norm", [None, "rms", "layer"])
+@pytest.mark.parametrize("by_head", [False, True])
+def test_rope_and_head_norms(
+    isa: str, head_dim: int, rotary_dim: int, norm: str | None, by_head: bool
+) -> None:
     rng = np.random.default_rng(7)
     q, k, v = normal(rng, 5, 3 * head_dim), normal(rng, 5, head_dim), normal(rng, 5, head_dim)
     angles = rng.uniform(-3, 3, (8, rotary_dim // 2))
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    weights = [normal(rng, head_dim), normal(rng, head_dim)] if normed else [None, None]
+    q_norm = normal(rng, 3 * head_dim if by_head else head_dim) if norm else None
+    k_norm = normal(rng, head_dim) if norm else None
     tape = native.Tape(TEAM, isa, 8)
     buffers = [f32_buffer(8, x.shape[1], x) for x in (q, k, v)]
     pool = np.full((3, 1, 32 * head_dim), NAN, np.uint16)
-    q_norm, k_norm = weights
-    tape.rope_store(*buffers, pool, 0, 3, 1, head_dim, cos, sin, rotary_dim, q_norm, k_norm, 1e-5)
+    norms = (q_norm, k_norm, 1e-5, norm or "rms", by_head)
+    tape.rope_store(*buffers, pool, 0, 3, 1, head_dim, cos, sin, rotary_dim, *norms)
     tape.run(step_inputs([Rows(13, 5, (Part(18),), ((2, 0),))]))
 
     def turned(x: Floats, weight: Floats | None) -> np.ndarray:
         heads = x.reshape(5, -1, head_dim).astype(np.float64)
+        if norm == "layer":
+            heads = heads - heads.mean(axis=2, keepdims=True)
         if weight is not None:
-            heads = heads / np.sqrt((heads**2).mean(axis=2, keepdims=True) + 1e-5) * weight
+            heads = heads / np.sqrt((heads**2).mean(axis=2, keepdims=True) + 1e-5)
+            heads = heads * weight.reshape(-1, head_dim)
         half = rotary_dim // 2
         a, b, rest = heads[..., :half], heads[..., half:rotary_dim], heads[..., rotary_dim:]
         c, s = cos[:5, None], sin[:5, None]
@@ -397,3 +404,7 @@ def test_geometry_is_checked() -> None:
     angles = np.zeros((2, 12), np.float32)
     with pytest.raises(ValueError, match=r"^rotary_dim is 26; accepted: an even number, 2 to 24"):
         tape.rope_store(q, k, k, pool, 0, 4, 2, 24, angles, angles, 26)
+    with pytest.raises(ValueError, match=r"^norm_kind is 'batch'; accepted: rms or layer"):
+        tape.rope_store(q, k, k, pool, 0, 4, 2, 24, norm_kind="batch")
+    with pytest.raises(ValueError, match=r"^q_norm.shape\[0\] is 24; accepted: 96"):
+        tape.rope_store(q, k, k, pool, 0, 4, 2, 24, q_norm=np.zeros(24, np.float32), norm_by_head=True)

@@ -92,7 +92,7 @@ SHAPES = ((32, 96), (64, 160), (96, 32), (288, 96))
 def nothing_stays_open() -> Any:
     before = open_descriptors()
     yield
-    assert open_descriptors() == before
+    assert open_descriptors() <= before
 
 
 def matrix(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

@@ -93,13 +93,13 @@ ARCHITECTURES = {
 }
 
 
-def make_sparse(name: str, directory: Path) -> TinyModel:
-    """Build, scale and write the model; deterministic. One of `CONFIG_ONLY` has no GGUF file.
+def make_sparse(name: str, directory: Path, change: Callable[[Any], Any] = lambda model: model) -> TinyModel:
+    """Build, change, scale and write the model; deterministic. One of `CONFIG_ONLY` has no GGUF file.
 
     The experts of one in MXFP4 hold what its blocks stand for, in all three forms.
     """
     torch.manual_seed(sum(map(ord, name)))
-    model = (SPARSE_MODELS | CONFIG_ONLY)[name]().float().eval()
+    model = change((SPARSE_MODELS | CONFIG_ONLY)[name]()).float().eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if key.endswith(("bias", "sinks")):

@@ -68,12 +68,11 @@ def _gemma2() -> Any:
     return transformers.Gemma2ForCausalLM(config)
 
 
-def _phi3() -> Any:
+def _phi3(**more: Any) -> Any:
     config = transformers.Phi3Config(
-        **(SIZES | {"hidden_size": 128, "num_attention_heads": 4}),
+        **(SIZES | {"hidden_size": 128, "num_attention_heads": 4, "sliding_window": WINDOW} | more),
         original_max_position_embeddings=32,
         rope_parameters=dict(LONGROPE),
-        sliding_window=WINDOW,
     )
     return transformers.Phi3ForCausalLM(config)
 
@@ -106,6 +105,7 @@ GATED: dict[str, Callable[[], Any]] = {
     "qwen3": _qwen3,
     "gemma2": _gemma2,
     "phi3": _phi3,
+    "phi4-mini": lambda: _phi3(sliding_window=262144, tie_word_embeddings=True),
     "granite": _granite,
     "smollm3": _smollm3,
     "olmo2": _olmo2,
@@ -130,10 +130,10 @@ _NAMES = GGUF_LLAMA_NAMES | {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj
 _TOP = {"lm_head": "output", "embed_tokens": "token_embd", "norm": "output_norm"}
 
 
-def make_gated(name: str, directory: Path) -> TinyModel:
-    """Build, scale and write the model; deterministic. A model of `CONFIG_ONLY` has no GGUF file."""
+def make_gated(name: str, directory: Path, change: Callable[[Any], Any] = lambda model: model) -> TinyModel:
+    """Build, change, scale and write the model; deterministic. One of `CONFIG_ONLY` has no GGUF file."""
     torch.manual_seed(sum(map(ord, name)))
-    model = (GATED | CONFIG_ONLY)[name]().float().eval()
+    model = change((GATED | CONFIG_ONLY)[name]()).float().eval()
     around_zero = model.config.model_type == "gemma2"
     with torch.no_grad():
         for key, weight in model.named_parameters():

@@ -111,10 +111,10 @@ class TinyModel:
             return self.torch_model(torch.tensor([tokens])).logits[0].float().numpy()
 
 
-def make(name: str, directory: Path) -> TinyModel:
-    """Build, scale and write the model; deterministic."""
+def make(name: str, directory: Path, change: Callable[[Any], Any] = lambda model: model) -> TinyModel:
+    """Build, change, scale and write the model; deterministic."""
     torch.manual_seed(sum(map(ord, name)))
-    model = MODELS[name]().float().eval()
+    model = change(MODELS[name]()).float().eval()
     gemma3 = model.config.model_type == "gemma3_text"
     with torch.no_grad():
         for key, weight in model.named_parameters():

@@ -23,6 +23,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 6,
     "max_position_embeddings": 512,
 }
+WINDOW = 20
 GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
 
 
@@ -64,7 +65,7 @@ def _stablelm_parallel() -> Any:
 
 
 def _starcoder2() -> Any:
-    config = transformers.Starcoder2Config(**GROUPED | {"sliding_window": 20, "norm_epsilon": 1e-4})
+    config = transformers.Starcoder2Config(**GROUPED | {"sliding_window": WINDOW, "norm_epsilon": 1e-4})
     return transformers.Starcoder2ForCausalLM(config)
 
 
@@ -74,8 +75,24 @@ def _starcoder2_plain() -> Any:
     return transformers.Starcoder2ForCausalLM(transformers.Starcoder2Config(**GROUPED | changes))
 
 
-def _command_r() -> Any:
-    return transformers.CohereForCausalLM(transformers.CohereConfig(**GROUPED | {"logit_scale": 0.3}))
+def _stablelm_heads() -> Any:
+    """As StableLM 2 12B: a norm for each head."""
+    return _stablelm(use_parallel_residual=True, qk_layernorm=True)
+
+
+def _command_r(**changes: Any) -> Any:
+    config = transformers.CohereConfig(**GROUPED | {"logit_scale": 0.3} | changes)
+    return transformers.CohereForCausalLM(config)
+
+
+def _command_r_plus() -> Any:
+    return _command_r(use_qk_norm=True)
+
+
+def _cohere2() -> Any:
+    """Three layers with a window and positions, one with neither, and another with both."""
+    changes = {"num_hidden_layers": 5, "sliding_window": WINDOW, "logit_scale": 0.3}
+    return transformers.Cohere2ForCausalLM(transformers.Cohere2Config(**GROUPED | changes))
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -89,18 +106,21 @@ MODELS: dict[str, Callable[[], Any]] = {
     "stablelm-parallel": _stablelm_parallel,
     "starcoder2": _starcoder2,
     "starcoder2-plain": _starcoder2_plain,
+    "stablelm-heads": _stablelm_heads,
     "command-r": _command_r,
+    "command-r-plus": _command_r_plus,
+    "cohere2": _cohere2,
 }
 WITHOUT_GGUF = ("falcon-sequential",)
 
 
-def make(name: str, directory: Path) -> TinyModel:
-    """Build, scale and write the model; deterministic."""
+def make(name: str, directory: Path, change: Callable[[Any], Any] = lambda model: model) -> TinyModel:
+    """Build, change, scale and write the model; deterministic."""
     torch.manual_seed(sum(map(ord, name)))
-    model = MODELS[name]().float().eval()
+    model = change(MODELS[name]()).float().eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():
-            if weight.ndim == 2:
+            if weight.ndim == 2 and "norm" not in key:
                 weight.normal_(0, 1.5 / weight.shape[-1] ** 0.5)
             else:
                 weight.normal_(0, 0.2).add_(0 if key.endswith("bias") else 1)
@@ -120,6 +140,7 @@ _ARCHITECTURES = {
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
     "cohere": "command-r",
+    "cohere2": "cohere2",
 }
 _TOP = {
     "embed_in": "token_embd",
@@ -140,6 +161,8 @@ _LAYER = {
     "dense": "attn_output",
     "dense_h_to_4h": "ffn_up",
     "dense_4h_to_h": "ffn_down",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
     "q_proj": "attn_q",
     "k_proj": "attn_k",
     "v_proj": "attn_v",
@@ -156,7 +179,7 @@ def gguf_tensors(model: Any) -> dict[str, np.ndarray]:
     """The model's weights under GGUF's names and conventions, float32."""
     config = model.config
     tensors = {}
-    for key, parameter in model.state_dict().items():
+    for key, parameter in _stacked(model.state_dict()).items():
         *path, leaf = key.split(".")
         value = parameter.float().numpy()
         if path[-1] in _TOP:
@@ -169,6 +192,15 @@ def gguf_tensors(model: Any) -> dict[str, np.ndarray]:
             value = _in_turn(value, config.num_attention_heads, _kv_heads(config))
         tensors[f"{name}.{leaf}"] = np.ascontiguousarray(value)
     return tensors
+
+
+def _stacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """StableLM's norms of single heads as one tensor for queries and one for keys."""
+    stacked: dict[str, list[torch.Tensor]] = {}
+    for key, value in state.items():
+        path, norms, _ = key.partition("_layernorm.norms.")
+        stacked.setdefault(f"{path}_norm.weight" if norms else key, []).append(value)
+    return {key: torch.stack(values) if len(values) > 1 else values[0] for key, values in stacked.items()}
 
 
 def _kv_heads(config: Any) -> int:
@@ -207,9 +239,9 @@ def write_gguf(model: Any, path: Path) -> None:
         head_dim = config.hidden_size // config.num_attention_heads
         writer.add_rope_dimension_count(int(head_dim * config.rope_parameters["partial_rotary_factor"]))
         writer.add_parallel_residual(config.use_parallel_residual)
-    if arch == "starcoder2" and config.sliding_window is not None:
+    if getattr(config, "sliding_window", None) is not None:
         writer.add_sliding_window(config.sliding_window)
-    if arch == "command-r":
+    if arch in ("command-r", "cohere2"):
         writer.add_logit_scale(config.logit_scale)
         writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
     for name, value in gguf_tensors(model).items():

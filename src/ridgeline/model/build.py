@@ -53,12 +53,18 @@ class _Builder:
     def value(self, name: str, width: int, kind: Kind = "f32", selected: bool = False) -> Value:
         return Value(name, kind, width, selected)
 
-    def norm(self, x: Value, name: str, head_dim: int | None = None) -> Value:
-        width = head_dim or x.width
-        spec = NormSpec("rms", self.spec.norm.eps) if head_dim else self.spec.norm
-        bias = Weight(f"{name}.bias", (width,)) if spec.has_bias else None
-        out = replace(x, name=name)
-        return self.append(Norm(out, x, spec, Weight(name, (width,)), bias, head_dim))
+    def norm(self, x: Value, name: str) -> Value:
+        spec = self.spec.norm
+        bias = Weight(f"{name}.bias", (x.width,)) if spec.has_bias else None
+        return self.append(Norm(replace(x, name=name), x, spec, Weight(name, (x.width,)), bias))
+
+    def qk_norm(self, x: Value, name: str, of: AttentionSpec) -> Value:
+        if of.qk_norm_whole:
+            return self.norm(x, name)
+        spec = NormSpec(of.qk_norm_kind, self.spec.norm.eps, bias=False)
+        each = (of.head_dim,)
+        gains = Weight(name, (x.width // of.head_dim, *each) if of.qk_norm_by_head else each)
+        return self.append(Norm(replace(x, name=name), x, spec, gains, head_dim=of.head_dim))
 
     def linear(self, x: Value, name: str, width: int, bias: bool = False) -> Value:
         kernel = Weight(name, (width, x.width))
@@ -140,9 +146,8 @@ def _attention(build: _Builder, x: Value, spec: AttentionSpec, index: int, group
     key = build.linear(x, f"{prefix}.k", spec.kv_heads * dim, spec.qkv_bias)
     value = build.linear(x, f"{prefix}.v", spec.kv_heads * dim, spec.qkv_bias)
     if spec.qk_norm:
-        over = None if spec.qk_norm_whole else dim
-        query = build.norm(query, f"{prefix}.q_norm", over)
-        key = build.norm(key, f"{prefix}.k_norm", over)
+        query = build.qk_norm(query, f"{prefix}.q_norm", spec)
+        key = build.qk_norm(key, f"{prefix}.k_norm", spec)
     if spec.rope is not None:
         query = build.append(Rope(replace(query, name=f"{prefix}.q_rope"), query, spec.rope, dim))
         key = build.append(Rope(replace(key, name=f"{prefix}.k_rope"), key, spec.rope, dim))

@@ -171,13 +171,21 @@ class Add(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Norm(Operation):
-    """Normalise over the width, or over each head of `head_dim` values where that is given."""
+    """Normalise over the width, or over each head of `head_dim` values where that is given.
+
+    `weight` is then (head_dim,) for all heads, or (heads, head_dim).
+    """
 
     x: Value
     spec: NormSpec
     weight: Weight
     bias: Weight | None = None
     head_dim: int | None = None
+
+    @property
+    def by_head(self) -> bool:
+        """Whether each head has gains of its own."""
+        return len(self.weight.shape) == 2
 
     def work(self, load: StepLoad) -> Work:
         per_value = 4 if self.spec.kind == "rms" else 7

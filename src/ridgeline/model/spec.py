@@ -48,7 +48,8 @@ class AttentionSpec:
 
     `softcap` bounds scores: cap * tanh(score / cap). With `sinks`, each head has one more score, a weight,
     that takes its share of the softmax and gives nothing. `qk_norm` is an RMS norm of queries and keys over
-    each head, or over all heads together where `qk_norm_whole`.
+    each head, or over all heads together where `qk_norm_whole`. Over each head it may be of another kind, a
+    layer norm without bias, and with `qk_norm_by_head` each head has a gain of its own.
     """
 
     heads: int
@@ -61,6 +62,8 @@ class AttentionSpec:
     sinks: bool = False
     qk_norm: bool = False
     qk_norm_whole: bool = False
+    qk_norm_kind: Literal["rms", "layer"] = "rms"
+    qk_norm_by_head: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 
 from ridgeline.model.checkpoint import Checkpoint
+from ridgeline.model.checkpoint.files import held_storage
 from ridgeline.model.families import family_of
 from ridgeline.model.families.family import Family, Source
 from ridgeline.model.program import Embed, ExpertLinear, Linear, Program
@@ -27,7 +28,8 @@ class Weights:
     `choice` is the format of matrices: "auto" is what suits `device` (`precision.formats.auto_format`).
     Vectors and tables that are only looked up by position stay float32.
 
-    Raises CheckpointError when a tensor is missing, left over, or of another shape than the program's.
+    Raises CheckpointError when a tensor is missing, left over, of a type that is not read, or of another
+    shape than the program's.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Weights:
         self._checkpoint = checkpoint
         self._shapes = {weight.name: weight.shape for weight in program.weights()}
         self._sources = _sources(family_of(checkpoint), spec, checkpoint, self._shapes)
-        self._check_shapes()
+        self._check_stored()
         self.formats: Mapping[str, Format] = {
             name: self._format(name, choice, device) for name in sorted(_matrices(program))
         }
@@ -101,14 +103,15 @@ class Weights:
         storage = STORAGES[held] if held in fmt.storages else storage_of(fmt)
         return math.prod(shape[:-1]) * storage.row_bytes(shape[-1])
 
-    def _check_shapes(self) -> None:
+    def _check_stored(self) -> None:
         for name, source in self._sources.items():
             expected = source.stored_shape(self._shapes[name])
             for tensor in source.tensors:
-                stored = self._checkpoint.tensors[tensor].shape
-                if stored != expected:
+                info = self._checkpoint.tensors[tensor]
+                held_storage(self._checkpoint.path, info)
+                if info.shape != expected:
                     raise CheckpointError(
-                        f"tensor {tensor!r} has shape {stored}; the model's metadata asks for {expected}"
+                        f"tensor {tensor!r} has shape {info.shape}; the model's metadata asks for {expected}"
                     )
 
 

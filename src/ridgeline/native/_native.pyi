@@ -219,10 +219,13 @@ class Tape:
         q_norm: NDArray[np.float32] | None = None,
         k_norm: NDArray[np.float32] | None = None,
         eps: float = 1e-6,
+        norm_kind: str = "rms",
+        norm_by_head: bool = False,
         rounded_q: NDArray[np.uint16] | None = None,
     ) -> None:
-        """Per row: RMS norm of each head of q and k (optional), rotate-half rope on the first `rotary_dim` of
-        each head with cos, sin (max_rows, rotary_dim / 2), then k and v to the row's slot as bfloat16.
+        """Per row: "rms" or "layer" norm of each head of q and k (optional), rotate-half rope on the first
+        `rotary_dim` of each head with cos, sin (max_rows, rotary_dim / 2), then k and v to the row's slot as
+        bfloat16. q_norm and k_norm hold head_dim gains, or so many for each head in turn if `norm_by_head`.
         q is written to the bfloat16 buffer `rounded_q`, or else back in place; k is left as it was."""
 
     def attention(

@@ -121,11 +121,10 @@ class PyTape : RowBuffers {
 
   void norm(nb::object x, nb::object out, const std::string& kind, float eps, int64_t width,
             nb::object weight, nb::object bias, bool gather, bool accumulate) {
-    if (kind != "rms" && kind != "layer") refuse("kind", "'" + kind + "'", "rms or layer");
     const int32_t w = checked_int("width", width, 1, kLargest);
     tape_.append("norm",
                  NormLaunch{f32(x, "x", w, Access::read), target(out, "out", w, accumulate), w, eps,
-                            vector(weight, "weight", w), vector(bias, "bias", w), kind == "layer", gather});
+                            vector(weight, "weight", w), vector(bias, "bias", w), is_layer("kind", kind), gather});
   }
 
   void quantise(nb::object x, nb::object out, int64_t width, bool gather) {
@@ -174,7 +173,8 @@ class PyTape : RowBuffers {
 
   void rope_store(nb::object q, nb::object k, nb::object v, nb::object pool, int64_t group, int64_t heads,
                   int64_t kv_heads, int64_t head_dim, nb::object cos, nb::object sin, int64_t rotary_dim,
-                  nb::object q_norm, nb::object k_norm, float eps, nb::object rounded_q) {
+                  nb::object q_norm, nb::object k_norm, float eps, const std::string& norm_kind,
+                  bool norm_by_head, nb::object rounded_q) {
     RopeStoreLaunch launch{};
     check_heads(heads, kv_heads, head_dim, group);
     launch.q = f32(q, "q", heads * head_dim, rounded_q.is_none() ? Access::write : Access::read);
@@ -195,9 +195,11 @@ class PyTape : RowBuffers {
       launch.cos = angles(cos, "cos", rotary_dim / 2);
       launch.sin = angles(sin, "sin", rotary_dim / 2);
     }
-    launch.q_norm = vector(q_norm, "q_norm", head_dim);
-    launch.k_norm = vector(k_norm, "k_norm", head_dim);
+    launch.q_norm = vector(q_norm, "q_norm", norm_by_head ? heads * head_dim : head_dim);
+    launch.k_norm = vector(k_norm, "k_norm", norm_by_head ? kv_heads * head_dim : head_dim);
     launch.eps = eps;
+    launch.norm_stride = norm_by_head ? launch.head_dim : 0;
+    launch.layer_norm = is_layer("norm_kind", norm_kind);
     tape_.append("rope_store", launch);
   }
 
@@ -272,6 +274,11 @@ class PyTape : RowBuffers {
     }
   }
 
+  static bool is_layer(const char* name, const std::string& kind) {
+    if (kind != "rms" && kind != "layer") refuse(name, "'" + kind + "'", "rms or layer");
+    return kind == "layer";
+  }
+
   static void check_operand(const Matrix& matrix, int32_t cols, RowKind x) {
     if (matrix.shape().cols != cols) {
       refuse("cols of a part", std::to_string(matrix.shape().cols),
@@ -341,7 +348,8 @@ void bind_tape(nb::module_& m) {
       .def("softcap", &PyTape::softcap, "width"_a, "cap"_a)
       .def("rope_store", &PyTape::rope_store, "q"_a, "k"_a, "v"_a, "pool"_a, "group"_a, "heads"_a,
            "kv_heads"_a, "head_dim"_a, "cos"_a = nb::none(), "sin"_a = nb::none(), "rotary_dim"_a = 0,
-           "q_norm"_a = nb::none(), "k_norm"_a = nb::none(), "eps"_a = 1e-6f, "rounded_q"_a = nb::none())
+           "q_norm"_a = nb::none(), "k_norm"_a = nb::none(), "eps"_a = 1e-6f, "norm_kind"_a = "rms",
+           "norm_by_head"_a = false, "rounded_q"_a = nb::none())
       .def("attention", &PyTape::attention, "q"_a, "out"_a, "pool"_a, "group"_a, "heads"_a, "kv_heads"_a,
            "head_dim"_a, "scale"_a, "window"_a = 0, "softcap"_a = 0.0f)
       .def(

@@ -109,6 +109,8 @@ struct RopeStoreLaunch {
   const float *cos, *sin;  // (max_rows, rotary_dim / 2) or null
   const float *q_norm, *k_norm;
   float eps;
+  int32_t norm_stride;  // from one head's gain to the next one's: head_dim, or 0 where they share it
+  bool layer_norm;
 };
 struct AttentionLaunch {
   F32Rows q;

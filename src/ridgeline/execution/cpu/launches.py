@@ -151,11 +151,19 @@ class RopeStoreLaunch(Launch):
             cos,
             sin,
             self.rope.dim if self.rope else 0,
-            to.vector(self.query_norm.weight if self.query_norm else None),
-            to.vector(self.key_norm.weight if self.key_norm else None),
+            _gains(self.query_norm, to),
+            _gains(self.key_norm, to),
             norm.spec.eps if norm else 0.0,
+            norm.spec.kind if norm else "rms",
+            norm is not None and norm.by_head,
             rounded_q=to.buffer(rounded) if rounded else None,
         )
+
+
+def _gains(norm: Norm | None, to: Binding) -> Float32Array | None:
+    """One head's gains after the other's."""
+    gains = to.vector(norm.weight) if norm else None
+    return None if gains is None else gains.reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class NormWeights:
-    """A norm: float32 gain (width,), and a bias for a layer norm."""
+    """A norm: float32 gain (width,), or (heads, width) where each head has its own; a layer norm's bias."""
 
     kind: Literal["rms", "layer"]
     eps: float

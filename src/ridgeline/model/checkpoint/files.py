@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
-from ridgeline.precision.storage import STORAGES, Tensor
+from ridgeline.precision.storage import STORAGES, Storage, Tensor
 from ridgeline.types import ByteArray, CheckpointError
 
 SIDECAR_LIMIT_BYTES = 256 << 20
@@ -135,6 +135,17 @@ class Entry:
     offset: int
 
 
+def held_storage(path: Path, info: TensorInfo) -> Storage:
+    """How a file stores a tensor. Raises CheckpointError for a type that is not read."""
+    storage = STORAGES.get(info.storage)
+    if storage is None:
+        raise CheckpointError(
+            f"{path}: tensor {shown(info.name)} is stored as {shown(info.storage)}; "
+            f"accepted: {', '.join(STORAGES)}"
+        )
+    return storage
+
+
 class MappedCheckpoint:
     """The checkpoint of both file kinds: metadata, and tensors as views of mapped files that it owns."""
 
@@ -158,12 +169,7 @@ class MappedCheckpoint:
     def tensor(self, name: str) -> Tensor:
         entry = self._entry(name)
         info = entry.info
-        storage = STORAGES.get(info.storage)
-        if storage is None:
-            raise CheckpointError(
-                f"{self.path}: tensor {shown(name)} is stored as {shown(info.storage)}; "
-                f"accepted: {', '.join(STORAGES)}"
-            )
+        storage = held_storage(self.path, info)
         row_bytes = storage.row_bytes(info.shape[-1]) if info.shape else info.nbytes
         return Tensor(storage, info.shape, entry.file.view(entry.offset, info.nbytes).reshape(-1, row_bytes))
 

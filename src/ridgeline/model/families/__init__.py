@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from ridgeline.model.checkpoint import Checkpoint
-from ridgeline.model.families.command_r import COMMAND_R
+from ridgeline.model.families.command_r import COHERE2, COMMAND_R
 from ridgeline.model.families.falcon import FALCON
 from ridgeline.model.families.family import Family
 from ridgeline.model.families.gemma2 import GEMMA2
@@ -34,6 +34,7 @@ FAMILIES = (
     STABLELM,
     STARCODER2,
     COMMAND_R,
+    COHERE2,
     MISTRAL,
     QWEN2,
     QWEN3,

@@ -202,6 +202,24 @@ def windowed(spec: ModelSpec, window: int | None, sliding: Sequence[bool] | None
     )
 
 
+def with_ropes(spec: ModelSpec, turning: Sequence[bool]) -> ModelSpec:
+    """`spec` with rotary positions in the `turning` layers alone."""
+    return each_attention(spec, lambda i, each: each if turning[i] else replace(each, rope=None))
+
+
+def sliding_layers(fields: Fields, layers: int, period: int) -> list[bool]:
+    """Which layers a config gives a window: all but the last of every `period` where it does not say."""
+    sliding = fields.entries("layer_types", layers, SLIDING)
+    if sliding is not None:
+        return sliding
+    return periodic(layers, fields.integer("sliding_window_pattern", period))
+
+
+def periodic(layers: int, period: int) -> list[bool]:
+    """True for all layers but the last of every `period`."""
+    return [(i + 1) % period != 0 for i in range(layers)]
+
+
 def window_of(fields: Fields, key: str, default: int | None = None) -> int | None:
     """A sliding window; null and 0 say that there is none, `default` stands for an absent key."""
     full = fields.prefix + key

@@ -16,11 +16,11 @@ from ridgeline.precision.storage import Tensor, float32_tensor
 class Source:
     """Where a canonical weight lies in a checkpoint, and how to turn what lies there into our orientation.
 
-    A weight of `experts` is one tensor with a dimension for them in front, or a tensor of each where the name
-    holds `{e}`; what follows is done to each of them. In this order: transpose, take `rows` (start, stop) of
-    a tensor that fuses `fused_rows`, or of each of its `row_groups` groups of equal size, undo the
-    interleaving of rotary pairs within each of `interleaved_heads` heads, add `offset`, multiply by
-    `factor`, put a dimension of 1 in front where the file leaves it out (`squeezed`).
+    A weight of `experts`, or of as many heads, is one tensor with a dimension for them in front, or a tensor
+    of each where the name holds `{e}`; what follows is done to each of them. In this order: transpose, take
+    `rows` (start, stop) of a tensor that fuses `fused_rows`, or of each of its `row_groups` groups of equal
+    size, undo the interleaving of rotary pairs within each of `interleaved_heads` heads, add `offset`,
+    multiply by `factor`, put a dimension of 1 in front where the file leaves it out (`squeezed`).
     """
 
     tensor: str

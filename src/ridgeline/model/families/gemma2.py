@@ -12,6 +12,7 @@ from ridgeline.model.families.decoder import (
     SLIDING,
     Traits,
     each_attention,
+    periodic,
     spec_from_config,
     spec_from_gguf,
     window_of,
@@ -23,6 +24,7 @@ from ridgeline.model.families.gemma3 import embedding_scale, source
 from ridgeline.model.spec import ModelSpec
 
 WINDOW = 4096
+PERIOD = 2  # every other layer has the window, the first one too
 _TRAITS = Traits(
     "gemma2",
     head_dim=256,
@@ -45,10 +47,6 @@ def _cap(fields: Fields, key: str, default: float) -> float | None:
     return fields.number_or_none(key) if fields.prefix + key in fields.values else default
 
 
-def _every_other(layers: int) -> list[bool]:
-    return [i % 2 == 0 for i in range(layers)]
-
-
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
     fields = Fields(checkpoint.metadata, "gemma2.")
     fields.refuse("attention.sliding_window_pattern", 2)
@@ -58,7 +56,7 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
     scale = (spec.hidden / attention.heads) ** -0.5 if len(spec.layers) == 46 else attention.scale
     caps = _cap(fields, "attn_logit_softcapping", 50.0), _cap(fields, "final_logit_softcapping", 30.0)
     window = window_of(fields, "attention.sliding_window", WINDOW)
-    return windowed(_spec(spec, scale, caps), window, _every_other(len(spec.layers)))
+    return windowed(_spec(spec, scale, caps), window, periodic(len(spec.layers), PERIOD))
 
 
 def from_config(checkpoint: Checkpoint) -> ModelSpec:
@@ -68,7 +66,7 @@ def from_config(checkpoint: Checkpoint) -> ModelSpec:
     layers = len(spec.layers)
     caps = _cap(fields, "attn_logit_softcapping", 50.0), _cap(fields, "final_logit_softcapping", 30.0)
     scale = fields.number("query_pre_attn_scalar", 256.0) ** -0.5
-    sliding = fields.entries("layer_types", layers, SLIDING) or _every_other(layers)
+    sliding = fields.entries("layer_types", layers, SLIDING) or periodic(layers, PERIOD)
     return windowed(_spec(spec, scale, caps), window_of(fields, "sliding_window", WINDOW), sliding)
 
 

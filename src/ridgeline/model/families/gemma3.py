@@ -9,7 +9,7 @@ import numpy as np
 
 from ridgeline.model.checkpoint import Checkpoint
 from ridgeline.model.families.decoder import NAMES as DECODER_NAMES
-from ridgeline.model.families.decoder import POST_NORMS, QK_NORMS, SLIDING
+from ridgeline.model.families.decoder import POST_NORMS, QK_NORMS, periodic, sliding_layers
 from ridgeline.model.families.family import Family, Source
 from ridgeline.model.families.fields import MAX_CONTEXT, MAX_LAYERS, MAX_VOCABULARY, Fields
 from ridgeline.model.families.rope import FACTORS, rope, rope_from_config, rope_from_gguf
@@ -32,15 +32,15 @@ NAMES = {**DECODER_NAMES, **QK_NORMS, **POST_NORMS}
 
 
 def _layers(
-    attention: AttentionSpec, width: int, full: list[bool], ropes: tuple[RopeSpec, RopeSpec], window: int
+    attention: AttentionSpec, width: int, sliding: list[bool], ropes: tuple[RopeSpec, RopeSpec], window: int
 ) -> tuple[LayerSpec, ...]:
-    """A layer for each entry of `full`; `ropes` are those of window and of full layers."""
+    """A layer for each entry of `sliding`; `ropes` are those of window and of full layers."""
     feed_forward = FeedForwardSpec(width, "gelu_tanh", gated=True)
     kinds = [
-        LayerSpec(replace(attention, rope=ropes[0], window=window), feed_forward, post_norms=True),
         LayerSpec(replace(attention, rope=ropes[1]), feed_forward, post_norms=True),
+        LayerSpec(replace(attention, rope=ropes[0], window=window), feed_forward, post_norms=True),
     ]
-    return tuple(kinds[is_full] for is_full in full)
+    return tuple(kinds[slides] for slides in sliding)
 
 
 def embedding_scale(hidden: int) -> float:
@@ -63,8 +63,7 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
         rope(fields.number("rope.freq_base_swa", LOCAL_THETA), dim),
         rope_from_gguf(checkpoint, fields, dim, GLOBAL_THETA),
     )
-    period = fields.integer("attention.sliding_window_pattern", PERIOD)
-    full = [(i + 1) % period == 0 for i in range(layers)]
+    sliding = periodic(layers, fields.integer("attention.sliding_window_pattern", PERIOD))
     window = fields.integer("attention.sliding_window", high=MAX_CONTEXT)
     return ModelSpec(
         family="gemma3",
@@ -72,7 +71,7 @@ def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
         vocabulary=checkpoint.tensors["token_embd.weight"].shape[0],
         context=fields.integer("context_length", high=MAX_CONTEXT),
         norm=NormSpec("rms", fields.number("attention.layer_norm_rms_epsilon", 1e-6)),
-        layers=_layers(attention, fields.integer("feed_forward_length"), full, ropes, window),
+        layers=_layers(attention, fields.integer("feed_forward_length"), sliding, ropes, window),
         tied_head="output.weight" not in checkpoint.tensors,
         embedding_scale=embedding_scale(hidden),
         logit_softcap=fields.number_or_none("final_logit_softcapping"),
@@ -101,7 +100,7 @@ def from_config(checkpoint: Checkpoint) -> ModelSpec:
         layers=_layers(
             attention,
             fields.integer("intermediate_size"),
-            _full_layers(fields, layers),
+            sliding_layers(fields, layers, PERIOD),
             _ropes(fields, dim),
             fields.integer("sliding_window", 4096, high=MAX_CONTEXT),
         ),
@@ -109,14 +108,6 @@ def from_config(checkpoint: Checkpoint) -> ModelSpec:
         embedding_scale=embedding_scale(hidden),
         logit_softcap=fields.number_or_none("final_logit_softcapping"),
     )
-
-
-def _full_layers(fields: Fields, layers: int) -> list[bool]:
-    sliding = fields.entries("layer_types", layers, SLIDING)
-    if sliding is None:
-        period = fields.integer("sliding_window_pattern", PERIOD)
-        return [(i + 1) % period == 0 for i in range(layers)]
-    return [not each for each in sliding]
 
 
 def _ropes(fields: Fields, dim: int) -> tuple[RopeSpec, RopeSpec]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ridgeline.model.checkpoint import Checkpoint
+from ridgeline.model.families.decoder import each_attention
+from ridgeline.model.families.family import layer_of
 from ridgeline.model.families.fields import MAX_CONTEXT, MAX_LAYERS, MAX_VOCABULARY, Fields
 from ridgeline.model.families.partial_rope import partial_rope_from_gguf
 from ridgeline.model.spec import (
@@ -80,6 +82,24 @@ def attention_of(
     return AttentionSpec(
         heads, kv_heads, head_dim, head_dim**-0.5, rope, qkv_bias=qkv_bias, output_bias=output_bias
     )
+
+
+def with_head_norms(spec: ModelSpec, wanted: bool) -> ModelSpec:
+    """`spec`, where `wanted` with layer norms of each head of queries and keys, each with its own gain."""
+    if not wanted:
+        return spec
+    return each_attention(
+        spec, lambda _, each: replace(each, qk_norm=True, qk_norm_kind="layer", qk_norm_by_head=True)
+    )
+
+
+def heads_of(spec: ModelSpec, name: str) -> int | None:
+    """How many heads a weight of queries or keys has: their projection, its bias or their norms."""
+    part = name.removesuffix(".bias").rpartition(".")[2]
+    if part not in ("q", "k", "q_norm", "k_norm"):
+        return None
+    attention = layer_of(spec, name).attention
+    return attention.heads if part.startswith("q") else attention.kv_heads
 
 
 def spec_from_config(

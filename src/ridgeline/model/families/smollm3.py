@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 from ridgeline.model.checkpoint import Checkpoint
 from ridgeline.model.families.decoder import (
     IGNORED,
     NAMES,
     SLIDING,
     Traits,
-    each_attention,
     interleaved,
+    periodic,
     refuse_window_of_gguf,
     spec_from_config,
     spec_from_gguf,
     window_of,
     windowed,
+    with_ropes,
 )
 from ridgeline.model.families.family import Family
 from ridgeline.model.families.fields import MAX_LAYERS, Fields
@@ -27,17 +25,9 @@ _TRAITS = Traits("smollm3", theta=2_000_000.0, context=32_768, tied=True)
 _INTERVAL = 4  # the last of so many layers has no positions; GGUF files do not say it
 
 
-def _turning(layers: int, interval: int = _INTERVAL) -> list[bool]:
-    return [(i + 1) % interval != 0 for i in range(layers)]
-
-
-def _with_ropes(spec: ModelSpec, turning: Sequence[bool]) -> ModelSpec:
-    return each_attention(spec, lambda i, each: each if turning[i] else replace(each, rope=None))
-
-
 def from_gguf(checkpoint: Checkpoint) -> ModelSpec:
     spec = refuse_window_of_gguf(checkpoint, spec_from_gguf(checkpoint, _TRAITS, "smollm3"), "smollm3")
-    return _with_ropes(spec, _turning(len(spec.layers)))
+    return with_ropes(spec, periodic(len(spec.layers), _INTERVAL))
 
 
 def from_config(checkpoint: Checkpoint) -> ModelSpec:
@@ -47,8 +37,8 @@ def from_config(checkpoint: Checkpoint) -> ModelSpec:
     layers = len(spec.layers)
     turning = fields.entries("no_rope_layers", layers, {1: True, 0: False})
     if turning is None:
-        turning = _turning(layers, fields.integer("no_rope_layer_interval", _INTERVAL, high=MAX_LAYERS))
-    spec = _with_ropes(spec, turning)
+        turning = periodic(layers, fields.integer("no_rope_layer_interval", _INTERVAL, high=MAX_LAYERS))
+    spec = with_ropes(spec, turning)
     if not fields.flag("use_sliding_window", False):
         return spec
     sliding = fields.entries("layer_types", layers, SLIDING)

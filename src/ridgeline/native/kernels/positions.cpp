@@ -5,13 +5,27 @@ RIDGELINE_BEGIN
 
 namespace {
 
-void rms_norm_head(float* head, int head_dim, const float* weight, float eps) {
+void centre_head(float* head, int head_dim) {
+  vfloat acc = zero();
+  for (int d = 0; d < head_dim; d += 16) acc = acc + load(first_lanes(head_dim - d), head + d);
+  const vfloat mean = splat(reduce_add(acc) / float(head_dim));
+  for (int d = 0; d < head_dim; d += 16) {
+    const vmask m = first_lanes(head_dim - d);
+    store(m, head + d, load(m, head + d) - mean);
+  }
+}
+
+// The norm of head h, whose gain is among `gains`. A layer norm is the RMS norm of what is left of the mean.
+void norm_head(float* head, int h, const float* gains, const RopeStoreLaunch& launch) {
+  const int head_dim = launch.head_dim;
+  const float* weight = gains + int64_t(h) * launch.norm_stride;
+  if (launch.layer_norm) centre_head(head, head_dim);
   vfloat acc = zero();
   for (int d = 0; d < head_dim; d += 16) {
     const vfloat x = load(first_lanes(head_dim - d), head + d);
     acc = fma(x, x, acc);
   }
-  const vfloat factor = splat(1.0f / __builtin_sqrtf(reduce_add(acc) / float(head_dim) + eps));
+  const vfloat factor = splat(1.0f / __builtin_sqrtf(reduce_add(acc) / float(head_dim) + launch.eps));
   for (int d = 0; d < head_dim; d += 16) {
     const vmask m = first_lanes(head_dim - d);
     store(m, head + d, load(m, head + d) * factor * load(m, weight + d));
@@ -65,7 +79,7 @@ void rope_store_row(const RopeStoreLaunch& launch, const StepView& step, int64_t
     alignas(64) float copy[kMaxHeadDim];
     float* q = launch.q.data + row * launch.q.stride + int64_t(h) * head_dim;
     if (rounded != nullptr) q = static_cast<float*>(std::memcpy(copy, q, size_t(head_dim) * 4));
-    if (launch.q_norm != nullptr) rms_norm_head(q, head_dim, launch.q_norm, launch.eps);
+    if (launch.q_norm != nullptr) norm_head(q, h, launch.q_norm, launch);
     if (cos != nullptr) rotate_head(q, launch.rotary_dim, cos, sin);
     if (rounded != nullptr) round_head(q, head_dim, rounded + int64_t(h) * head_dim);
   }
@@ -75,7 +89,7 @@ void rope_store_row(const RopeStoreLaunch& launch, const StepView& step, int64_t
   for (int h = 0; h < launch.kv_heads; ++h, page += int64_t(page_values(head_dim))) {
     alignas(64) float k[kMaxHeadDim];
     std::memcpy(k, launch.k.data + row * launch.k.stride + int64_t(h) * head_dim, size_t(head_dim) * 4);
-    if (launch.k_norm != nullptr) rms_norm_head(k, head_dim, launch.k_norm, launch.eps);
+    if (launch.k_norm != nullptr) norm_head(k, h, launch.k_norm, launch);
     if (cos != nullptr) rotate_head(k, launch.rotary_dim, cos, sin);
     const float* v = launch.v.data + row * launch.v.stride + int64_t(h) * head_dim;
     if (launch.pool.wide) {

@@ -204,10 +204,10 @@ def _check(
     return count
 
 
-def check_norm(norm: NormWeights, width: int) -> None:
-    """Assert that a norm's gain and bias are float32 (width,), side by side."""
+def check_norm(norm: NormWeights, *shape: int) -> None:
+    """Assert that a norm's gain and bias are float32 of a shape, side by side."""
     for vector in (norm.weight, norm.bias):
         if vector is not None:
-            assert vector.shape == (width,), (vector.shape, width)
+            assert vector.shape == shape, (vector.shape, shape)
             assert vector.dtype == torch.float32, vector.dtype
             assert vector.is_contiguous()

@@ -91,9 +91,17 @@ def _check_table(positions: Tensor, frequencies: Tensor, cos: Tensor, sin: Tenso
 
 
 @triton.jit
+def _gains(gain, columns, inside, mask, BY_HEAD: tl.constexpr):
+    if BY_HEAD:
+        inside = inside & mask
+    return tl.load(gain + columns, mask=inside, other=0.0)
+
+
+@triton.jit
 def _turn_heads(
     source,
     target,
+    head,
     mask,
     row,
     cos,
@@ -102,12 +110,14 @@ def _turn_heads(
     sin_stride,
     gain,
     eps,
+    LAYER: tl.constexpr,
+    BY_HEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Normalise and rotate a row's heads; `source`, `target` and `mask` are (heads, 1).
+    """Normalise and rotate a row's heads; `source`, `target`, `head` and `mask` are (heads, 1).
 
     A thread holds both values of a pair, so `target` may be where `source` is. The pairs come first, then
     the REST of the head that is not rotated.
@@ -120,14 +130,25 @@ def _turn_heads(
     if REST > 0:
         rest = tl.load(source + 2 * HALF + j, mask=mask & (j < REST), other=0.0)
     if gain is not None:
+        if LAYER:
+            sums = tl.sum(low + high, axis=1)
+            if REST > 0:
+                sums += tl.sum(rest, axis=1)
+            mean = (sums / HEAD_DIM)[:, None]
+            low = tl.where(i < HALF, low - mean, 0.0)
+            high = tl.where(i < HALF, high - mean, 0.0)
+            if REST > 0:
+                rest = tl.where(j < REST, rest - mean, 0.0)
+        if BY_HEAD:
+            gain += head * HEAD_DIM
         squares = tl.sum(low * low + high * high, axis=1)
         if REST > 0:
             squares += tl.sum(rest * rest, axis=1)
         scale = inverse_rms(squares, eps, HEAD_DIM)[:, None]
-        low *= scale * tl.load(gain + i, mask=i < HALF, other=0.0)
-        high *= scale * tl.load(gain + HALF + i, mask=i < HALF, other=0.0)
+        low *= scale * _gains(gain, i, i < HALF, mask, BY_HEAD)
+        high *= scale * _gains(gain, HALF + i, i < HALF, mask, BY_HEAD)
         if REST > 0:
-            rest *= scale * tl.load(gain + 2 * HALF + j, mask=j < REST, other=0.0)
+            rest *= scale * _gains(gain, 2 * HALF + j, j < REST, mask, BY_HEAD)
     if cos is not None:
         c = tl.load(cos + row * cos_stride + i, mask=i < HALF, other=0.0)
         s = tl.load(sin + row * sin_stride + i, mask=i < HALF, other=0.0)
@@ -160,6 +181,8 @@ def _rope_store_kernel(
     query_eps,
     key_gain,
     key_eps,
+    LAYER: tl.constexpr,
+    BY_HEAD: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -177,8 +200,8 @@ def _rope_store_kernel(
         source = query + row * query_stride + head * HEAD_DIM
         target = query_out + row * query_out_stride + head * HEAD_DIM
         _turn_heads(
-            source, target, head < HEADS, row, cos, sin, cos_stride, sin_stride, query_gain, query_eps,
-            HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST,
+            source, target, head, head < HEADS, row, cos, sin, cos_stride, sin_stride, query_gain, query_eps,
+            LAYER, BY_HEAD, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     else:
         slot = tl.load(slots + row).to(tl.int64)
@@ -189,8 +212,8 @@ def _rope_store_kernel(
             line = (slot // _PAGE_TOKENS * KV_HEADS + head) * (2 * _PAGE_TOKENS) + slot % _PAGE_TOKENS
             keys = pool + line * HEAD_DIM
             _turn_heads(
-                key + row * key_stride + head * HEAD_DIM, keys, mask, row, cos, sin, cos_stride, sin_stride,
-                key_gain, key_eps, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST,
+                key + row * key_stride + head * HEAD_DIM, keys, head, mask, row, cos, sin, cos_stride,
+                sin_stride, key_gain, key_eps, LAYER, BY_HEAD, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST,
             )  # fmt: skip
             d = tl.arange(0, BLOCK_DIM)[None, :]
             mask = mask & (d < HEAD_DIM)
@@ -215,16 +238,18 @@ def rope_store(
     """Normalise and rotate queries and keys, and store keys and values in their slots; one launch.
 
     `query` (rows, heads * head_dim), `key` and `value` (rows, kv_heads * head_dim) are float32, usually
-    column views of one tensor. The norms are RMS norms over each head; `rope` turns the pairs (i, i + half)
-    of each head (arXiv:2104.09864) and leaves what follows them. `query_out` has query's shape, float32 or
-    bfloat16, and may be the same memory; both are None where queries stay as they are. `pool` is (pages,
-    kv_heads, 2, 16, head_dim), bfloat16 or float32; row r goes to its physical slot `slots[r]` = page * 16 +
-    offset, int32, or nowhere where that is negative.
+    column views of one tensor. The norms are over each head, of one kind and without bias; their gains are
+    (head_dim,) for all heads, or (heads, head_dim) in both. `rope` turns the pairs (i, i + half) of each head
+    (arXiv:2104.09864) and leaves what follows them. `query_out` has query's shape, float32 or bfloat16, and
+    may be the same memory; both are None where queries stay as they are. `pool` is (pages, kv_heads, 2, 16,
+    head_dim), bfloat16 or float32; row r goes to its physical slot `slots[r]` = page * 16 + offset, int32, or
+    nowhere where that is negative.
     """
     rows = _check_store(query, key, value, query_out, pool, slots, heads, rope, query_norm, key_norm)
     if rows == 0:
         return
     half = rope.cos.shape[1] if rope is not None else heads.head_dim // 2
+    norm = query_norm or key_norm
     block_heads, num_warps = _configuration(heads)
     query_heads = heads.heads if query is not None else 0
     blocks = triton.cdiv(query_heads, block_heads) + triton.cdiv(heads.kv_heads, block_heads)
@@ -243,6 +268,8 @@ def rope_store(
         *((rope.cos, rope.cos.stride(0), rope.sin, rope.sin.stride(0)) if rope else (None, 0, None, 0)),
         *((query_norm.weight, query_norm.eps) if query_norm else (None, 0.0)),
         *((key_norm.weight, key_norm.eps) if key_norm else (None, 0.0)),
+        LAYER=norm is not None and norm.kind == "layer",
+        BY_HEAD=norm is not None and norm.weight.ndim == 2,
         HEADS=query_heads,
         KV_HEADS=heads.kv_heads,
         HEAD_DIM=heads.head_dim,
@@ -332,9 +359,9 @@ def _check_store(
         assert rope.cos.shape == rope.sin.shape, (rope.cos.shape, rope.sin.shape)
         assert rope.cos.shape[0] == rows, (rope.cos.shape, rows)
         assert 0 < 2 * rope.cos.shape[1] <= dim, (rope.cos.shape, dim)
-    for norm in (query_norm, key_norm):
-        if norm is not None:
-            assert norm.kind == "rms", norm.kind
-            assert norm.bias is None
-            check_norm(norm, dim)
+    norms = [(norm, n) for norm, n in ((query_norm, heads.heads), (key_norm, heads.kv_heads)) if norm]
+    for norm, count in norms:
+        assert norm.kind == norms[0][0].kind, "one kind of norm for queries and keys"
+        assert norm.bias is None
+        check_norm(norm, *((count, dim) if norms[0][0].weight.ndim == 2 else (dim,)))
     return rows
