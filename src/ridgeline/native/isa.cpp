@@ -3,6 +3,11 @@
 
 #include "launch.h"
 
+#if defined(__linux__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace ridgeline {
 
 namespace portable {
@@ -14,6 +19,34 @@ extern const Kernels kernels;
 }
 #endif
 
+#if defined(RIDGELINE_WITH_AVX2)
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+#if defined(RIDGELINE_WITH_AVX_VNNI)
+namespace avx_vnni {
+extern const Kernels kernels;
+}
+#endif
+#if defined(RIDGELINE_WITH_NEON_DOT)
+namespace neon_dot {
+extern const Kernels kernels;
+}
+
+namespace {
+bool has_dot_product() {
+#if defined(__APPLE__)
+  return true;  // the first of Apple's own processors for computers has it
+#elif defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+  return false;
+#endif
+}
+}  // namespace
+#endif
+
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> levels;
 #if defined(RIDGELINE_WITH_AVX512_VNNI)
@@ -22,6 +55,19 @@ std::vector<const Kernels*> available_kernels() {
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
   if (runs) levels.push_back(&avx512_vnni::kernels);
+#endif
+#if defined(RIDGELINE_WITH_AVX2)
+  // Every processor with AVX2 has F16C, and not every compiler knows it by name here.
+  const bool runs_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#if defined(RIDGELINE_WITH_AVX_VNNI)
+  if (runs_avx2 && __builtin_cpu_supports("avxvnni")) levels.push_back(&avx_vnni::kernels);
+#endif
+#if defined(RIDGELINE_WITH_AVX2)
+  if (runs_avx2) levels.push_back(&avx2::kernels);
+#endif
+#if defined(RIDGELINE_WITH_NEON_DOT)
+  if (has_dot_product()) levels.push_back(&neon_dot::kernels);
 #endif
   levels.push_back(&portable::kernels);
   return levels;

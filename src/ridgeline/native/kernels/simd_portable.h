@@ -227,6 +227,8 @@ RIDGELINE_INLINE vint dot(vint sum, vint unsigned_bytes, vint signed_bytes) {
   return sum;
 #endif
 }
+constexpr int kByteZero = 0;
+
 RIDGELINE_INLINE vint dot_bytes(vint sum, vint unsigned_bytes, vint signed_bytes) {
   return dot(sum, unsigned_bytes, signed_bytes);
 }
