@@ -86,12 +86,10 @@ bool reductions() {
     const Lanes a = random_floats(random);
     const IntLanes b = random_ints(random);
     float s[16], top = a[0];
-    uint32_t sum = 0;
     int32_t largest = b[0];
     for (int i = 0; i < 16; ++i) {
       s[i] = a[i];
       top = std::max(top, a[i]);
-      sum += uint32_t(b[i]);
       largest = std::max(largest, b[i]);
     }
     for (int n = 8; n > 0; n /= 2) {
