@@ -3,6 +3,14 @@
 
 #include "launch.h"
 
+#if defined(RIDGELINE_WITH_AVX_VNNI)
+#include <cpuid.h>
+#endif
+#if defined(__linux__) && defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace ridgeline {
 
 namespace portable {
@@ -19,6 +27,41 @@ namespace avx512_bf16 {
 extern const Kernels kernels;
 }
 #endif
+#if defined(RIDGELINE_WITH_AVX2)
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+#if defined(RIDGELINE_WITH_AVX_VNNI)
+namespace avx_vnni {
+extern const Kernels kernels;
+}
+
+namespace {
+// Not every compiler knows it by name. The system's part is that of AVX2.
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
+}  // namespace
+#endif
+#if defined(RIDGELINE_WITH_NEON_DOT)
+namespace neon_dot {
+extern const Kernels kernels;
+}
+
+namespace {
+bool has_dot_product() {
+#if defined(__APPLE__)
+  return true;  // the first of Apple's own processors for computers has it
+#elif defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+  return false;
+#endif
+}
+}  // namespace
+#endif
 
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> levels;
@@ -31,6 +74,19 @@ std::vector<const Kernels*> available_kernels() {
   if (runs && __builtin_cpu_supports("avx512bf16")) levels.push_back(&avx512_bf16::kernels);
 #endif
   if (runs) levels.push_back(&avx512_vnni::kernels);
+#endif
+#if defined(RIDGELINE_WITH_AVX2)
+  // Every processor with AVX2 has F16C, and not every compiler knows it by name here.
+  const bool runs_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#if defined(RIDGELINE_WITH_AVX_VNNI)
+  if (runs_avx2 && has_avx_vnni()) levels.push_back(&avx_vnni::kernels);
+#endif
+#if defined(RIDGELINE_WITH_AVX2)
+  if (runs_avx2) levels.push_back(&avx2::kernels);
+#endif
+#if defined(RIDGELINE_WITH_NEON_DOT)
+  if (has_dot_product()) levels.push_back(&neon_dot::kernels);
 #endif
   levels.push_back(&portable::kernels);
   return levels;

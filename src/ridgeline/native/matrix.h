@@ -8,11 +8,6 @@
 
 namespace ridgeline {
 
-inline constexpr std::pair<const char*, Storage> kStorages[] = {
-    {"Q4_0", Storage::q4_0}, {"Q4_1", Storage::q4_1}, {"Q8_0", Storage::q8_0},
-    {"F32", Storage::f32},   {"F16", Storage::f16},   {"BF16", Storage::bf16},
-};
-
 inline Storage storage_named(const std::string& name) {
   for (const auto& [known, storage] : kStorages) {
     if (name == known) return storage;

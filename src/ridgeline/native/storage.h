@@ -13,11 +13,18 @@
 //   float32 tile: for each input 16 floats. It holds F32 and F16.
 #pragma once
 
+#include <utility>
+
 #include "layout.h"
 
 namespace ridgeline {
 
 enum class Storage : uint8_t { q4_0, q4_1, q8_0, f32, f16, bf16 };
+
+inline constexpr std::pair<const char*, Storage> kStorages[] = {
+    {"Q4_0", Storage::q4_0}, {"Q4_1", Storage::q4_1}, {"Q8_0", Storage::q8_0},
+    {"F32", Storage::f32},   {"F16", Storage::f16},   {"BF16", Storage::bf16},
+};
 
 RIDGELINE_INLINE constexpr bool is_quantised(Storage s) { return s <= Storage::q8_0; }
 

@@ -10,6 +10,8 @@ template <class... F>
 struct Overloaded : F... {
   using F::operator()...;
 };
+template <class... F>
+Overloaded(F...) -> Overloaded<F...>;  // some compilers do not deduce it themselves
 
 // What the splits of a few rows leave for each other; taken from the system only where it is used.
 constexpr size_t kPartialBytes = size_t(16) << 20;

@@ -27,6 +27,7 @@ RIDGELINE_INLINE vint add_dot(vint sum, vint codes, vint x) {
 template <Storage kStorage>
 RIDGELINE_INLINE vint start_sum(const uint8_t* sum) {
   if constexpr (kStorage == Storage::q4_1) return izero();
+  if constexpr (kStorage == Storage::q8_0 && kByteZero == 128) return izero();
   int32_t sums[2];
   std::memcpy(sums, sum, 8);
   return isplat((sums[0] + sums[1]) * (kStorage == Storage::q8_0 ? -128 : -8));

@@ -4,7 +4,7 @@
 //   first_lanes(n), lanes(from, to)               masks; n, from and to are clamped to 0..16
 //   zero, splat, load, store                      float32; with a mask, other lanes are neither read nor
 //   written
-//   + - * / min max abs sqrt fma round_even       float32; fma may round twice where the hardware has none
+//   + - * / min max abs copy_sign fma round_even  float32; fma may round twice where the hardware has none
 //   less, select, reduce_add, reduce_max          reductions have one fixed order
 //   izero, isplat, iload, add, sub, multiply, max, bit_and, bit_or, shift_left, shift_right
 //                                                 int32; to the right fills up with zeros
@@ -13,8 +13,9 @@
 //   load_f16, load_bf16, bf16_bits                16 values of a half format; bf16 rounds to nearest even
 //   byte_fields<shift, bits>                      bits of each of 64 bytes, moved down
 //   load_table, look_up                           16 bytes, picked from by 64 indices below 16
-//   dot, dot_bytes                                64 unsigned bytes times four signed ones per lane, exact; in
-//                                                 dot the bytes are at most 127
+//   dot                                           64 bytes up to 127 times four signed ones per lane, exact
+//   dot_bytes, kByteZero                          the same for any bytes, each less kByteZero, which is 0 or
+//                                                 128; no signed one is -128
 //   dot_bf16                                      adds the products of 16 pairs of bfloat16; how it rounds is
 //                                                 the backend's
 //   store_codes                                   16 int32 as int8, saturated
@@ -33,6 +34,10 @@
 
 #if defined(__AVX512VNNI__)
 #include "simd_avx512.h"
+#elif defined(__AVX2__)
+#include "simd_avx2.h"
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "simd_neon.h"
 #else
 #include "simd_portable.h"
 #endif

@@ -130,6 +130,8 @@ RIDGELINE_INLINE vint splat_codes(const int8_t* p) {
 RIDGELINE_INLINE vint dot(vint sum, vint unsigned_bytes, vint signed_bytes) {
   return {_mm512_dpbusd_epi32(sum.v, unsigned_bytes.v, signed_bytes.v)};
 }
+constexpr int kByteZero = 0;
+
 RIDGELINE_INLINE vint dot_bytes(vint sum, vint unsigned_bytes, vint signed_bytes) {
   return dot(sum, unsigned_bytes, signed_bytes);
 }

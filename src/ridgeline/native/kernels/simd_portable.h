@@ -42,7 +42,7 @@ RIDGELINE_INLINE vfloat load(const float* p) {
   return a;
 }
 RIDGELINE_INLINE vfloat load(vmask m, const float* p) {
-  if (m[15]) return load(p);
+  if (m[0] & m[15]) return load(p);  // masks of memory have no holes
   vfloat a{};
   for (int i = 0; i < 16; ++i) {
     if (m[i]) a[i] = p[i];
@@ -160,7 +160,7 @@ RIDGELINE_INLINE vfloat load_f16(const uint16_t* p) {
 }
 RIDGELINE_INLINE vfloat load_bf16(const uint16_t* p) { return cast<vfloat>(load_u16(p) << 16); }
 RIDGELINE_INLINE vfloat load_bf16(vmask m, const uint16_t* p) {
-  if (m[15]) return load_bf16(p);
+  if (m[0] & m[15]) return load_bf16(p);
   vint a{};
   for (int i = 0; i < 16; ++i) {
     if (m[i]) a[i] = p[i];
@@ -227,6 +227,8 @@ RIDGELINE_INLINE vint dot(vint sum, vint unsigned_bytes, vint signed_bytes) {
   return sum;
 #endif
 }
+constexpr int kByteZero = 0;
+
 RIDGELINE_INLINE vint dot_bytes(vint sum, vint unsigned_bytes, vint signed_bytes) {
   return dot(sum, unsigned_bytes, signed_bytes);
 }
