@@ -9,15 +9,21 @@
 namespace ridgeline {
 
 inline constexpr std::pair<const char*, Storage> kStorages[] = {
-    {"Q4_0", Storage::q4_0}, {"Q4_1", Storage::q4_1}, {"Q8_0", Storage::q8_0},
-    {"F32", Storage::f32},   {"F16", Storage::f16},   {"BF16", Storage::bf16},
+    {"Q4_0", Storage::q4_0},   {"Q4_1", Storage::q4_1},     {"Q5_0", Storage::q5_0},
+    {"Q5_1", Storage::q5_1},   {"Q8_0", Storage::q8_0},     {"IQ4_NL", Storage::iq4_nl},
+    {"MXFP4", Storage::mxfp4}, {"Q2_K", Storage::q2_k},     {"Q3_K", Storage::q3_k},
+    {"Q4_K", Storage::q4_k},   {"Q5_K", Storage::q5_k},     {"Q6_K", Storage::q6_k},
+    {"TQ1_0", Storage::tq1_0}, {"IQ4_XS", Storage::iq4_xs}, {"TQ2_0", Storage::tq2_0},
+    {"F32", Storage::f32},     {"F16", Storage::f16},       {"BF16", Storage::bf16},
 };
 
 inline Storage storage_named(const std::string& name) {
+  std::string names;
   for (const auto& [known, storage] : kStorages) {
     if (name == known) return storage;
+    names += (names.empty() ? "" : ", ") + std::string(known);
   }
-  refuse("storage", "'" + name + "'", "Q4_0, Q4_1, Q8_0, F32, F16 or BF16");
+  refuse("storage", "'" + name + "'", names);
 }
 
 // Checked sizes of a matrix: its tiles take `packed_bytes`.
@@ -33,6 +39,9 @@ struct MatrixShape {
       refuse("rows", std::to_string(rows_), "1 to " + std::to_string(kLargest));
     if (cols_ < 1 || cols_ > kLargest)
       refuse("cols", std::to_string(cols_), "1 to " + std::to_string(kLargest));
+    if (cols_ % col_unit(storage) != 0)
+      refuse("cols", std::to_string(cols_),
+             "multiples of " + std::to_string(col_unit(storage)) + " in " + storage_name);
     rows = int32_t(rows_);
     cols = int32_t(cols_);
     packed_bytes = size_t(tile_count(rows)) * tile_bytes(storage, cols);
