@@ -25,7 +25,8 @@ from ridgeline.model.rewrite import with_precision
 from ridgeline.model.spec import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec, NormSpec
 from ridgeline.model.weights import _matrices
 from ridgeline.precision.formats import FORMATS, Format
-from ridgeline.precision.storage import STORAGES, Tensor
+from ridgeline.precision.quantise import storage_of
+from ridgeline.precision.storage import Tensor
 
 PAGES = 4096
 
@@ -147,7 +148,7 @@ class _Shapes:
         return iter(self._shapes)
 
     def matrix(self, name: str) -> Tensor:
-        storage = STORAGES[self.formats[name].storages[0]]
+        storage = storage_of(self.formats[name])
         cols = self._shapes[name][1]
         return Tensor(storage, (1, cols), np.zeros((1, storage.row_bytes(cols)), np.uint8))
 

@@ -143,7 +143,8 @@ def test_gpt_oss_as_it_is_published(sparse: Sparse, tmp_path: Path) -> None:
     with open_checkpoint(folder) as checkpoint:
         spec = read_spec(checkpoint)
         store = Weights(spec, decoder(spec), checkpoint)
-        assert store.formats["layers.0.experts.up"].name == "W8A8-g32"
+        assert store.formats["layers.0.experts.up"].name == "W4A8-g32"
+        assert store.matrix("layers.0.experts.up").storage.name == "MXFP4"
         assert store.formats["layers.0.experts.up"] == store.formats["layers.0.experts.down"]
 
 

@@ -5,35 +5,26 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+from block_storages import FLOAT16_AT, random_blocks
 from gguf import quants
 
-from ridgeline.precision.formats import DEVICE_FORMATS, FORMATS, auto_format
-from ridgeline.precision.quantise import quantise_tensor, quantise_weight
+from ridgeline.precision.formats import (
+    DEVICE_FORMATS,
+    FILE_FORMATS,
+    FORMATS,
+    auto_format,
+    check_device_format,
+    native_storages,
+    parse_format,
+)
+from ridgeline.precision.quantise import quantise_tensor, quantise_weight, storage_of
 from ridgeline.precision.recode import recode
 from ridgeline.precision.storage import BLOCK_VALUES_AT_A_TIME, STORAGES, Tensor, check_finite
-from ridgeline.types import ByteArray, CheckpointError, Float32Array
+from ridgeline.types import ByteArray, CheckpointError, ConfigError, Float32Array
 
-# Where the float16 fields of a block begin; MXFP4's only scale is an exponent in its first byte.
-FLOAT16_AT = {
-    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82),
-    "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
-    "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (),
-}  # fmt: skip
 BLOCKED = list(FLOAT16_AT)
 QUANTISABLE = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"]
 NEW = [name for name in BLOCKED if name not in ("Q4_0", "Q4_1", "Q8_0")]
-
-
-def random_blocks(name: str, rows: int, blocks: int, seed: int = 0) -> ByteArray:
-    """Random bytes of every value, with scales of all signs and magnitudes: uint8 (rows, row_bytes)."""
-    rng = np.random.default_rng(seed)
-    data = rng.integers(0, 256, (rows, blocks, STORAGES[name].block_bytes), np.uint8)
-    for at in FLOAT16_AT[name]:
-        scales = rng.standard_normal((rows, blocks)) * 10.0 ** rng.integers(-8, 5, (rows, blocks))
-        data[..., at : at + 2] = np.clip(scales, -65504, 65504).astype("<f2")[..., None].view(np.uint8)
-    if name == "MXFP4":
-        data[..., 0] = rng.integers(0, 253, (rows, blocks))
-    return data.reshape(rows, -1)
 
 
 def tensor_of(name: str, data: ByteArray) -> Tensor:
@@ -174,13 +165,41 @@ def test_scales_that_are_finite_decode_to_finite_values(name: str) -> None:
 @pytest.mark.parametrize("name", list(STORAGES))
 def test_auto_gives_every_storage_a_format_that_the_device_runs(name: str, device: str) -> None:
     fmt = auto_format(name, device)
-    assert fmt.name in DEVICE_FORMATS[device]
     assert fmt.activation_bits == (16 if device == "cuda" else 8)
     stored_bits = STORAGES[name].block_bytes * 8 / STORAGES[name].block_values
-    if name in ("Q4_0", "Q4_1"):
-        assert fmt.weight_bits == 4
+    if device == "cuda":
+        assert fmt.name in DEVICE_FORMATS[device]
+        assert fmt.weight_bits == (16 if stored_bits >= 16 else 4 if name in ("Q4_0", "Q4_1") else 8)
+    elif stored_bits >= 16:
+        assert fmt.name == "W8A8-g32"
     else:
-        assert fmt.weight_bits == (16 if device == "cuda" and stored_bits >= 16 else 8)
+        assert name in native_storages(fmt, device)
+        assert 0 <= stored_bits - fmt.weight_bits < 1.5 or name == "TQ1_0"
+
+
+@pytest.mark.parametrize("name", list(STORAGES))
+def test_a_weight_whose_codes_are_lost_takes_a_format_that_can_be_quantised_to(name: str) -> None:
+    assert auto_format(name, "cpu", decoded=True).name == "W8A8-g32"
+    assert auto_format(name, "cuda", decoded=True) is auto_format(name, "cuda")
+
+
+def test_every_block_storage_runs_as_it_is_on_a_cpu_in_one_format_of_8_bit_activations() -> None:
+    formats = [fmt for fmt in (*FORMATS.values(), *FILE_FORMATS.values()) if fmt.activation_bits == 8]
+    for device in ("cpu", "reference"):
+        assert sorted(s for fmt in formats for s in native_storages(fmt, device)) == sorted(BLOCKED)
+    for fmt in FORMATS.values():
+        assert set(native_storages(fmt, "cuda")) <= {"Q4_0", "Q4_1", "Q8_0", "BF16", "F32"}
+        assert native_storages(fmt, "cuda")[0] == storage_of(fmt).name
+
+
+@pytest.mark.parametrize("name", list(FILE_FORMATS))
+def test_formats_of_files_can_be_neither_chosen_nor_quantised_to(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"number format is '{name}'; accepted: W4A8-g32, W8A8-g32"):
+        parse_format(name)
+    with pytest.raises(ConfigError, match=rf"weights is '{name}'; accepted on cpu: auto, W4A8-g32"):
+        check_device_format(name, "cpu")
+    with pytest.raises(ValueError, match=rf"nothing is quantised to {name}"):
+        quantise_weight(np.zeros((1, 256), np.float32), FILE_FORMATS[name])
 
 
 @pytest.mark.parametrize("format_name", list(FORMATS))
@@ -210,7 +229,7 @@ def test_eight_bits_lose_next_to_nothing(name: str) -> None:
         data[..., 0] = 118
     tensor = tensor_of(name, data.reshape(64, -1))
     values = tensor.dequantise()
-    error = quantise_tensor(tensor, auto_format(name, "cpu")).dequantise() - values
+    error = quantise_tensor(tensor, FORMATS["W8A8-g32"]).dequantise() - values
     assert np.sqrt(np.square(error).mean() / np.square(values).mean()) < 0.01
 
 

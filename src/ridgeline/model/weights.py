@@ -15,7 +15,7 @@ from ridgeline.model.families import family_of
 from ridgeline.model.families.family import Family, Source
 from ridgeline.model.program import Embed, ExpertLinear, Linear, Program
 from ridgeline.model.spec import ModelSpec
-from ridgeline.precision.formats import Format, auto_format, parse_format
+from ridgeline.precision.formats import Format, auto_format, native_storages, parse_format
 from ridgeline.precision.quantise import quantise_tensor, storage_of
 from ridgeline.precision.recode import recode
 from ridgeline.precision.storage import STORAGES, Tensor, check_finite
@@ -40,12 +40,12 @@ class Weights:
         choice: str = "auto",
         device: str = "cpu",
     ) -> None:
-        self._checkpoint = checkpoint
+        self._checkpoint, self._device = checkpoint, device
         self._shapes = {weight.name: weight.shape for weight in program.weights()}
         self._sources = _sources(family_of(checkpoint), spec, checkpoint, self._shapes)
         self._check_stored()
         self.formats: Mapping[str, Format] = {
-            name: self._format(name, choice, device) for name in sorted(_matrices(program))
+            name: self._format(name, choice) for name in sorted(_matrices(program))
         }
 
     def __iter__(self) -> Iterator[str]:
@@ -55,7 +55,7 @@ class Weights:
         """A matrix in the storage of its format; it may be a view of the mapped file."""
         held = self._read(name)
         fmt = self.formats[name]
-        if held.storage.name in fmt.storages:
+        if held.storage.name in native_storages(fmt, self._device):
             return held
         return recode(held, fmt) or quantise_tensor(held, fmt, self._sources[name].tensors[0])
 
@@ -85,22 +85,28 @@ class Weights:
             check_finite(held, tensor)
         return source.apply(tensors)
 
-    def _format(self, name: str, choice: str, device: str) -> Format:
+    def _format(self, name: str, choice: str) -> Format:
         if choice != "auto":
             return parse_format(choice)
-        return auto_format(self._held(name), device)
+        return auto_format(self._held(name), self._device, self._is_decoded(name))
 
     def _held(self, name: str) -> str:
         """The storage that the file has a weight in; of experts, that of the first."""
         return self._checkpoint.tensors[self._sources[name].tensors[0]].storage
 
+    def _is_decoded(self, name: str) -> bool:
+        """Whether a weight's codes do not survive its reading."""
+        source = self._sources[name]
+        held = [self._checkpoint.tensors[tensor] for tensor in source.tensors]
+        return source.decodes or len(held[0].shape) == 1 or len({info.storage for info in held}) > 1
+
     def _nbytes(self, name: str) -> int:
         shape = self._shapes[name]
         if name not in self.formats:
             return 4 * math.prod(shape)
-        held = self._held(name)
+        held = "F32" if self._is_decoded(name) else self._held(name)
         fmt = self.formats[name]
-        storage = STORAGES[held] if held in fmt.storages else storage_of(fmt)
+        storage = STORAGES[held] if held in native_storages(fmt, self._device) else storage_of(fmt)
         return math.prod(shape[:-1]) * storage.row_bytes(shape[-1])
 
     def _check_stored(self) -> None:

@@ -33,7 +33,10 @@ def allocate(size_bytes: int, huge_pages: bool = True) -> NDArray[np.uint8]:
     `huge_pages` in pages of 2 MiB, which suits what is read in long runs."""
 
 def packed_bytes(storage: str, rows: int, cols: int) -> int:
-    """Bytes that `pack` makes of a (rows, cols) matrix; storage is Q4_0, Q4_1, Q8_0, F32, F16 or BF16."""
+    """Bytes that `pack` makes of a (rows, cols) matrix; storage is the GGUF type's name.
+
+    Raises ValueError for one that is not packed, and for cols that its blocks of 256 do not divide.
+    """
 
 def pack(
     data: NDArray[np.uint8], storage: str, cols: int, team: Team, out: NDArray[np.uint8] | None = None

@@ -3,9 +3,6 @@
 
 #include "launch.h"
 
-#if defined(RIDGELINE_WITH_AVX_VNNI)
-#include <cpuid.h>
-#endif
 #if defined(__linux__) && defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -31,19 +28,6 @@ extern const Kernels kernels;
 namespace avx2 {
 extern const Kernels kernels;
 }
-#endif
-#if defined(RIDGELINE_WITH_AVX_VNNI)
-namespace avx_vnni {
-extern const Kernels kernels;
-}
-
-namespace {
-// Not every compiler knows it by name. The system's part is that of AVX2.
-bool has_avx_vnni() {
-  unsigned a, b, c, d;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
-}
-}  // namespace
 #endif
 #if defined(RIDGELINE_WITH_NEON_DOT)
 namespace neon_dot {
@@ -78,11 +62,6 @@ std::vector<const Kernels*> available_kernels() {
 #if defined(RIDGELINE_WITH_AVX2)
   // Every processor with AVX2 has F16C, and not every compiler knows it by name here.
   const bool runs_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-#if defined(RIDGELINE_WITH_AVX_VNNI)
-  if (runs_avx2 && has_avx_vnni()) levels.push_back(&avx_vnni::kernels);
-#endif
-#if defined(RIDGELINE_WITH_AVX2)
   if (runs_avx2) levels.push_back(&avx2::kernels);
 #endif
 #if defined(RIDGELINE_WITH_NEON_DOT)

@@ -9,10 +9,12 @@
 namespace ridgeline {
 
 inline Storage storage_named(const std::string& name) {
+  std::string names;
   for (const auto& [known, storage] : kStorages) {
     if (name == known) return storage;
+    names += (names.empty() ? "" : ", ") + std::string(known);
   }
-  refuse("storage", "'" + name + "'", "Q4_0, Q4_1, Q8_0, F32, F16 or BF16");
+  refuse("storage", "'" + name + "'", names);
 }
 
 // Checked sizes of a matrix: its tiles take `packed_bytes`.
@@ -28,6 +30,9 @@ struct MatrixShape {
       refuse("rows", std::to_string(rows_), "1 to " + std::to_string(kLargest));
     if (cols_ < 1 || cols_ > kLargest)
       refuse("cols", std::to_string(cols_), "1 to " + std::to_string(kLargest));
+    if (cols_ % col_unit(storage) != 0)
+      refuse("cols", std::to_string(cols_),
+             "multiples of " + std::to_string(col_unit(storage)) + " in " + storage_name);
     rows = int32_t(rows_);
     cols = int32_t(cols_);
     packed_bytes = size_t(tile_count(rows)) * tile_bytes(storage, cols);

@@ -3,51 +3,83 @@
 #include <bit>
 #include <cstring>
 
+#include "file_blocks.h"
+
 namespace ridgeline {
 namespace {
 
 static_assert(std::endian::native == std::endian::little, "GGUF and the layouts are little-endian");
 
-constexpr uint64_t kNibbles = 0x0f0f0f0f0f0f0f0f;
-
-uint64_t read64(const uint8_t* p) {
-  uint64_t x;
-  std::memcpy(&x, p, 8);
-  return x;
-}
-
 void write32(uint8_t* p, uint32_t x) { std::memcpy(p, &x, 4); }
 
-// A GGUF nibble block holds input j in the low and j + 16 in the high nibble of byte j; a chunk wants inputs
-// 8j..8j+3 low and 8j+4..8j+7 high.
-void place_nibbles(const uint8_t* nibbles, uint8_t* group, int lane) {
-  for (int half = 0; half < 2; ++half) {
-    const uint64_t both = read64(nibbles + 8 * half), low = both & kNibbles, high = both >> 4 & kNibbles;
-    write32(group + 64 * half + 4 * lane, uint32_t(low) | uint32_t(low >> 32) << 4);
-    write32(group + 64 * (half + 2) + 4 * lane, uint32_t(high) | uint32_t(high >> 32) << 4);
+// The planes of the codes of a group, of one row.
+template <int kBits>
+void place_group(const uint8_t* codes, uint8_t* group, int lane) {
+  uint32_t chunks[8];
+  std::memcpy(chunks, codes, sizeof chunks);
+  for (Plane plane = first_plane(kBits); plane.bits != 0; plane = next_plane(kBits, plane)) {
+    const uint32_t mask = 0x01010101u * ((1u << plane.bits) - 1);
+    for (int line = 0, chunk = 0; line < plane.bits; ++line) {
+      uint32_t four = 0;
+      for (int bit = 0; bit < 8; bit += plane.bits) four |= (chunks[chunk++] >> plane.first & mask) << bit;
+      write32(group + kLineBytes * size_t(plane_line(kBits, plane) + line) + 4 * lane, four);
+    }
   }
 }
 
-void place_bytes(const uint8_t* codes, uint8_t* group, int lane) {
-  for (int chunk = 0; chunk < 8; ++chunk) {
-    uint32_t four;
-    std::memcpy(&four, codes + 4 * chunk, 4);
-    write32(group + 64 * chunk + 4 * lane, four ^ 0x80808080u);  // a signed byte plus 128
+void place_digits(const uint8_t* codes, uint8_t* block, int lane) {
+  constexpr int kChunks = kSuperBlock / 4;
+  for (int first = 0; first < kChunks; first += 5, block += kLineBytes) {
+    for (int i = 0; i < 4; ++i) {
+      int number = 0;
+      for (int c = first; c < first + 5; ++c) number = number * 3 + (c < kChunks ? codes[4 * c + i] : 0);
+      block[4 * lane + i] = uint8_t(number);
+    }
   }
 }
 
-void pack_quantised_row(const uint8_t* row, Storage storage, int32_t cols, int lane, uint8_t* tile) {
-  const int groups = group_count(cols);
-  const size_t block_bytes = file_row_bytes(storage, kGroup);
-  for (int g = 0; g < groups; ++g, row += block_bytes) {
-    const GroupPlace place = group_place(storage, g);
-    uint8_t *scale = tile + place.scales + size_t(lane) * 2, *codes = tile + place.codes;
-    std::memcpy(scale, row, 2);
-    if (storage == Storage::q4_1) std::memcpy(scale + kTileRows * 2, row + 2, 2);
-    if (storage == Storage::q8_0) {
-      place_bytes(row + 2, codes, lane);
+// The integer scales and minima of a block of 256, of one row.
+template <Storage kStorage>
+void place_lines(const uint8_t* lines, uint8_t* header, int lane) {
+  constexpr int kLines = header_lines(kStorage), kBits = line_bits(kStorage);
+  uint8_t* out = header + lane;
+  if constexpr (kBits == 8) {
+    for (int i = 0; i < kLines; ++i, out += kTileRows) *out = lines[i];
+    return;
+  }
+  for (int i = 0; i < kLines / 2; ++i, out += kTileRows) {
+    *out = uint8_t((lines[i] & 15) | lines[kLines / 2 + i] << 4);
+  }
+  for (int i = 0; kBits == 6 && i < kLines / 4; ++i, out += kTileRows) {
+    int twos = 0;
+    for (int part = 0; part < 4; ++part) twos |= lines[kLines / 4 * part + i] >> 4 << 2 * part;
+    *out = uint8_t(twos);
+  }
+}
+
+template <Storage kStorage>
+void pack_quantised_row(const uint8_t* row, int32_t cols, int lane, uint8_t* tile) {
+  constexpr Traits kTraits = traits(kStorage);
+  constexpr int kGroups = kTraits.file_inputs / kGroup;
+  constexpr size_t kScaleBytes = kTraits.scale == Scale::exponent ? 1 : 2;
+  FileBlock block;
+  for (int g = 0; g < group_count(cols); g += kGroups, row += kTraits.file_bytes) {
+    take_codes<kStorage>(row, block.codes);
+    take_scales<kStorage>(row, block);
+    uint8_t* header = tile + group_place(kStorage, g).scales;
+    std::memcpy(header + kScaleBytes * size_t(lane), block.scale, kScaleBytes);
+    if constexpr (kTraits.minimum != Minimum::none) {
+      std::memcpy(header + 2 * (kTileRows + lane), block.minimum, 2);
+    }
+    if constexpr (header_lines(kStorage) > 0) {
+      place_lines<kStorage>(block.lines, header + lines_place(kStorage), lane);
+    }
+    if constexpr (kTraits.bits == 0) {
+      place_digits(block.codes, tile + group_place(kStorage, g).codes, lane);
     } else {
-      place_nibbles(row + (storage == Storage::q4_1 ? 4 : 2), codes, lane);
+      for (int i = 0; i < kGroups; ++i) {
+        place_group<kTraits.bits>(block.codes + kGroup * i, tile + group_place(kStorage, g + i).codes, lane);
+      }
     }
   }
 }
@@ -95,7 +127,7 @@ void pack_matrix(const uint8_t* data, Storage storage, int32_t rows, int32_t col
       for (int lane = 0; lane < kTileRows && first + lane < rows; ++lane) {
         const uint8_t* row = data + size_t(first + lane) * row_bytes;
         if (is_quantised(storage)) {
-          pack_quantised_row(row, storage, cols, lane, tile);
+          with_quantised(storage, [&](auto tag) { pack_quantised_row<tag.value>(row, cols, lane, tile); });
         } else if (storage == Storage::bf16) {
           pack_bf16_row(row, cols, lane, tile);
         } else {

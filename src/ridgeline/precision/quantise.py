@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ridgeline.precision.formats import Format
+from ridgeline.precision.formats import Format, encoded_storage
 from ridgeline.precision.storage import (
     STORAGES,
     Storage,
@@ -121,8 +121,8 @@ def quantise_tensor(tensor: Tensor, fmt: Format, name: str = "weight") -> Tensor
 
 
 def storage_of(fmt: Format) -> Storage:
-    """The storage that `quantise_tensor` gives a weight of this format."""
-    return STORAGES[fmt.storages[0]]
+    """The storage that `quantise_tensor` gives a weight of this format, one of `FORMATS`."""
+    return STORAGES[encoded_storage(fmt)]
 
 
 def _decoded_blocks(tensor: Tensor) -> Iterator[tuple[slice, Float32Array]]:

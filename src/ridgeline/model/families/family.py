@@ -41,6 +41,11 @@ class Source:
             return (self.tensor,)
         return tuple(self.tensor.replace("{e}", str(expert)) for expert in range(self.experts))
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the weight comes out in float32 whatever the file's storage; rows are picked undecoded."""
+        return self.transposed or self.offset != 0.0 or self.factor != 1.0
+
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that each of the file's tensors must have to give a weight of the canonical `shape`."""
         if self.experts is not None:

@@ -8,33 +8,34 @@
 
 RIDGELINE_BEGIN
 
-template <int kTokens>
-static void multiply_tile(Storage storage, const TileInput& in, float* y) {
-  switch (storage) {
-    case Storage::q4_0: return quantised_tile<Storage::q4_0, kTokens>(in, y);
-    case Storage::q4_1: return quantised_tile<Storage::q4_1, kTokens>(in, y);
-    case Storage::q8_0: return quantised_tile<Storage::q8_0, kTokens>(in, y);
-    case Storage::bf16: return bf16_tile<kTokens>(in, y);
-    default: return float_tile<kTokens>(in, y);
-  }
-}
+// y[t][0..15] = tile times row t; 1 <= tokens <= kMaxTokens. Storages are spread over several files, which
+// compile side by side; multiply_tile is for all of them.
+void multiply_tile(Storage storage, const TileInput& in, int tokens, float* y);
+void multiply_groups_tile(Storage storage, const TileInput& in, int tokens, float* y);
+void multiply_k_tile(Storage storage, const TileInput& in, int tokens, float* y);
+void multiply_super_tile(Storage storage, const TileInput& in, int tokens, float* y);
 
-// y[t][0..15] = tile times row t; 1 <= tokens <= kMaxTokens.
-RIDGELINE_INLINE void multiply_tile(Storage storage, const TileInput& in, int tokens, float* y) {
-  switch (tokens) {
-    case 1: return multiply_tile<1>(storage, in, y);
-    case 2: return multiply_tile<2>(storage, in, y);
-    case 3: return multiply_tile<3>(storage, in, y);
-    case 4: return multiply_tile<4>(storage, in, y);
-    default: break;
-  }
+// A tile of one of kStorages. Five to seven rows are four and some more, which keeps the code small.
+template <Storage... kStorages>
+RIDGELINE_INLINE void multiply_tile_of(Storage storage, TileInput in, int tokens, float* y) {
+  const auto multiply = [&](auto count) RIDGELINE_INLINED {
+    constexpr int kTokens = decltype(count)::value;
+    ((storage == kStorages ? quantised_tile<kStorages, kTokens>(in, y) : void()), ...);
+  };
   if constexpr (kMaxTokens > 4) {
-    switch (tokens) {
-      case 5: return multiply_tile<5>(storage, in, y);
-      case 6: return multiply_tile<6>(storage, in, y);
-      case 7: return multiply_tile<7>(storage, in, y);
-      default: return multiply_tile<8>(storage, in, y);
+    if (tokens == kMaxTokens) return multiply(std::integral_constant<int, kMaxTokens>{});
+    if (tokens > 4) {
+      multiply(std::integral_constant<int, 4>{});
+      in.x += 4 * in.row_bytes;
+      y += 4 * kResultStride;
+      tokens -= 4;
     }
+  }
+  switch (tokens) {
+    case 1: return multiply(std::integral_constant<int, 1>{});
+    case 2: return multiply(std::integral_constant<int, 2>{});
+    case 3: return multiply(std::integral_constant<int, 3>{});
+    default: return multiply(std::integral_constant<int, 4>{});
   }
 }
 

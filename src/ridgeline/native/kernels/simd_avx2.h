@@ -1,5 +1,4 @@
-// AVX2 (with FMA and F16C) backend of simd.h: two registers of eight lanes. With AVX-VNNI, byte products take
-// one instruction.
+// AVX2 (with FMA and F16C) backend of simd.h: two registers of eight lanes.
 #pragma once
 
 #include <immintrin.h>
@@ -238,17 +237,6 @@ RIDGELINE_INLINE vint splat_codes(const int8_t* p) {
   return isplat(four);
 }
 
-#if defined(__AVXVNNI__)
-constexpr int kByteZero = 0;
-
-RIDGELINE_INLINE vint dot(vint sum, vint unsigned_bytes, vint signed_bytes) {
-  return {_mm256_dpbusd_avx_epi32(sum.lo, unsigned_bytes.lo, signed_bytes.lo),
-          _mm256_dpbusd_avx_epi32(sum.hi, unsigned_bytes.hi, signed_bytes.hi)};
-}
-RIDGELINE_INLINE vint dot_bytes(vint sum, vint unsigned_bytes, vint signed_bytes) {
-  return dot(sum, unsigned_bytes, signed_bytes);
-}
-#else
 constexpr int kByteZero = 128;
 
 // The products of neighbours are added with 16 bits: two of 127 * -128, or of 128 * 127, still fit.
@@ -269,7 +257,6 @@ RIDGELINE_INLINE vint dot_bytes(vint sum, vint unsigned_bytes, vint signed_bytes
   return {add_signed_products(sum.lo, unsigned_bytes.lo, signed_bytes.lo),
           add_signed_products(sum.hi, unsigned_bytes.hi, signed_bytes.hi)};
 }
-#endif
 // The second of each pair first.
 RIDGELINE_INLINE vfloat dot_bf16(vfloat sum, vint a, vint b) {
   const vint high = isplat(int32_t(0xffff0000u));

@@ -1,0 +1,12 @@
+// Products of tiles of the rarer storages with blocks of 32.
+#include "linear.h"
+
+RIDGELINE_BEGIN
+
+using enum Storage;
+
+void multiply_groups_tile(Storage storage, const TileInput& in, int tokens, float* y) {
+  multiply_tile_of<q5_0, q5_1, iq4_nl, mxfp4>(storage, in, tokens, y);
+}
+
+RIDGELINE_END
