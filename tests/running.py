@@ -101,7 +101,8 @@ class Margins:
         with np.errstate(divide="ignore", invalid="ignore"):
             exact = np.nan_to_num(exact.astype(np.float64) / scales[..., None])
         distance = np.abs(np.abs(exact - np.floor(exact)) - 0.5).min(axis=(1, 2))
-        np.minimum(self.of_row, distance, out=self.of_row)
+        of_row = distance.reshape(len(self.of_row), -1).min(axis=1)  # of all of a row's experts
+        np.minimum(self.of_row, of_row, out=self.of_row)
         return codes, scales
 
 

@@ -237,7 +237,7 @@ class Tape:
     ) -> None:
         """The `chosen` experts with the largest softmax(router·x + bias), ties to the lower one, in
         descending order; their scores, of which the sum is 1 if `renormalise`; and sigmoid(shared_gate·x).
-        The router is F32, `out` a routes buffer. At most 1024 experts, of which a row has at most 64."""
+        The router is F32, `out` a routes buffer. At most 4096 experts."""
 
     def experts(self, x: _Buffer, routes: NDArray[np.int32], part: Part, x_by_expert: bool = False) -> None:
         """The part's matrix for each expert of a row: output row * chosen + k is that of its k-th. A row's

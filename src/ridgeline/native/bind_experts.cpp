@@ -17,7 +17,7 @@ void ExpertTape::route(nb::object x, nb::object out, std::shared_ptr<Matrix> rou
   launch.bias = vector(bias, "bias", count);
   launch.shared_gate = vector(shared_gate, "shared_gate", cols);
   launch.renormalise = renormalise;
-  launch.out.chosen = checked_int("chosen", chosen, 1, std::min(count, int32_t(kMaxChosen)));
+  launch.out.chosen = checked_int("chosen", chosen, 1, count);
   launch.out.width = 2 * launch.out.chosen + (launch.shared_gate != nullptr);
   launch.out.max_rows = tape_.max_rows();
   Array<int32_t> buffer(out, "out", 1, Access::write);

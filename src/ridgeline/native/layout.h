@@ -40,8 +40,8 @@ RIDGELINE_INLINE constexpr A8Layout a8_layout(int width) {
   return {int(groups), codes, codes + plane, codes + 3 * plane, round_up(codes + 4 * plane, kLineBytes)};
 }
 
-// Most experts that there are, and that a row may have: a kernel keeps their scores on its stack.
-constexpr int kMaxExperts = 1024, kMaxChosen = 64;
+// Most experts that there are: a kernel keeps their scores on its stack.
+constexpr int kMaxExperts = 4096;
 
 // Neighbours among the sorted pairs, all of one expert and at most kBlockPairs.
 constexpr int kBlockPairs = 64;

@@ -119,10 +119,11 @@ vfloat sum_of_exp(const float* scores, int width, vfloat top) {
 }
 
 void route_row(const RouteLaunch& launch, const StepView& step, int64_t row) {
-  alignas(64) float scores[kMaxExperts], kept[kMaxChosen];
-  bool taken[kMaxExperts] = {};
+  alignas(64) float scores[kMaxExperts], kept[kMaxExperts];
+  bool taken[kMaxExperts];
   const int count = launch.router.rows, chosen = launch.out.chosen;
   const int width = tile_count(count) * kTileRows, kept_width = tile_count(chosen) * kTileRows;
+  std::memset(taken, 0, size_t(count));
   sum_scores(launch, step, row, scores);
   const vfloat top = splat(largest(scores, width));
   vfloat total = sum_of_exp(scores, width, top);
