@@ -79,7 +79,13 @@ ACTIVATIONS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
     "silu": lambda x: x / (1 + np.exp(-x)),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "gelu": lambda x: 0.5 * x * (1 + _erf(x / np.sqrt(2))),
+    "clamped_silu": lambda x: np.minimum(x, 7) / (1 + np.exp(-1.702 * np.minimum(x, 7))),
 }
+
+
+def gate_factor(activation: str, up: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What the activation of a gate is multiplied with."""
+    return np.clip(up, -7, 7) + 1 if activation == "clamped_silu" else up
 
 
 def f32_buffer(rows: int, width: int, values: Floats | None = None) -> Floats:

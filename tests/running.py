@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,11 +101,17 @@ class Margins:
         with np.errstate(divide="ignore", invalid="ignore"):
             exact = np.nan_to_num(exact.astype(np.float64) / scales[..., None])
         distance = np.abs(np.abs(exact - np.floor(exact)) - 0.5).min(axis=(1, 2))
-        np.minimum(self.of_row, distance, out=self.of_row)
+        of_row = distance.reshape(len(self.of_row), -1).min(axis=1)  # of all of a row's experts
+        np.minimum(self.of_row, of_row, out=self.of_row)
         return codes, scales
 
 
 def assert_executors_agree(path: Path, weights: str, tokens: Sequence[int]) -> None:
+    """`assert_agree` for a checkpoint in one format."""
+    assert_agree(lambda kind: load(path, kind, weights, "KV32"), tokens, sixteen=weights == "W16A16")
+
+
+def assert_agree(make: Callable[[str], Loaded], tokens: Sequence[int], sixteen: bool = False) -> None:
     """Every ISA level equals the reference to 1e-5, but for rows in which a code lies so near a rounding
     boundary that the last place decides it. `tokens` are cut into sequences of three, one to a page.
 
@@ -113,7 +119,7 @@ def assert_executors_agree(path: Path, weights: str, tokens: Sequence[int]) -> N
     must agree, and where one value was rounded the other way, to what that weighs."""
     length = 3
     starts = range(len(tokens) - length + 1)[:60]
-    reference = load(path, "reference", weights, "KV32")
+    reference = make("reference")
     batch = [reference.rows(tokens[at : at + length], pages=[page]) for page, at in enumerate(starts)]
     margins = Margins(len(batch) * length)
     with pytest.MonkeyPatch.context() as patch:
@@ -121,10 +127,9 @@ def assert_executors_agree(path: Path, weights: str, tokens: Sequence[int]) -> N
         expected = reference.logits(*batch)
     # A row also reads what the rows before it stored.
     near = np.minimum.accumulate(margins.of_row.reshape(-1, length), axis=1).reshape(-1) < 1e-4
-    sixteen = weights == "W16A16"
     assert near.mean() < 0.9
     for isa in isa_levels():
-        error = np.abs(load(path, isa, weights, "KV32").logits(*batch) - expected).max(axis=1)
+        error = np.abs(make(isa).logits(*batch) - expected).max(axis=1)
         error /= np.abs(expected).max()
         assert np.mean(error < 1e-5) > 0.6 if sixteen else error[~near].max() < 1e-5
         assert error.max() < (0.01 if sixteen else 0.1)

@@ -41,11 +41,17 @@ class Shape:
     window: int = 0
     scale: float = 0.2
     softcap: float = 0.0
+    with_sinks: bool = False
     pool: np.dtype[Any] = BF16
 
     def stored(self, x: Floats) -> Floats:
         """x as the pool rounds it."""
         return x if self.pool == F32 else widen(bf16_bits(x))
+
+    @property
+    def sinks(self) -> Floats | None:
+        """From ones that hardly count to ones above all scores."""
+        return np.linspace(-3, 8, self.heads, dtype=np.float32) if self.with_sinks else None
 
     @property
     def q_width(self) -> int:
@@ -68,12 +74,11 @@ class Harness:
         geometry = (0, shape.heads, shape.kv_heads, shape.head_dim)
         self.tape = native.Tape(team, isa, max_rows)
         self.tape.rope_store(self.q, self.k, self.v, self.pool, *geometry)
-        self.tape.attention(self.q, self.out, self.pool, *geometry, shape.scale, shape.window, shape.softcap)
+        options = (shape.scale, shape.window, shape.softcap, shape.sinks)
+        self.tape.attention(self.q, self.out, self.pool, *geometry, *options)
         self.coded = a8_buffer(max_rows, shape.q_width)
         if shape.head_dim % 32 == 0:
-            self.tape.attention(
-                self.q, self.coded, self.pool, *geometry, shape.scale, shape.window, shape.softcap
-            )
+            self.tape.attention(self.q, self.coded, self.pool, *geometry, *options)
 
     def run(self, sequences: Sequence[Rows], q: Floats, k: Floats, v: Floats) -> Floats:
         rows, shape = len(q), self.shape
@@ -126,7 +131,10 @@ def attention_of(shape: Shape, q: Floats, position: int, contexts: Sequence[Cont
     if not len(s):
         return np.zeros(shape.q_width)
     p = np.exp(s - s.max(axis=0))
-    return np.einsum("jh,jhd->hd", p / p.sum(axis=0), v).reshape(-1)
+    total = p.sum(axis=0)
+    if shape.sinks is not None:
+        total = total + np.exp(shape.sinks - s.max(axis=0))
+    return np.einsum("jh,jhd->hd", p / total, v).reshape(-1)
 
 
 def normal(rng: np.random.Generator, *shape: int) -> Floats:
@@ -150,6 +158,7 @@ SHAPES = [
     Shape(heads=8, kv_heads=1, head_dim=18),
     Shape(heads=4, kv_heads=2, head_dim=32, pool=F32),
     Shape(heads=3, kv_heads=1, head_dim=18, pool=F32, window=20),
+    Shape(heads=6, kv_heads=2, head_dim=32, window=30, with_sinks=True),
 ]
 
 

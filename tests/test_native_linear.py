@@ -23,6 +23,7 @@ from native_oracles import (
     blocks,
     dequantised,
     f32_buffer,
+    gate_factor,
     packed,
     plain_step,
     quantise_a8,
@@ -205,7 +206,8 @@ def test_gate_bias_activation_and_targets(isa: str, storage: str, activation: st
     bias, gate_bias = normal(rng, 50), normal(rng, 50)
     y = exact_product(x, up, storage) + bias
     act = ACTIVATIONS[activation]
-    expected = act(exact_product(x, gate, storage) + gate_bias) * y if gated else act(y)
+    gate_values = exact_product(x, gate, storage) + gate_bias
+    expected = act(gate_values) * gate_factor(activation, y) if gated else act(y)
     tape = native.Tape(TEAM, isa, MAX_ROWS)
     source = input_buffer(tape, x, storage)
     base = normal(rng, 11, 50)

@@ -20,6 +20,7 @@ from ridgeline.native._native import (
     probe_peak,
     probe_read,
     quantise,
+    routes_size,
 )
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "probe_peak",
     "probe_read",
     "quantise",
+    "routes_size",
 ]

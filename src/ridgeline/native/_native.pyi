@@ -10,6 +10,10 @@ Buffers of activations:
            a scale, the sums of its two halves of codes and scale times the sum of both.
   bfloat16 uint16 (max_rows, stride), stride a multiple of 32 and at least the width: the values' bits, and a
            zero behind the last where the width is odd.
+  routes   int32 (routes_size(max_rows, width),), which a launch fills: for each row `chosen` experts, as many
+           scores (bits of float32) and, with a shared gate, its score; then work lists of the kernels.
+           width is 2 * chosen, and 1 more with a shared gate.
+Where a row has a result for each of its experts, buffers have as many rows for each of max_rows.
 KV pool of a layer: uint16 (bfloat16 bits) or float32, (pages, kv_heads, 2 * PAGE_TOKENS * head_dim).
 """
 
@@ -39,12 +43,22 @@ def packed_bytes(storage: str, rows: int, cols: int) -> int:
     """
 
 def pack(
-    data: NDArray[np.uint8], storage: str, cols: int, team: Team, out: NDArray[np.uint8] | None = None
+    data: NDArray[np.uint8],
+    storage: str,
+    cols: int,
+    team: Team,
+    out: NDArray[np.uint8] | None = None,
+    experts: int = 1,
 ) -> NDArray[np.uint8]:
     """Repack GGUF blocks, (rows, row_bytes), into tiles of 16 rows. 1-D, 64-byte aligned.
 
+    Rows of several experts, one after the other, become the tiles of each of them.
+
     With `out` (1-D, packed_bytes long, 64-byte aligned) the tiles are written there and it is returned.
     """
+
+def routes_size(max_rows: int, width: int) -> int:
+    """Elements of a routes buffer."""
 
 def a8_row_bytes(width: int) -> int:
     """Bytes of one row of an A8 buffer."""
@@ -74,13 +88,20 @@ class Team:
         """Join the threads. Idempotent; a closed team raises RuntimeError when it is asked to run."""
 
 class Matrix:
-    """A packed matrix; keeps its memory alive. `storage` is the GGUF type that it was packed from."""
+    """A packed matrix, or one for each of some experts; keeps its memory alive.
 
-    def __init__(self, packed: NDArray[np.uint8], storage: str, rows: int, cols: int) -> None: ...
+    `storage` is the GGUF type that it was packed from. `unpack_row` counts through all experts.
+    """
+
+    def __init__(
+        self, packed: NDArray[np.uint8], storage: str, rows: int, cols: int, experts: int = 1
+    ) -> None: ...
     @property
     def rows(self) -> int: ...
     @property
     def cols(self) -> int: ...
+    @property
+    def experts(self) -> int: ...
     @property
     def storage(self) -> str: ...
     @property
@@ -91,7 +112,9 @@ class Part:
     """One output of a linear launch: y = matrix·x + bias, then act(y), or act(gate·x + gate_bias) * y.
 
     `out` is a float32 buffer (`accumulate`: out += y), an A8 or bfloat16 buffer (y is quantised in the same
-    pass) or None for the step's logits. `activation`: "none", "silu", "gelu_tanh" or "gelu".
+    pass) or None for the step's logits. `activation`: "none", "silu", "gelu_tanh", "gelu" or "clamped_silu",
+    which is x sigmoid(1.702 x) of min(x, 7) and makes y clip(y, -7, 7) + 1 where there is a gate. Biases are
+    (rows,), of experts (experts, rows).
     """
 
     def __init__(
@@ -182,8 +205,9 @@ class Tape:
         out: NDArray[np.uint8] | NDArray[np.uint16],
         width: int,
         gather: bool = False,
+        experts: int = 1,
     ) -> None:
-        """out = x, quantised to A8 or rounded to bfloat16."""
+        """out = x, quantised to A8 or rounded to bfloat16; `experts` results of each row."""
 
     def add(self, x: NDArray[np.float32], out: NDArray[np.float32], width: int) -> None:
         """out += x."""
@@ -195,13 +219,45 @@ class Tape:
         width: int,
         activation: str,
         times: NDArray[np.float32] | None = None,
+        experts: int = 1,
     ) -> None:
-        """out = act(x), or act(x) * times."""
+        """out = act(x), or act(x) * times, as a gated `Part` does; `experts` results of each row."""
 
     def linear(self, x: _Buffer, parts: Sequence[Part], outputs_only: bool = False) -> None:
         """All parts share x: A8 for quantised matrices, bfloat16 for BF16, float32 for the others.
         `outputs_only`: run over as many rows as the step has outputs (buffers hold gathered rows), as parts
         that write logits must."""
+
+    def route(
+        self,
+        x: NDArray[np.float32],
+        out: NDArray[np.int32],
+        router: Matrix,
+        chosen: int,
+        renormalise: bool,
+        bias: NDArray[np.float32] | None = None,
+        shared_gate: NDArray[np.float32] | None = None,
+    ) -> None:
+        """The `chosen` experts with the largest softmax(router·x + bias), ties to the lower one, in
+        descending order; their scores, of which the sum is 1 if `renormalise`; and sigmoid(shared_gate·x).
+        The router is F32, `out` a routes buffer. At most 4096 experts."""
+
+    def experts(self, x: _Buffer, routes: NDArray[np.int32], part: Part, x_by_expert: bool = False) -> None:
+        """The part's matrix for each expert of a row: output row * chosen + k is that of its k-th. A row's
+        experts read the same x, or one row each if `x_by_expert`. `routes` is where the latest launch on that
+        buffer routes to, with as many experts as the matrix."""
+
+    def combine(
+        self,
+        x: NDArray[np.float32],
+        routes: NDArray[np.int32],
+        out: _Buffer,
+        width: int,
+        shared: NDArray[np.float32] | None = None,
+        accumulate: bool = False,
+    ) -> None:
+        """out = the sum over a row's experts of their scores times what they gave, in the order of the
+        routes, then of the shared score times `shared`. `accumulate`: out += it."""
 
     def softcap(self, width: int, cap: float) -> None:
         """logits = cap * tanh(logits / cap)."""
@@ -243,10 +299,11 @@ class Tape:
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        sinks: NDArray[np.float32] | None = None,
     ) -> None:
         """Softmax attention of each row over its sequence's segments. `q` is float32 or bfloat16; `out` is
         float32, bfloat16, or A8 where head_dim is a multiple of 32. `window` 0 sees everything, `softcap` 0
-        leaves scores as they are."""
+        leaves scores as they are. `sinks` (heads,) are one more score of each head, which has no value."""
 
     def run(self, step: StepInputs) -> None:
         """Run one step, without the GIL. ValueError if the step does not fit or contradicts itself."""

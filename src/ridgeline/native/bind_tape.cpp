@@ -3,53 +3,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "bind.h"
-#include "row_buffers.h"
-#include "tape.h"
+#include "bind_tape.h"
 
 namespace ridgeline {
 namespace {
-
-Activation activation_named(const std::string& name) {
-  if (name == "none") return Activation::none;
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "gelu") return Activation::gelu;
-  refuse("activation", "'" + name + "'", "none, silu, gelu_tanh or gelu");
-}
-
-int32_t checked_int(const char* name, int64_t value, int64_t low, int64_t high) {
-  if (value >= low && value <= high) return int32_t(value);
-  refuse(name, std::to_string(value), std::to_string(low) + " to " + std::to_string(high));
-}
-
-constexpr int64_t kLargest = 1 << 30;
-
-struct PyPart {
-  PyPart(std::shared_ptr<Matrix> matrix_, nb::object out_, nb::object bias_, std::shared_ptr<Matrix> gate_,
-         nb::object gate_bias_, const std::string& activation_, bool accumulate_)
-      : matrix(std::move(matrix_)),
-        gate(std::move(gate_)),
-        out(std::move(out_)),
-        bias(std::move(bias_)),
-        gate_bias(std::move(gate_bias_)),
-        activation(activation_named(activation_)),
-        accumulate(accumulate_) {
-    if (gate != nullptr &&
-        (gate->shape().rows != matrix->shape().rows || gate->shape().cols != matrix->shape().cols)) {
-      refuse("gate", std::to_string(gate->shape().rows) + " x " + std::to_string(gate->shape().cols),
-             "the matrix's shape, " + std::to_string(matrix->shape().rows) + " x " +
-                 std::to_string(matrix->shape().cols));
-    }
-    if (gate == nullptr && !gate_bias.is_none()) refuse("gate_bias", "given", "None where there is no gate");
-    check_accumulate(accumulate, row_kind(out));
-  }
-
-  std::shared_ptr<Matrix> matrix, gate;
-  nb::object out, bias, gate_bias;
-  Activation activation;
-  bool accumulate;
-};
 
 struct PyStep {
   PyStep(nb::object tokens, nb::object positions, nb::object slots, nb::object row_sequence,
@@ -101,18 +58,15 @@ struct PyStep {
   int32_t last_size_ = 0;
 };
 
-class PyTape : RowBuffers {
+class PyTape : public ExpertTape {
  public:
-  PyTape(std::shared_ptr<Team> team, const std::string& isa, int64_t max_rows)
-      : RowBuffers(checked_int("max_rows", max_rows, 1, kLargest)),
-        tape_(std::move(team), kernels_named(isa), int32_t(max_rows)) {}
-
-  Tape& tape() { return tape_; }
+  using ExpertTape::ExpertTape;
 
   void embed(std::shared_ptr<Matrix> matrix, nb::object out, float scale, const std::string& source,
              bool accumulate) {
     if (source != "tokens" && source != "positions")
       refuse("source", "'" + source + "'", "tokens or positions");
+    check_single("matrix", *matrix);
     EmbedLaunch launch{matrix->view(), f32(out, "out", matrix->shape().cols), scale, source == "positions",
                        accumulate};
     matrices_.push_back(std::move(matrix));
@@ -124,14 +78,16 @@ class PyTape : RowBuffers {
     const int32_t w = checked_int("width", width, 1, kLargest);
     tape_.append("norm",
                  NormLaunch{f32(x, "x", w, Access::read), target(out, "out", w, accumulate), w, eps,
-                            vector(weight, "weight", w), vector(bias, "bias", w), is_layer("kind", kind), gather});
+                            vector(weight, "weight", w), vector(bias, "bias", w), is_layer("kind", kind),
+                            gather});
   }
 
-  void quantise(nb::object x, nb::object out, int64_t width, bool gather) {
+  void quantise(nb::object x, nb::object out, int64_t width, bool gather, int64_t experts) {
     const int32_t w = checked_int("width", width, 1, kLargest);
     if (row_kind(out) == RowKind::f32) refuse("out", "not an A8 or bfloat16 buffer", "uint8 or uint16 rows");
-    tape_.append("quantise",
-                 QuantiseLaunch{f32(x, "x", w, Access::read), target(out, "out", w, false), w, gather});
+    const int32_t each = checked_int("experts", experts, 1, gather ? 1 : kMaxExperts);
+    tape_.append("quantise", QuantiseLaunch{f32(x, "x", w, Access::read, each),
+                                            target(out, "out", w, false, each), w, gather, each});
   }
 
   void add(nb::object x, nb::object out, int64_t width) {
@@ -140,11 +96,16 @@ class PyTape : RowBuffers {
   }
 
   void activate(nb::object x, nb::object out, int64_t width, const std::string& activation,
-                nb::object times) {
-    const int32_t w = checked_int("width", width, 1, kLargest);
-    ActivateLaunch launch{
-        f32(x, "x", w, Access::read), {}, target(out, "out", w, false), w, activation_named(activation)};
-    if (!times.is_none()) launch.times = f32(times, "times", w, Access::read);
+                nb::object times, int64_t experts) {
+    const int32_t w = checked_int("width", width, 1, kLargest),
+                  each = checked_int("experts", experts, 1, kMaxExperts);
+    ActivateLaunch launch{f32(x, "x", w, Access::read, each),
+                          {},
+                          target(out, "out", w, false, each),
+                          w,
+                          activation_named(activation),
+                          each};
+    if (!times.is_none()) launch.times = f32(times, "times", w, Access::read, each);
     tape_.append("activate", launch);
   }
 
@@ -155,6 +116,7 @@ class PyTape : RowBuffers {
     launch.outputs_only = outputs_only;
     launch.x = input(x, "x", launch.cols);
     for (const auto& part : parts) {
+      check_single("matrix", *part->matrix);
       check_operand(*part->matrix, launch.cols, row_kind(x));
       if (part->gate != nullptr) check_operand(*part->gate, launch.cols, row_kind(x));
       launch.parts.push_back(bind_part(*part, outputs_only));
@@ -204,7 +166,8 @@ class PyTape : RowBuffers {
   }
 
   void attention(nb::object q, nb::object out, nb::object pool, int64_t group, int64_t heads,
-                 int64_t kv_heads, int64_t head_dim, float scale, int64_t window, float softcap) {
+                 int64_t kv_heads, int64_t head_dim, float scale, int64_t window, float softcap,
+                 nb::object sinks) {
     AttentionLaunch launch{};
     check_heads(heads, kv_heads, head_dim, group);
     if (row_kind(out) == RowKind::a8 && head_dim % kGroup != 0) {
@@ -224,6 +187,7 @@ class PyTape : RowBuffers {
     launch.window = checked_int("window", window, 0, kLargest);
     launch.scale = scale;
     launch.softcap = softcap;
+    launch.sinks = vector(sinks, "sinks", heads);
     tape_.append("attention", launch);
   }
 
@@ -233,14 +197,6 @@ class PyTape : RowBuffers {
   }
 
  private:
-  const float* vector(nb::handle object, const char* name, int64_t width) {
-    Array<float> array = optional_array<float>(object, name, 1);
-    if (!array) return nullptr;
-    array.expect(0, width, name);
-    vectors_.push_back(std::move(array));
-    return vectors_.back().data();
-  }
-
   const float* angles(nb::handle object, const char* name, int64_t width) {
     Array<float> array(object, name, 2);
     array.expect_at_least(0, tape_.max_rows(), name);
@@ -279,18 +235,6 @@ class PyTape : RowBuffers {
     return kind == "layer";
   }
 
-  static void check_operand(const Matrix& matrix, int32_t cols, RowKind x) {
-    if (matrix.shape().cols != cols) {
-      refuse("cols of a part", std::to_string(matrix.shape().cols),
-             std::to_string(cols) + ", as the first part has");
-    }
-    const RowKind wanted = row_kind(matrix.shape().storage);
-    if (x != wanted) {
-      refuse("x", std::string(x == RowKind::a8 ? "an " : "a ") + name_of(x) + " buffer",
-             std::string(name_of(wanted)) + " for a matrix of " + matrix.storage_name());
-    }
-  }
-
   LinearPart bind_part(const PyPart& part, bool outputs_only) {
     const MatrixShape& shape = part.matrix->shape();
     LinearPart bound{};
@@ -309,10 +253,8 @@ class PyTape : RowBuffers {
     return bound;
   }
 
-  Tape tape_;
-  std::vector<Array<float>> vectors_, wide_pools_;
+  std::vector<Array<float>> wide_pools_;
   std::vector<Array<uint16_t>> pools_;
-  std::vector<std::shared_ptr<Matrix>> matrices_;
 };
 
 }  // namespace
@@ -341,17 +283,24 @@ void bind_tape(nb::module_& m) {
            "accumulate"_a = false)
       .def("norm", &PyTape::norm, "x"_a, "out"_a, "kind"_a, "eps"_a, "width"_a, "weight"_a = nb::none(),
            "bias"_a = nb::none(), "gather"_a = false, "accumulate"_a = false)
-      .def("quantise", &PyTape::quantise, "x"_a, "out"_a, "width"_a, "gather"_a = false)
+      .def("quantise", &PyTape::quantise, "x"_a, "out"_a, "width"_a, "gather"_a = false,
+           "experts"_a = 1)
       .def("add", &PyTape::add, "x"_a, "out"_a, "width"_a)
-      .def("activate", &PyTape::activate, "x"_a, "out"_a, "width"_a, "activation"_a, "times"_a = nb::none())
+      .def("activate", &PyTape::activate, "x"_a, "out"_a, "width"_a, "activation"_a, "times"_a = nb::none(),
+           "experts"_a = 1)
       .def("linear", &PyTape::linear, "x"_a, "parts"_a, "outputs_only"_a = false)
+      .def("route", &PyTape::route, "x"_a, "out"_a, "router"_a, "chosen"_a, "renormalise"_a,
+           "bias"_a = nb::none(), "shared_gate"_a = nb::none())
+      .def("experts", &PyTape::experts, "x"_a, "routes"_a, "part"_a, "x_by_expert"_a = false)
+      .def("combine", &PyTape::combine, "x"_a, "routes"_a, "out"_a, "width"_a, "shared"_a = nb::none(),
+           "accumulate"_a = false)
       .def("softcap", &PyTape::softcap, "width"_a, "cap"_a)
       .def("rope_store", &PyTape::rope_store, "q"_a, "k"_a, "v"_a, "pool"_a, "group"_a, "heads"_a,
            "kv_heads"_a, "head_dim"_a, "cos"_a = nb::none(), "sin"_a = nb::none(), "rotary_dim"_a = 0,
            "q_norm"_a = nb::none(), "k_norm"_a = nb::none(), "eps"_a = 1e-6f, "norm_kind"_a = "rms",
            "norm_by_head"_a = false, "rounded_q"_a = nb::none())
       .def("attention", &PyTape::attention, "q"_a, "out"_a, "pool"_a, "group"_a, "heads"_a, "kv_heads"_a,
-           "head_dim"_a, "scale"_a, "window"_a = 0, "softcap"_a = 0.0f)
+           "head_dim"_a, "scale"_a, "window"_a = 0, "softcap"_a = 0.0f, "sinks"_a = nb::none())
       .def(
           "run", [](PyTape& t, const PyStep& step) { t.run(step, nullptr); }, "step"_a)
       .def(

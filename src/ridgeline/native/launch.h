@@ -12,7 +12,7 @@
 
 namespace ridgeline {
 
-enum class Activation : uint8_t { none, silu, gelu_tanh, gelu };
+enum class Activation : uint8_t { none, silu, gelu_tanh, gelu, clamped_silu };
 
 struct F32Rows {
   float* data = nullptr;
@@ -47,6 +47,8 @@ struct MatrixView {
   const uint8_t* data = nullptr;
   Storage storage = Storage::f32;
   int32_t rows = 0, cols = 0;
+
+  size_t bytes() const { return size_t(tile_count(rows)) * tile_bytes(storage, cols); }
 };
 
 struct EmbedLaunch {
@@ -68,6 +70,7 @@ struct QuantiseLaunch {
   Target out;
   int32_t width;
   bool gather;
+  int32_t experts = 1;  // rows of the buffers for each of the step's
 };
 struct AddLaunch {
   F32Rows x, out;
@@ -78,6 +81,7 @@ struct ActivateLaunch {
   Target out;
   int32_t width;
   Activation activation;
+  int32_t experts = 1;  // rows of the buffers for each of the step's
 };
 struct LinearPart {
   MatrixView matrix, gate;  // gate.data is null where there is none
@@ -90,6 +94,40 @@ struct LinearLaunch {
   int32_t cols;
   bool outputs_only;
   std::vector<LinearPart> parts;
+};
+// A step's routes (layout.h) in a buffer for `max_rows` rows.
+struct Routes {
+  int32_t* data = nullptr;
+  int64_t max_rows = 0;
+  int32_t width = 0, chosen = 0;
+
+  const RouteBlock* blocks() const { return reinterpret_cast<const RouteBlock*>(data + layout().blocks); }
+  const int32_t* pairs() const { return data + layout().pairs; }
+  const int32_t* block_count() const { return data + max_rows * width; }
+  const float* scores(int64_t row) const {
+    return reinterpret_cast<const float*>(data + row * width + chosen);
+  }
+  RoutesLayout layout() const { return routes_layout(max_rows, width); }
+};
+struct RouteLaunch {
+  F32Rows x;
+  MatrixView router;                // float32
+  const float *bias, *shared_gate;  // (experts), (cols), or null
+  Routes out;
+  bool renormalise;
+};
+struct ExpertLaunch {
+  InputRows x;
+  bool x_by_expert;  // x has a row for each of a row's experts, as the output has
+  Routes routes;
+  int32_t count;    // experts there are
+  LinearPart part;  // weights and biases of the first; those of the others follow
+};
+struct CombineLaunch {
+  F32Rows x, shared;  // shared.data is null where there is none
+  Routes routes;
+  Target out;
+  int32_t width;
 };
 struct SoftcapLaunch {
   int32_t width;
@@ -119,7 +157,8 @@ struct AttentionLaunch {
   KvPool pool;
   int32_t group, heads, kv_heads, head_dim, window;
   float scale;
-  float softcap;  // 0: scores are not bounded
+  float softcap;       // 0: scores are not bounded
+  const float* sinks;  // (heads) or null
 };
 
 // Arithmetic whose peak is measured.
@@ -134,10 +173,15 @@ struct Kernels {
   void (*add)(const AddLaunch&, const StepView&, Worker&);
   void (*activate)(const ActivateLaunch&, const StepView&, Worker&);
   void (*linear)(const LinearLaunch&, const StepView&, Worker&);
+  void (*route)(const RouteLaunch&, const StepView&, Worker&);
+  void (*experts)(const ExpertLaunch&, const StepView&, Worker&);
+  void (*combine)(const CombineLaunch&, const StepView&, Worker&);
   void (*softcap)(const SoftcapLaunch&, const StepView&, Worker&);
   void (*rope_store)(const RopeStoreLaunch&, const StepView&, Worker&);
   void (*attention)(const AttentionLaunch&, const StepView&, Worker&);
   size_t (*attention_scratch_bytes)(const AttentionLaunch&);
+  size_t (*expert_scratch_bytes)(const ExpertLaunch&);
+  size_t (*route_partial_bytes)(const RouteLaunch&);  // of StepView::partials
   void (*unpack_row)(const MatrixView&, int64_t row, float* out);
   void (*quantise_rows)(const float* x, int64_t rows, int32_t width, uint8_t* out);
   double (*peak_ops)(PeakFormat format, int64_t iterations);

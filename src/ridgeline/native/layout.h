@@ -5,6 +5,9 @@
 //   scale * sum of all 32 [groups]; rows are a multiple of 64 bytes apart.
 // Bfloat16 row: the values, and a zero after them where their number is odd; rows are a multiple of 64 bytes
 //   apart.
+// Routes: for each row its experts as int32, their scores as float32 and, where the width is odd, one score
+//   more; after room for all rows, what the experts' products share: the number of blocks (a line), the
+//   blocks, and the step's pairs of a row and one of its experts, row * chosen + k, by expert and then row.
 // KV page of one head: K as [head_dim/2][16 slots][2], then V as [16 slots][head_dim], bfloat16. In float32
 // pools K lies as [head_dim][16 slots].
 #pragma once
@@ -35,6 +38,24 @@ struct A8Layout {
 RIDGELINE_INLINE constexpr A8Layout a8_layout(int width) {
   const size_t groups = size_t(group_count(width)), plane = groups * 4, codes = groups * kGroup;
   return {int(groups), codes, codes + plane, codes + 3 * plane, round_up(codes + 4 * plane, kLineBytes)};
+}
+
+// Most experts that there are: a kernel keeps their scores on its stack.
+constexpr int kMaxExperts = 4096;
+
+// Neighbours among the sorted pairs, all of one expert and at most kBlockPairs.
+constexpr int kBlockPairs = 64;
+struct RouteBlock {
+  int32_t expert, begin, count;
+};
+// Where the arrays of a step's routes lie, counted in int32.
+struct RoutesLayout {
+  size_t blocks, pairs, ints;
+};
+RIDGELINE_INLINE constexpr RoutesLayout routes_layout(int64_t max_rows, int width) {
+  const size_t rows = size_t(max_rows), most_pairs = rows * size_t(width / 2);
+  const size_t blocks = rows * size_t(width) + kLineBytes / 4, pairs = blocks + 3 * most_pairs;
+  return {blocks, pairs, pairs + most_pairs};
 }
 
 // Values of one head's page; the offset of V is half of it.

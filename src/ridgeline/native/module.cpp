@@ -71,25 +71,33 @@ int checked_width(int64_t width) {
   return int(width);
 }
 
-nb::object pack(nb::object data, const std::string& storage, int64_t cols, Team& team, nb::object out) {
+nb::object pack(nb::object data, const std::string& storage, int64_t cols, Team& team, nb::object out,
+                int64_t experts) {
   const Array<uint8_t> source(data, "data", 2);
-  const MatrixShape shape(storage, source.size(0), cols);
+  if (experts < 1 || source.size(0) % experts != 0)
+    refuse("experts", std::to_string(experts), "what divides data's rows, " + std::to_string(source.size(0)));
+  const MatrixShape shape(storage, source.size(0) / experts, cols, experts);
   source.expect(1, int64_t(file_row_bytes(shape.storage, shape.cols)), "data");
   nb::object target = out.is_none() ? nb::cast(weight_array(shape.packed_bytes)) : out;
   const Array<uint8_t> packed(target, "out", 1, Access::write);
   packed.expect(0, int64_t(shape.packed_bytes), "out");
   packed.expect_aligned(kLineBytes, "out");
   nb::gil_scoped_release release;
-  pack_matrix(source.data(), shape.storage, shape.rows, shape.cols, packed.data(), team);
+  const size_t source_bytes = size_t(shape.rows) * file_row_bytes(shape.storage, shape.cols);
+  for (size_t e = 0; e < size_t(experts); ++e) {
+    pack_matrix(source.data() + e * source_bytes, shape.storage, shape.rows, shape.cols,
+                packed.data() + e * (shape.packed_bytes / size_t(experts)), team);
+  }
   return target;
 }
 
 Floats unpack_row(const Matrix& matrix, int64_t row) {
-  if (row < 0 || row >= matrix.shape().rows) {
-    refuse("row", std::to_string(row), "0 to " + std::to_string(matrix.shape().rows - 1));
-  }
+  const int64_t rows = matrix.shape().rows, all = rows * matrix.shape().experts;
+  if (row < 0 || row >= all) refuse("row", std::to_string(row), "0 to " + std::to_string(all - 1));
   Floats values = numpy_array<float>({size_t(matrix.shape().cols)});
-  available_kernels().back()->unpack_row(matrix.view(), row, values.data());
+  MatrixView view = matrix.view();
+  view.data += size_t(row / rows) * view.bytes();
+  available_kernels().back()->unpack_row(view, row % rows, values.data());
   return values;
 }
 
@@ -173,10 +181,11 @@ NB_MODULE(_native, m) {
       .def_prop_ro("threads", &Team::threads)
       .def("close", &Team::close, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Matrix>(m, "Matrix")
-      .def(nb::init<nb::object, const std::string&, int64_t, int64_t>(), "packed"_a, "storage"_a, "rows"_a,
-           "cols"_a)
+      .def(nb::init<nb::object, const std::string&, int64_t, int64_t, int64_t>(), "packed"_a, "storage"_a,
+           "rows"_a, "cols"_a, "experts"_a = 1)
       .def_prop_ro("rows", [](const Matrix& x) { return x.shape().rows; })
       .def_prop_ro("cols", [](const Matrix& x) { return x.shape().cols; })
+      .def_prop_ro("experts", [](const Matrix& x) { return x.shape().experts; })
       .def_prop_ro("storage", &Matrix::storage_name)
       .def_prop_ro("nbytes", [](const Matrix& x) { return x.shape().packed_bytes; })
       .def("unpack_row", &unpack_row, "row"_a);
@@ -198,7 +207,17 @@ NB_MODULE(_native, m) {
         return MatrixShape(storage, rows, cols).packed_bytes;
       },
       "storage"_a, "rows"_a, "cols"_a);
-  m.def("pack", &pack, "data"_a, "storage"_a, "cols"_a, "team"_a, "out"_a = nb::none());
+  m.def("pack", &pack, "data"_a, "storage"_a, "cols"_a, "team"_a, "out"_a = nb::none(),
+        "experts"_a = 1);
+  m.def(
+      "routes_size",
+      [](int64_t max_rows, int64_t width) {
+        constexpr int64_t kMostRows = 1 << 30;
+        if (max_rows < 1 || max_rows > kMostRows)
+          refuse("max_rows", std::to_string(max_rows), "1 to " + std::to_string(kMostRows));
+        return routes_layout(max_rows, checked_width(width)).ints;
+      },
+      "max_rows"_a, "width"_a);
   m.def("a8_row_bytes", [](int64_t width) { return a8_layout(checked_width(width)).row_bytes; }, "width"_a);
   m.def("quantise", &quantise, "x"_a, "isa"_a);
   m.def("dequantise_a8", &dequantise_a8, "a8"_a, "width"_a);

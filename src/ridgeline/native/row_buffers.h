@@ -31,13 +31,15 @@ inline void check_accumulate(bool accumulate, RowKind out) {
     refuse("accumulate", "True", "False where out is not a float32 buffer");
 }
 
+// Buffers have a row for each of the step's, or one for each of that row's `experts`.
 class RowBuffers {
  protected:
   explicit RowBuffers(int32_t max_rows) : max_rows_(max_rows) {}
 
-  F32Rows f32(nb::handle object, const char* name, int64_t width, Access access = Access::write) {
+  F32Rows f32(nb::handle object, const char* name, int64_t width, Access access = Access::write,
+              int64_t experts = 1) {
     Array<float> array(object, name, 2, access);
-    array.expect_at_least(0, max_rows_, name);
+    array.expect_at_least(0, max_rows_ * experts, name);
     array.expect_at_least(1, width, name);
     if (array.size(1) % 16 != 0) {
       refuse(std::string(name) + ".shape[1]", std::to_string(array.size(1)), "a multiple of 16");
@@ -46,9 +48,10 @@ class RowBuffers {
     return {floats_.back().data(), floats_.back().size(1)};
   }
 
-  A8Rows a8(nb::handle object, const char* name, int64_t width, Access access = Access::write) {
+  A8Rows a8(nb::handle object, const char* name, int64_t width, Access access = Access::write,
+            int64_t experts = 1) {
     Array<uint8_t> array(object, name, 2, access);
-    array.expect_at_least(0, max_rows_, name);
+    array.expect_at_least(0, max_rows_ * experts, name);
     array.expect(1, int64_t(a8_layout(int(width)).row_bytes), name);
     array.expect_aligned(kLineBytes, name);
     bytes_.push_back(std::move(array));
@@ -56,9 +59,10 @@ class RowBuffers {
   }
 
   // A row's last value is read with its partner, and 32 values fill a line.
-  Bf16Rows bf16(nb::handle object, const char* name, int64_t width, Access access = Access::write) {
+  Bf16Rows bf16(nb::handle object, const char* name, int64_t width, Access access = Access::write,
+                int64_t experts = 1) {
     Array<uint16_t> array(object, name, 2, access);
-    array.expect_at_least(0, max_rows_, name);
+    array.expect_at_least(0, max_rows_ * experts, name);
     array.expect_at_least(1, width, name);
     if (array.size(1) % 32 != 0) {
       refuse(std::string(name) + ".shape[1]", std::to_string(array.size(1)), "a multiple of 32");
@@ -67,22 +71,22 @@ class RowBuffers {
     return {halves_.back().data(), halves_.back().size(1)};
   }
 
-  Target target(nb::handle object, const char* name, int64_t width, bool accumulate) {
+  Target target(nb::handle object, const char* name, int64_t width, bool accumulate, int64_t experts = 1) {
     const RowKind kind = row_kind(object);
     check_accumulate(accumulate, kind);
-    if (kind == RowKind::a8) return {.a8 = a8(object, name, width)};
-    if (kind == RowKind::bf16) return {.bf16 = bf16(object, name, width)};
-    return {.f32 = f32(object, name, width), .accumulate = accumulate};
+    if (kind == RowKind::a8) return {.a8 = a8(object, name, width, Access::write, experts)};
+    if (kind == RowKind::bf16) return {.bf16 = bf16(object, name, width, Access::write, experts)};
+    return {.f32 = f32(object, name, width, Access::write, experts), .accumulate = accumulate};
   }
 
-  InputRows input(nb::handle object, const char* name, int64_t width) {
+  InputRows input(nb::handle object, const char* name, int64_t width, int64_t experts = 1) {
     const auto rows = [](const auto& x) {
       return InputRows{reinterpret_cast<const uint8_t*>(x.data), x.stride * int64_t(sizeof *x.data)};
     };
     const RowKind kind = row_kind(object);
-    if (kind == RowKind::a8) return rows(a8(object, name, width, Access::read));
-    if (kind == RowKind::bf16) return rows(bf16(object, name, width, Access::read));
-    return rows(f32(object, name, width, Access::read));
+    if (kind == RowKind::a8) return rows(a8(object, name, width, Access::read, experts));
+    if (kind == RowKind::bf16) return rows(bf16(object, name, width, Access::read, experts));
+    return rows(f32(object, name, width, Access::read, experts));
   }
 
  private:

@@ -13,10 +13,11 @@ struct Overloaded : F... {
 template <class... F>
 Overloaded(F...) -> Overloaded<F...>;  // some compilers do not deduce it themselves
 
-// What the splits of a few rows leave for each other; taken from the system only where it is used.
+// What workers leave for each other in a launch, but for large routers; taken from the system only where it
+// is used.
 constexpr size_t kPartialBytes = size_t(16) << 20;
-// Attention by splits is two phases, every other launch one at most.
-constexpr int kPhasesPerLaunch = 2;
+// Routing is three phases, attention by splits two, every other launch one at most.
+constexpr int kPhasesPerLaunch = 3;
 
 void cut_blocks(const StepView& step, std::vector<RowBlock>& blocks) {
   blocks.clear();
@@ -35,7 +36,7 @@ double now_s() {
 }  // namespace
 
 Tape::Tape(std::shared_ptr<Team> team, const Kernels& kernels, int32_t max_rows)
-    : team_(std::move(team)), kernels_(kernels) {
+    : team_(std::move(team)), kernels_(kernels), partial_bytes_(kPartialBytes) {
   needs_.max_rows = max_rows;
 }
 
@@ -54,6 +55,12 @@ void Tape::collect(const AnyLaunch& launch) {
             for (const LinearPart& part : l.parts) {
               if (part.out.is_logits()) needs_.logits_width = std::max(needs_.logits_width, part.matrix.rows);
             }
+          },
+          [&](const RouteLaunch& l) {
+            partial_bytes_ = std::max(partial_bytes_, kernels_.route_partial_bytes(l));
+          },
+          [&](const ExpertLaunch& l) {
+            scratch_bytes_ = std::max(scratch_bytes_, kernels_.expert_scratch_bytes(l));
           },
           [&](const SoftcapLaunch& l) { needs_.logits_width = std::max(needs_.logits_width, l.width); },
           [&](const RopeStoreLaunch& l) { use({l.group, 0, l.pool.pages, true}); },
@@ -82,6 +89,9 @@ void Tape::launch(const AnyLaunch& launch, const StepView& step, Worker& worker)
                  [&](const AddLaunch& l) { kernels_.add(l, step, worker); },
                  [&](const ActivateLaunch& l) { kernels_.activate(l, step, worker); },
                  [&](const LinearLaunch& l) { kernels_.linear(l, step, worker); },
+                 [&](const RouteLaunch& l) { kernels_.route(l, step, worker); },
+                 [&](const ExpertLaunch& l) { kernels_.experts(l, step, worker); },
+                 [&](const CombineLaunch& l) { kernels_.combine(l, step, worker); },
                  [&](const SoftcapLaunch& l) { kernels_.softcap(l, step, worker); },
                  [&](const RopeStoreLaunch& l) { kernels_.rope_store(l, step, worker); },
                  [&](const AttentionLaunch& l) { kernels_.attention(l, step, worker); },
@@ -94,7 +104,7 @@ void Tape::run(StepView step, int64_t logits_rows, std::vector<double>* seconds)
   check_step(step, logits_rows, needs_);
   while (scratch_.size() < size_t(team_->threads())) scratch_.emplace_back(scratch_bytes_);
   cut_blocks(step, blocks_);
-  if (partials_.bytes() == 0) partials_ = Memory(kPartialBytes, false);
+  if (partials_.bytes() < partial_bytes_) partials_ = Memory(partial_bytes_, false);
   step.partials = partials_.data();
   step.partial_bytes = int64_t(partials_.bytes());
   step.blocks = blocks_.data();

@@ -14,7 +14,8 @@
 namespace ridgeline {
 
 using AnyLaunch = std::variant<EmbedLaunch, NormLaunch, QuantiseLaunch, AddLaunch, ActivateLaunch,
-                               LinearLaunch, SoftcapLaunch, RopeStoreLaunch, AttentionLaunch>;
+                               LinearLaunch, RouteLaunch, ExpertLaunch, CombineLaunch, SoftcapLaunch,
+                               RopeStoreLaunch, AttentionLaunch>;
 
 // How launches use the page tables of a group.
 struct GroupUse {
@@ -59,7 +60,7 @@ class Tape {
   std::vector<AnyLaunch> launches_;
   std::vector<std::string> names_;
   std::vector<RowBlock> blocks_;
-  size_t scratch_bytes_ = 0;
+  size_t scratch_bytes_ = 0, partial_bytes_;
   std::vector<Memory> scratch_;  // one per worker
   Memory partials_;
   std::mutex running_;  // guards blocks_ and scratch_

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,12 +115,14 @@ class CpuExecutor:
         self._team.close()
 
     def _pack(self, tensor: Tensor) -> Matrix:
-        rows, cols = tensor.shape
-        data = np.ascontiguousarray(tensor.data)
-        return Matrix(pack(data, tensor.storage.name, cols, self._team), tensor.storage.name, rows, cols)
+        """A matrix, or one for each expert where there is a dimension for them in front."""
+        *leading, rows, cols = tensor.shape
+        experts = math.prod(leading)
+        data, name = np.ascontiguousarray(tensor.data), tensor.storage.name
+        return Matrix(pack(data, name, cols, self._team, experts=experts), name, rows, cols, experts)
 
     def _matrix(self, weight: Weight) -> Matrix:
-        """A packed matrix; a table of positions is packed when a program first asks for it."""
+        """A packed matrix; a router or a table of positions is packed when a program first asks for it."""
         if weight.name not in self._matrices:
             self._matrices[weight.name] = self._pack(float32_tensor(self._vectors.pop(weight.name)))
         return self._matrices[weight.name]

@@ -10,9 +10,12 @@ from ridgeline.execution.lowering import Launch
 from ridgeline.model.program import (
     Activate,
     Attention,
+    Combine,
     Embed,
+    ExpertLinear,
     Norm,
     Quantise,
+    Route,
     Softcap,
     StoreKV,
     Value,
@@ -81,12 +84,16 @@ class QuantiseLaunch(Launch):
     quantise: Quantise
 
     def bind(self, to: Binding) -> None:
-        to.tape.quantise(to.buffer(self.quantise.x), to.buffer(self.quantise.out), self.quantise.x.width)
+        x = self.quantise.x
+        to.tape.quantise(to.buffer(x), to.buffer(self.quantise.out), x.width, experts=x.experts)
 
 
 @dataclass(frozen=True, slots=True)
 class LinearPart:
-    """One output of a linear launch: act(gate x) * (W x + b), or act(W x + b), set or added to `out`."""
+    """One output of a linear launch: act(gate x) * (W x + b), or act(W x + b), set or added to `out`.
+
+    With weights of experts, it is the whole of an expert launch.
+    """
 
     weight: Weight
     bias: Weight | None
@@ -118,6 +125,56 @@ class LinearLaunch(Launch):
     def bind(self, to: Binding) -> None:
         parts = [part.bind(to) for part in self.parts]
         to.tape.linear(to.buffer(self.x), parts, outputs_only=self.x.selected)
+
+
+@dataclass(frozen=True, slots=True)
+class RouteLaunch(Launch):
+    """The experts of each row, and the list of work that the products of this layer's experts share."""
+
+    route: Route
+
+    def bind(self, to: Binding) -> None:
+        op = self.route
+        gate = to.vector(op.shared_gate)
+        to.tape.route(
+            to.buffer(op.x),
+            to.buffer(op.out),
+            to.matrix(op.router),
+            op.chosen,
+            op.renormalise,
+            to.vector(op.bias),
+            None if gate is None else gate.reshape(-1),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLaunch(Launch):
+    """A linear of each row's experts, or the two of a gated activation."""
+
+    linear: ExpertLinear
+    part: LinearPart
+
+    def bind(self, to: Binding) -> None:
+        op = self.linear
+        to.tape.experts(
+            to.buffer(op.x), to.buffer(op.routes), self.part.bind(to), x_by_expert=op.x.experts > 1
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CombineLaunch(Launch):
+    """The weighted sum of what experts gave, set, added to the stream or quantised."""
+
+    combine: Combine
+    out: Value
+    accumulate: bool
+
+    def bind(self, to: Binding) -> None:
+        op = self.combine
+        shared = to.buffer(op.shared) if op.shared else None
+        to.tape.combine(
+            to.buffer(op.x), to.buffer(op.routes), to.buffer(self.out), op.x.width, shared, self.accumulate
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +243,7 @@ class AttentionLaunch(Launch):
             op.scale,
             op.window or 0,
             op.softcap or 0.0,
+            to.vector(op.sinks),
         )
 
 
@@ -199,7 +257,7 @@ class ActivateLaunch(Launch):
     def bind(self, to: Binding) -> None:
         op = self.activate
         times = to.buffer(op.times) if op.times else None
-        to.tape.activate(to.buffer(op.x), to.buffer(self.out), op.x.width, op.activation, times)
+        to.tape.activate(to.buffer(op.x), to.buffer(self.out), op.x.width, op.activation, times, op.x.experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +294,9 @@ CpuLaunch = (
     | NormLaunch
     | QuantiseLaunch
     | LinearLaunch
+    | RouteLaunch
+    | ExpertLaunch
+    | CombineLaunch
     | RopeStoreLaunch
     | AttentionLaunch
     | ActivateLaunch

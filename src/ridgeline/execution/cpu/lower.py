@@ -2,6 +2,7 @@
 
 The rules, each local and guarded by "nobody else reads it":
 - all linears of one value are one launch; gate, up and activation are one of its parts;
+- gate, up and activation of experts are one launch, and their sum takes along the `Add` to the stream;
 - a `Quantise`, or an `Add` to the residual stream, joins the operation that produces its input;
 - picking output rows joins the final norm;
 - head norms, ropes and the rounding of Q, and those of K, join the store of K and V.
@@ -9,20 +10,23 @@ The rules, each local and guarded by "nobody else reads it":
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from ridgeline.execution.cpu.launches import (
     ActivateLaunch,
     AddLaunch,
     AttentionLaunch,
+    CombineLaunch,
     CpuLaunch,
     EmbedLaunch,
+    ExpertLaunch,
     LinearLaunch,
     LinearPart,
     NormLaunch,
     QuantiseLaunch,
     RopeStoreLaunch,
+    RouteLaunch,
     SampleLaunch,
     SoftcapLaunch,
 )
@@ -32,12 +36,15 @@ from ridgeline.model.program import (
     Activate,
     Add,
     Attention,
+    Combine,
     Embed,
+    ExpertLinear,
     Linear,
     Norm,
     Operation,
     Program,
     Quantise,
+    Route,
     Sample,
     Select,
     Softcap,
@@ -106,7 +113,7 @@ class _Lowering(Fusion[CpuLaunch]):
         return LinearLaunch(tuple(covers), tuple(overwrites), op.x, tuple(parts))
 
     def _part(
-        self, op: Linear, siblings: list[Linear]
+        self, op: Linear | ExpertLinear, siblings: Sequence[Linear | ExpertLinear]
     ) -> tuple[LinearPart, list[Operation], list[tuple[Value, Value]]]:
         user = self.only_user(op.out)
         if isinstance(user, Activate):
@@ -124,7 +131,9 @@ class _Lowering(Fusion[CpuLaunch]):
             return LinearPart(op.weight, op.bias, add.out, accumulate=True), [op, add], [(add.out, stream)]
         return LinearPart(op.weight, op.bias, op.out), [op], []
 
-    def _gate_and_up(self, op: Activate, siblings: list[Linear]) -> tuple[Linear, Linear] | None:
+    def _gate_and_up(
+        self, op: Activate, siblings: Sequence[Linear | ExpertLinear]
+    ) -> tuple[Linear | ExpertLinear, Linear | ExpertLinear] | None:
         """The two linears of a gated activation, if both are siblings that nobody else reads."""
         if op.times is None:
             return None
@@ -132,9 +141,28 @@ class _Lowering(Fusion[CpuLaunch]):
         if any(not any(p is s for s in siblings) or self.only_user(p.out) is not op for p in pair):
             return None
         gate, up = pair
-        assert isinstance(gate, Linear)
-        assert isinstance(up, Linear)
+        assert isinstance(gate, Linear | ExpertLinear)
+        assert isinstance(up, Linear | ExpertLinear)
         return gate, up
+
+    def route(self, op: Route) -> CpuLaunch:
+        return RouteLaunch((op,), (), op)
+
+    def expert_linear(self, op: ExpertLinear) -> CpuLaunch:
+        siblings = [
+            u
+            for u in self.users[op.x.name]
+            if isinstance(u, ExpertLinear) and u.x.name == op.x.name and u.routes.name == op.routes.name
+        ]
+        part, covers, overwrites = self._part(op, siblings)
+        return ExpertLaunch(tuple(covers), tuple(overwrites), op, part)
+
+    def combine(self, op: Combine) -> CpuLaunch:
+        if added := self.then_add(op.out):
+            add, stream = added
+            return CombineLaunch((op, add), ((add.out, stream),), op, add.out, accumulate=True)
+        quantise, out = self.then_quantise(op.out)
+        return CombineLaunch((op, *quantise), (), op, out, accumulate=False)
 
     def store(self, op: StoreKV) -> CpuLaunch:
         attention = self.attention_of(op)
@@ -177,6 +205,9 @@ class _Lowering(Fusion[CpuLaunch]):
         Norm: norm,
         Quantise: quantise,
         Linear: linear,
+        Route: route,
+        ExpertLinear: expert_linear,
+        Combine: combine,
         StoreKV: store,
         Attention: attention,
         Activate: activate,

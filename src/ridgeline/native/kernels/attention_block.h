@@ -167,6 +167,21 @@ class BlockTask {
     }
   }
 
+  // What the sum of values is multiplied with in the end. A sink joins the softmax here, once for each row.
+  float final_scale(int i) const {
+    float top = b_.total.top[i], sum = b_.total.sum[i], keep = 1.0f;
+    if (launch_.sinks != nullptr) {
+      const float sink = launch_.sinks[kv_head_ * ratio_ + i % ratio_];
+      const float new_top = sink > top ? sink : top;
+      alignas(64) float decayed[32];
+      store(decayed, exp(splat(top - new_top)));
+      store(decayed + 16, exp(splat(sink - new_top)));
+      keep = decayed[0];
+      sum = sum * keep + decayed[16];
+    }
+    return sum == 0.0f ? 0.0f : keep / sum;
+  }
+
   // A row that saw nothing gets zeros. Adding zero turns -0 into 0: the sign of a zero may depend on whether
   // masked slots were computed.
   void write() const {
@@ -174,7 +189,7 @@ class BlockTask {
     for (int i = 0; i < queries_; ++i) {
       const int64_t row = block_.row_begin + i / ratio_;
       const int column = (kv_head_ * ratio_ + i % ratio_) * launch_.head_dim;
-      const vfloat factor = splat(b_.total.sum[i] == 0.0f ? 0.0f : 1.0f / b_.total.sum[i]);
+      const vfloat factor = splat(final_scale(i));
       for (int d = 0; d < launch_.head_dim; d += kGroup) {
         const float* o = b_.total.o + i * b_.value_stride + d;
         const vfloat a = load(o) * factor + zero();

@@ -58,7 +58,8 @@ void norm(const NormLaunch& launch, const StepView& step, Worker& worker) {
 }
 
 void quantise(const QuantiseLaunch& launch, const StepView& step, Worker& worker) {
-  for_rows(worker, launch.gather ? step.outputs : step.rows, kRowsPerUnit, [&](int64_t row) {
+  const int64_t rows = (launch.gather ? step.outputs : step.rows) * int64_t(launch.experts);
+  for_rows(worker, rows, kRowsPerUnit, [&](int64_t row) {
     const float* x = launch.x.data + (launch.gather ? step.output_rows[row] : row) * launch.x.stride;
     write_row(launch.out, row, launch.width, [&](int c, vfloat& a, vfloat& b) {
       a = load_up_to(x + c, launch.width - c);
@@ -79,14 +80,15 @@ void add(const AddLaunch& launch, const StepView& step, Worker& worker) {
 }
 
 void activate(const ActivateLaunch& launch, const StepView& step, Worker& worker) {
-  for_rows(worker, step.rows, kRowsPerUnit, [&](int64_t row) {
+  for_rows(worker, step.rows * int64_t(launch.experts), kRowsPerUnit, [&](int64_t row) {
     const float* x = launch.x.data + row * launch.x.stride;
     const float* times =
         launch.times.data == nullptr ? nullptr : launch.times.data + row * launch.times.stride;
     with_activation(launch.activation, [&](auto tag) {
       const auto value = [&](int c) {
-        const vfloat y = activated<decltype(tag)::kind>(load_up_to(x + c, launch.width - c));
-        return times == nullptr ? y : y * load_up_to(times + c, launch.width - c);
+        constexpr Activation kKind = decltype(tag)::kind;
+        const vfloat y = activated<kKind>(load_up_to(x + c, launch.width - c));
+        return times == nullptr ? y : y * gated<kKind>(load_up_to(times + c, launch.width - c));
       };
       write_row(launch.out, row, launch.width, [&](int c, vfloat& a, vfloat& b) {
         a = value(c);

@@ -13,10 +13,15 @@ void quantise(const QuantiseLaunch&, const StepView&, Worker&);
 void add(const AddLaunch&, const StepView&, Worker&);
 void activate(const ActivateLaunch&, const StepView&, Worker&);
 void linear(const LinearLaunch&, const StepView&, Worker&);
+void route(const RouteLaunch&, const StepView&, Worker&);
+void experts(const ExpertLaunch&, const StepView&, Worker&);
+void combine(const CombineLaunch&, const StepView&, Worker&);
 void softcap(const SoftcapLaunch&, const StepView&, Worker&);
 void rope_store(const RopeStoreLaunch&, const StepView&, Worker&);
 void attention(const AttentionLaunch&, const StepView&, Worker&);
 size_t attention_scratch_bytes(const AttentionLaunch&);
+size_t expert_scratch_bytes(const ExpertLaunch&);
+size_t route_partial_bytes(const RouteLaunch&);
 void unpack_row(const MatrixView&, int64_t, float*);
 void quantise_rows(const float*, int64_t, int32_t, uint8_t*);
 double peak_ops(PeakFormat, int64_t);
@@ -29,10 +34,15 @@ const Kernels kernels = {RIDGELINE_NAME(RIDGELINE_ISA),
                          add,
                          activate,
                          linear,
+                         route,
+                         experts,
+                         combine,
                          softcap,
                          rope_store,
                          attention,
                          attention_scratch_bytes,
+                         expert_scratch_bytes,
+                         route_partial_bytes,
                          unpack_row,
                          quantise_rows,
                          peak_ops};

@@ -56,6 +56,18 @@ RIDGELINE_INLINE vfloat activated(vfloat x) {
     const vfloat u = splat(1.59576912f) * fma(splat(0.044715f) * x, x * x, x);  // 2 sqrt(2 / pi)
     return x * sigmoid(u);
   }
+  if constexpr (kKind == Activation::clamped_silu) {
+    const vfloat gate = min(x, splat(7.0f));
+    return gate * sigmoid(splat(1.702f) * gate);
+  }
+  return x;
+}
+
+// What a gate's activation is multiplied with.
+template <Activation kKind>
+RIDGELINE_INLINE vfloat gated(vfloat x) {
+  if constexpr (kKind == Activation::clamped_silu)
+    return max(splat(-7.0f), min(x, splat(7.0f))) + splat(1.0f);
   return x;
 }
 
@@ -71,6 +83,7 @@ RIDGELINE_INLINE void with_activation(Activation kind, F&& f) {
     case Activation::silu: return f(ActivationTag<Activation::silu>{});
     case Activation::gelu: return f(ActivationTag<Activation::gelu>{});
     case Activation::gelu_tanh: return f(ActivationTag<Activation::gelu_tanh>{});
+    case Activation::clamped_silu: return f(ActivationTag<Activation::clamped_silu>{});
     default: return f(ActivationTag<Activation::none>{});
   }
 }
