@@ -11,7 +11,7 @@ from ridgeline.model.program import Program, Value
 
 B = TypeVar("B")
 
-BUFFERED = ("f32", "bf16", "A8-g32")
+BUFFERED = ("f32", "bf16", "A8-g32", "routes")
 """Kinds of values that live in buffers; logits, drawn tokens and sequence memory have their own places."""
 
 
@@ -19,7 +19,7 @@ BUFFERED = ("f32", "bf16", "A8-g32")
 class _Room(Generic[B]):
     """Buffers that were made together, and the values that live in them now."""
 
-    shapes: tuple[tuple[str, int], ...]
+    shapes: tuple[tuple[str, int, int], ...]
     buffers: Sequence[B]
     living: set[str]
 
@@ -37,7 +37,7 @@ def assign_buffers(
     last_read = {v.name: i for i, border in enumerate(crossing) for v in border.reads}
     buffers: dict[str, B] = {}
     rooms: dict[str, _Room[B]] = {}
-    free: dict[tuple[tuple[str, int], ...], list[Sequence[B]]] = {}
+    free: dict[tuple[tuple[str, int, int], ...], list[Sequence[B]]] = {}
     for index, (launch, border) in enumerate(zip(launches, crossing, strict=True)):
         for new, old in launch.overwrites:
             if old.name in rooms:
@@ -45,7 +45,7 @@ def assign_buffers(
                 rooms[new.name].living ^= {old.name, new.name}
         made = tuple(v for v in border.writes if v.kind in BUFFERED and v.name not in rooms)
         for values in [made] if launch.side_by_side and made else [(v,) for v in made]:
-            shapes = tuple((v.kind, v.width) for v in values)
+            shapes = tuple((v.kind, v.width, v.experts) for v in values)
             pool = free.get(shapes)
             room = _Room(shapes, pool.pop() if pool else make(values), {v.name for v in values})
             for value, buffer in zip(values, room.buffers, strict=True):
