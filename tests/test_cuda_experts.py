@@ -221,7 +221,7 @@ def check_products(x: Activations, routes: Routes, experts: Experts, bias: Tenso
 
 @pytest.mark.parametrize(("kind", "bits"), PAIRS)
 @pytest.mark.parametrize(
-    ("rows", "count", "chosen"), [(1, 8, 2), (1, 8, 8), (2, 8, 3), (9, 3, 1), (40, 2, 2)]
+    ("rows", "count", "chosen"), [(1, 8, 2), (1, 8, 8), (3, 20, 3), (9, 3, 1), (40, 2, 2)]
 )
 def test_products(kind: str, bits: int, rows: int, count: int, chosen: int) -> None:
     routes = chosen_at_random(rows, chosen, count)
