@@ -129,21 +129,17 @@ def qwen1_5_moe_a2_7b() -> ModelSpec:
 
 
 def gpt_oss_20b() -> ModelSpec:
-    """A layer with a window and one without, attention sinks, and biases throughout."""
+    """A layer with a window, attention sinks, and biases throughout; every other one is without a window."""
     spec = replace(_llama(2880, 2880, 64, 8, 64, 201088, 150000.0), tied_head=False)
     experts = ExpertsSpec(
         32, 4, FeedForwardSpec(2880, "clamped_silu", gated=True, bias=True), router_bias=True
     )
-    spec = _with_experts(spec, experts, sinks=True, qkv_bias=True, output_bias=True)
-    (full,) = spec.layers
-    near = replace(full, attention=replace(full.attention, window=128))
-    return replace(spec, layers=(near, full))
+    return _with_experts(spec, experts, sinks=True, qkv_bias=True, output_bias=True, window=128)
 
 
-def _with_experts(spec: ModelSpec, experts: ExpertsSpec, **attention: bool) -> ModelSpec:
+def _with_experts(spec: ModelSpec, experts: ExpertsSpec, **attention: Any) -> ModelSpec:
     (layer,) = spec.layers
-    changed: Any = attention
-    layer = replace(layer, attention=replace(layer.attention, **changed), feed_forward=experts)
+    layer = replace(layer, attention=replace(layer.attention, **attention), feed_forward=experts)
     return replace(spec, layers=(layer,))
 
 

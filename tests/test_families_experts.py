@@ -41,7 +41,7 @@ from ridgeline.native import isa_levels
 from ridgeline.precision.storage import STORAGES, Tensor, float32_tensor
 from ridgeline.types import CheckpointError
 
-ON_CPU, ON_CUDA = False, False  # whether these executors have kernels for experts
+ON_CPU, ON_CUDA = False, True  # whether these executors have kernels for experts
 NATIVE = isa_levels() if ON_CPU else ()
 EXECUTORS = ("reference", *NATIVE)
 Sparse = Callable[[str], TinyModel]

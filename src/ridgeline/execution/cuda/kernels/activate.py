@@ -21,7 +21,7 @@ from ridgeline.execution.cuda.kernels.quantise import (
 from ridgeline.model.spec import Activation
 
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
-_CLAMP, _CLAMPED_SLOPE = tl.constexpr(7.0), tl.constexpr(1.702)
+_LEAST, _MOST, _CLAMPED_SLOPE = tl.constexpr(-7.0), tl.constexpr(7.0), tl.constexpr(-1.702)
 _GELU_SLOPE = tl.constexpr(-2 * math.sqrt(2 / math.pi))
 
 
@@ -40,8 +40,8 @@ def _activation(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         y = x / (1.0 + tl.exp(-x))
     elif ACTIVATION == "clamped_silu":
-        x = tl.minimum(x, _CLAMP)
-        y = x / (1.0 + tl.exp(-_CLAMPED_SLOPE * x))
+        x = tl.minimum(x, _MOST)
+        y = x / (1.0 + tl.exp(x * _CLAMPED_SLOPE))
     elif ACTIVATION == "gelu":
         y = 0.5 * x * (1.0 + tl.math.erf(x * _SQRT_HALF))
     else:  # 0.5 (1 + tanh u) = 1 / (1 + exp(-2u)), which does not cancel for a negative u
@@ -71,7 +71,7 @@ def _activate_kernel(
     if times is not None:
         factor = tl.load(times + row * times_stride + columns, mask=mask, other=0.0)
         if ACTIVATION == "clamped_silu":
-            factor = tl.minimum(tl.maximum(factor, -_CLAMP), _CLAMP) + 1.0
+            factor = tl.minimum(tl.maximum(factor, _LEAST), _MOST) + 1.0
         y *= factor
     if scales is not None:
         scales += row * scales_stride
