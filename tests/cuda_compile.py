@@ -49,6 +49,9 @@ SETTINGS = (
     Setting("gemma-2-2b", "W16A16"),
     Setting("gemma-3-1b", "W16A16"),
     Setting("gemma-3-1b", "W32A32", "KV16"),
+    Setting("mixtral-8x7b", "W4A16-g32"),
+    Setting("mixtral-8x7b", "W8A8-g32"),
+    Setting("gpt-oss-20b", "W16A16"),
     Setting("gpt2", "W8A16-g32"),
     Setting("gpt2", "W32A32", "KV32"),
 )

@@ -5,8 +5,10 @@ Layers of a model are all alike, or of two kinds; one of each kind meets every k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -22,7 +24,14 @@ from ridgeline.model.build import decoder
 from ridgeline.model.families.rope import rope
 from ridgeline.model.program import Program
 from ridgeline.model.rewrite import with_precision
-from ridgeline.model.spec import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec, NormSpec
+from ridgeline.model.spec import (
+    AttentionSpec,
+    ExpertsSpec,
+    FeedForwardSpec,
+    LayerSpec,
+    ModelSpec,
+    NormSpec,
+)
 from ridgeline.model.weights import _matrices
 from ridgeline.precision.formats import FORMATS, Format
 from ridgeline.precision.quantise import storage_of
@@ -98,6 +107,43 @@ def gemma_2_2b() -> ModelSpec:
     return replace(spec, layers=(near, full), embedding_scale=scale, logit_softcap=30.0)
 
 
+def mixtral_8x7b() -> ModelSpec:
+    """Few experts, each as wide as a whole model's feed-forward."""
+    spec = replace(llama_3_1_8b(), vocabulary=32000)
+    experts = ExpertsSpec(8, 2, FeedForwardSpec(14336, "silu", gated=True))
+    return _with_experts(spec, experts)
+
+
+def qwen3_30b_a3b() -> ModelSpec:
+    """Many small experts."""
+    spec = replace(_llama(2048, 768, 32, 4, 128, 151936, 1000000.0), tied_head=False)
+    experts = ExpertsSpec(128, 8, FeedForwardSpec(768, "silu", gated=True))
+    return _with_experts(spec, experts, qk_norm=True)
+
+
+def qwen1_5_moe_a2_7b() -> ModelSpec:
+    """A shared neighbour beside the experts, whose scores are not divided by their sum."""
+    spec = replace(_llama(2048, 1408, 16, 16, 128, 151936, 1000000.0), tied_head=False)
+    expert, shared = (FeedForwardSpec(width, "silu", gated=True) for width in (1408, 5632))
+    experts = ExpertsSpec(60, 4, expert, renormalise=False, shared=shared)
+    return _with_experts(spec, experts, qkv_bias=True)
+
+
+def gpt_oss_20b() -> ModelSpec:
+    """A layer with a window, attention sinks, and biases throughout; every other one is without a window."""
+    spec = replace(_llama(2880, 2880, 64, 8, 64, 201088, 150000.0), tied_head=False)
+    experts = ExpertsSpec(
+        32, 4, FeedForwardSpec(2880, "clamped_silu", gated=True, bias=True), router_bias=True
+    )
+    return _with_experts(spec, experts, sinks=True, qkv_bias=True, output_bias=True, window=128)
+
+
+def _with_experts(spec: ModelSpec, experts: ExpertsSpec, **attention: Any) -> ModelSpec:
+    (layer,) = spec.layers
+    layer = replace(layer, attention=replace(layer.attention, **attention), feed_forward=experts)
+    return replace(spec, layers=(layer,))
+
+
 def gpt2() -> ModelSpec:
     """Layer norms, biases, a table of positions, and a vocabulary whose rows begin anywhere."""
     attention = AttentionSpec(12, 12, 64, 64**-0.5, None, qkv_bias=True, output_bias=True)
@@ -121,6 +167,10 @@ SPECS: dict[str, Callable[[], ModelSpec]] = {
     "gemma-2-2b": gemma_2_2b,
     "gemma-3-1b": gemma_3_1b,
     "gpt2": gpt2,
+    "mixtral-8x7b": mixtral_8x7b,
+    "qwen3-30b-a3b": qwen3_30b_a3b,
+    "qwen1.5-moe-a2.7b": qwen1_5_moe_a2_7b,
+    "gpt-oss-20b": gpt_oss_20b,
 }
 
 
@@ -149,14 +199,14 @@ class _Shapes:
 
     def matrix(self, name: str) -> Tensor:
         storage = storage_of(self.formats[name])
-        cols = self._shapes[name][1]
+        cols = self._shapes[name][-1]
         return Tensor(storage, (1, cols), np.zeros((1, storage.row_bytes(cols)), np.uint8))
 
     def pack(self, tensor: Tensor, where: torch.device, name: str) -> Packed:
         """That row's layout, for as many rows as the matrix has."""
         row = pack(tensor, where, name)
         codes, scales = (
-            torch.empty((self._shapes[name][0], *held.shape[1:]), dtype=held.dtype, device=where)
+            torch.empty((math.prod(self._shapes[name][:-1]), *held.shape[1:]), dtype=held.dtype, device=where)
             if held is not None
             else None
             for held in (row.codes, row.scales)

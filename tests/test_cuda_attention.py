@@ -50,10 +50,18 @@ class Model:
     pool: torch.dtype = BF16
     window: int | None = None
     softcap: float | None = None
+    sinks: bool = False
 
     @property
     def width(self) -> int:
         return self.group * self.kv_heads * self.head_dim
+
+    @property
+    def sink_scores(self) -> Tensor:
+        """As large as the largest scores, and one of no weight at all."""
+        scores = torch.linspace(-2, 3, self.group * self.kv_heads)
+        scores[0] = -torch.inf
+        return scores.to(DEVICE)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -61,6 +69,7 @@ class Model:
             "scale": self.head_dim**-0.5,
             "window": self.window,
             "softcap": self.softcap,
+            "sinks": self.sink_scores if self.sinks else None,
             "split_tokens": SPLIT,
         }
 
@@ -206,6 +215,26 @@ def test_windows_and_segments_match_float64(sequences: Sequence[SequenceRows], w
     torch.testing.assert_close(want, expected(case, WHOLE), rtol=1e-12, atol=1e-12)
     assert_close(run(case), want, 1e-5)
     assert_close(run(case, WHOLE), want, 1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("query", [F32, BF16])
+def test_sinks_take_their_share_once(query: torch.dtype, window: int | None) -> None:
+    """However many splits and segments a row sees, and whether they are merged by one program or later."""
+    model = Model(group=3, kv_heads=2, query=query, window=window, sinks=True)
+    case = make(model, sequence(150, 2), SEGMENTS[1])
+    cut = run(case)
+    assert_close(cut, expected(case), 2 * tolerance(model))
+    assert torch.equal(cut, run(case, WHOLE))
+    without = run(dataclasses.replace(case, model=dataclasses.replace(model, sinks=False)))
+    assert torch.equal(cut[:, : model.head_dim], without[:, : model.head_dim])
+    assert not torch.equal(cut, without)
+
+
+def test_with_sinks_a_row_that_sees_nothing_becomes_zeros() -> None:
+    case = make(Model(sinks=True), SequenceRows([0], 0, (Segment(([],), 0),), ()), sequence(5, 1))
+    assert (run(case)[0] == 0).all()
+    assert_close(run(case)[1:], expected(case)[1:], 1e-5)
 
 
 @pytest.mark.parametrize(("query", "pool"), [(F32, BF16), (BF16, BF16), (F32, F32)])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from fake_executor import FakeDetokenizer
 from running import PAGES, Loaded, load, relative_error
+from tiny_experts import make_sparse
 from tiny_models import TinyModel, write_gguf
 
 from ridgeline.cache.kv import KVCache
@@ -58,6 +59,17 @@ def test_every_format_follows_the_reference(tiny: Tiny, weights: str, kv_format:
     expected, seen = reference.run(TOKENS[:6]), cuda.run(TOKENS[:6])
     assert relative_error(seen, expected) < 0.04
     assert np.median(np.abs(seen - expected)) < 0.005 * np.abs(expected).max()
+    cuda.executor.close()
+
+
+@pytest.mark.parametrize("weights", ["W4A16-g32", "W8A8-g32"])
+def test_experts_follow_the_reference(weights: str, tmp_path: Path) -> None:
+    """A prompt, and a row alone behind it."""
+    reference, cuda = both(make_sparse("mixtral", tmp_path).folder, weights)
+    for tokens, start in ((TOKENS[:3], 0), (TOKENS[3:4], 3)):
+        expected, seen = reference.run(tokens, start), cuda.run(tokens, start)
+        assert relative_error(seen, expected) < 0.04
+        assert np.median(np.abs(seen - expected)) < 0.005 * np.abs(expected).max()
     cuda.executor.close()
 
 

@@ -205,19 +205,20 @@ def test_norm_refuses_parts_that_do_not_go_together() -> None:
 
 @pytest.mark.filterwarnings("ignore:overflow")  # exp of a large number, which the quotient forgives
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "clamped_silu"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("width", [6, 50, 1536])
 def test_activate(width: int, gated: bool, activation: Activation, kind: str) -> None:
     x, times = views(width, width, rows=2)
     x *= 4
+    times *= 4
     out, expected = poisoned(kind, 2, width), torch.empty((2, width), device=DEVICE)
     activate_reference(x, expected, activation, times if gated else None)
     activate(x, out[:2], activation, times if gated else None)
     assert_written(out, expected, 4e-6)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "clamped_silu"])
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_activations_far_out(activation: Activation) -> None:
     x = torch.tensor(

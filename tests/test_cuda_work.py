@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ridgeline.execution.base import Limits
 from ridgeline.execution.cuda import arrays, binding, launches
-from ridgeline.execution.cuda.arrays import A8, Activations, NormWeights, Packed, WorkList
+from ridgeline.execution.cuda.arrays import A8, Activations, Experts, NormWeights, Packed, Routes, WorkList
 from ridgeline.execution.cuda.device import Emulated
 from ridgeline.execution.cuda.executor import CudaExecutor, CudaHandle
 from ridgeline.execution.cuda.inputs import StepSize
@@ -34,7 +34,14 @@ from ridgeline.execution.lowering import borders, launch_work
 from ridgeline.model.build import decoder
 from ridgeline.model.families.rope import rope
 from ridgeline.model.program import Program, StepLoad
-from ridgeline.model.spec import AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec, NormSpec
+from ridgeline.model.spec import (
+    AttentionSpec,
+    ExpertsSpec,
+    FeedForwardSpec,
+    LayerSpec,
+    ModelSpec,
+    NormSpec,
+)
 from ridgeline.precision.formats import FORMATS
 from ridgeline.types import Draw, Segment, SequenceRows, Step, Work
 
@@ -97,12 +104,45 @@ def count_quantise(x: Tensor, out: Activations) -> Work:
 def count_linear(x: Activations, matrix: Packed, out: Tensor, bias: Tensor | None = None) -> Work:
     rows = len(x.codes if isinstance(x, A8) else x)
     assert out.shape == (rows, matrix.rows)
-    ops = 2 * rows * matrix.rows * matrix.cols
+    return products(x, 2 * rows * matrix.rows * matrix.cols) + moved([x, matrix, bias], [out])
+
+
+def products(x: Activations, ops: int) -> Work:
     if isinstance(x, A8):
-        work = Work(int8_ops=ops)
-    else:
-        work = Work(bf16_flops=ops) if x.dtype == torch.bfloat16 else Work(fp32_flops=ops)
-    return work + moved([x, matrix, bias], [out])
+        return Work(int8_ops=ops)
+    return Work(bf16_flops=ops) if x.dtype == torch.bfloat16 else Work(fp32_flops=ops)
+
+
+def count_route(
+    x: Tensor,
+    router: Tensor,
+    bias: Tensor | None,
+    row_count: Tensor,
+    routes: Routes,
+    *,
+    renormalise: bool,
+) -> Work:
+    count = len(router) - routes.shared
+    chosen = Work(fp32_flops=3 * count * len(x))
+    return flops(2 * len(router), x) + chosen + moved([x, router, bias], [routes.table])
+
+
+def count_experts(
+    x: Activations, routes: Routes, experts: Experts, out: Tensor, bias: Tensor | None = None
+) -> Work:
+    """Of the weights, as many as rows read that choose evenly: all where they choose every expert."""
+    assert out.shape == (routes.pairs, experts.outputs)
+    share = StepLoad(len(routes.table), 0, (), ()).experts_used(experts.count, routes.chosen)
+    linears = experts.outputs // experts.width
+    held = experts.matrix.nbytes + (bias.nbytes if bias is not None else 0)
+    read = Work(read_bytes=linears * round(share * (held // linears)))
+    ops = 2 * out.numel() * experts.matrix.cols
+    return products(x, ops) + read + moved([x, routes.table], [out])
+
+
+def count_combine(x: Tensor, routes: Routes, out: Tensor, shared: Tensor | None = None) -> Work:
+    terms = routes.chosen + (shared is not None)
+    return flops(2 * terms, out) + moved([x, routes.table, shared], [out])
 
 
 def count_store(
@@ -143,6 +183,7 @@ def count_attention(
     block_m: int,
     programs: int,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Work:
     _, kv_heads, _, _, head_dim = pool.shape
     pairs, slots = visible(positions.numpy(), work, window)
@@ -152,7 +193,7 @@ def count_attention(
     slot_bytes = 2 * kv_heads * head_dim * pool.element_size()
     narrowed = flops(int(out.dtype == torch.bfloat16), out)
     rest = Work(fp32_flops=(3 if softcap is None else 6) * of_heads, read_bytes=slots * slot_bytes)
-    return sums + rest + narrowed + moved([query], [out])
+    return sums + rest + narrowed + moved([query, sinks], [out])
 
 
 def visible(positions: np.ndarray, work: WorkList, window: int | None) -> tuple[int, int]:
@@ -193,6 +234,9 @@ COUNTERS: dict[str, Callable[..., Work]] = {
     "residual_norm": count_norm,
     "quantise": count_quantise,
     "linear": count_linear,
+    "route": count_route,
+    "expert_linear": count_experts,
+    "combine": count_combine,
     "rope_store": count_store,
     "attention": count_attention,
     "activate": count_activate,
@@ -315,7 +359,14 @@ def changed(attention: dict[str, Any], **layer: Any) -> ModelSpec:
     return replace(PLAIN, layers=of_all)
 
 
+GATED = FeedForwardSpec(40, "silu", gated=True)
+BIASED = FeedForwardSpec(50, "clamped_silu", gated=True, bias=True)
+
 SPECS = {
+    "sinks": changed({"sinks": True}),
+    "experts": changed({}, feed_forward=ExpertsSpec(7, 2, GATED)),
+    "every expert": changed({}, feed_forward=ExpertsSpec(3, 3, BIASED, router_bias=True)),
+    "experts and a shared neighbour": changed({}, feed_forward=ExpertsSpec(5, 1, GATED, False, shared=GATED)),
     "capped scores": changed({"softcap": 20.0}),
     "norms of whole queries": changed({"qk_norm": True, "qk_norm_whole": True}),
     "layer norms of single heads": changed(

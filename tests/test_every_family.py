@@ -21,7 +21,6 @@ import tiny_parallel
 import torch
 from running import Loaded, load, relative_error
 from test_families import weights_of
-from test_families_experts import ON_CPU, ON_CUDA
 from tiny_models import TinyModel
 
 from ridgeline.model.checkpoint import open_checkpoint
@@ -62,12 +61,6 @@ def shrunk(model: Any) -> Any:
     return type(model)(config)
 
 
-def executors_of(name: str) -> tuple[str, ...]:
-    """Those beside the reference that have kernels for a model."""
-    sparse = name in SPARSE
-    return (*(isa_levels() if ON_CPU or not sparse else ()), *(("cuda",) if ON_CUDA or not sparse else ()))
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
     directory = tmp_path_factory.mktemp("small")
@@ -86,7 +79,7 @@ def test_no_family_is_left_out(small: Small) -> None:
 def test_float32_logits_equal_transformers(small: Small, name: str) -> None:
     """A prompt, and one token more."""
     expected = small(name).logits(TOKENS[:6])
-    for executor in ("reference", *executors_of(name)):
+    for executor in ("reference", *isa_levels(), "cuda"):
         loaded = load(small(name).folder, executor, "W32A32", "KV32")
         seen = np.concatenate([loaded.run(TOKENS[:5]), loaded.run(TOKENS[5:6], 5)])
         assert relative_error(seen, expected) < 1e-4, executor
@@ -126,7 +119,7 @@ def greedy(loaded: Loaded, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]
     return [np.stack(of) for of in chosen]
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if isa_levels()[0] in executors_of(name)])
+@pytest.mark.parametrize("name", MODELS)
 def test_bits_do_not_depend_on_the_batch(small: Small, name: str) -> None:
     """Three requests at once on two threads, and each of them alone on one."""
     isa = isa_levels()[0]

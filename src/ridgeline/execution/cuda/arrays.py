@@ -63,6 +63,61 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """Matrices of `count` experts with `width` outputs each, one below the other. Of several linears that are
+    multiplied together, the matrices of all experts for the first come first, then those for the second; an
+    expert's outputs for them lie side by side."""
+
+    matrix: Packed
+    count: int
+    width: int
+
+    @property
+    def outputs(self) -> int:
+        """Results that a pair of a row and an expert has."""
+        return self.matrix.rows // self.count
+
+
+# A block of the experts' work: an expert, where its pairs begin in `Routes.order`, and how many of them the
+# block has. There may be blocks of none.
+BLOCK_EXPERT, BLOCK_FIRST, BLOCK_PAIRS = 0, 1, 2
+BLOCK_FIELDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Which experts a step's rows go to, and the work that comes of it, all int32 but `logits`.
+
+    `table` (rows, 2 * chosen, or one more): a row's experts, the bits of their float32 scores, and those of
+    the share of the experts' shared neighbour where there is one. The pair of row r and its expert in place k
+    has the number r * chosen + k. `order` (pairs,) lists the pairs by expert; `blocks` (capacity,
+    BLOCK_FIELDS) cuts that list; both are as long as the longest step needs. `logits` float32 (rows, experts,
+    or one more) is room for the router's products.
+    """
+
+    table: Tensor
+    order: Tensor
+    blocks: Tensor
+    logits: Tensor
+
+    @property
+    def chosen(self) -> int:
+        return self.table.shape[1] // 2
+
+    @property
+    def pairs(self) -> int:
+        return self.table.shape[0] * self.chosen
+
+    @property
+    def shared(self) -> bool:
+        """Whether the shared neighbour has a share."""
+        return self.table.shape[1] % 2 == 1
+
+    def __getitem__(self, rows: slice) -> Routes:
+        return Routes(self.table[rows], self.order, self.blocks, self.logits[rows])
+
+
+@dataclass(frozen=True, slots=True)
 class NormWeights:
     """A norm: float32 gain (width,), or (heads, width) where each head has its own; a layer norm's bias."""
 
@@ -126,9 +181,28 @@ DRAW_LOG_MIN_P, DRAW_SEED, DRAW_CHOICE, DRAW_POSITION = 4, 5, 6, 7
 DRAW_FIELDS = 8
 
 
+MIN_BLOCK_PAIRS = 16
+"""Pairs in the smallest block of the experts' work: the least that a tensor core's product takes."""
+
+
+def most_blocks(pairs: int, count: int, block_pairs: int = MIN_BLOCK_PAIRS) -> int:
+    """Blocks of an experts' work list, used or not: full ones, and one in part for each expert."""
+    return pairs // block_pairs + count
+
+
 def padded_groups(cols: int) -> int:
     """Groups that `cols` values fill, the last one perhaps in part."""
     return -(-cols // GROUP)
+
+
+def empty_routes(rows: int, width: int, count: int, device: torch.device) -> Routes:
+    """Room for the routes of `rows` rows to some of `count` experts, or to as many of fewer."""
+    pairs = rows * (width // 2)
+    table, order, blocks = (
+        torch.zeros(shape, dtype=torch.int32, device=device)
+        for shape in ((rows, width), (pairs,), (most_blocks(pairs, count), BLOCK_FIELDS))
+    )
+    return Routes(table, order, blocks, torch.zeros((rows, count + 1), device=device))
 
 
 def empty_activations(kind: str, rows: int, width: int, device: torch.device) -> Activations:

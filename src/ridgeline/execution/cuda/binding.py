@@ -10,7 +10,15 @@ from torch import Tensor
 
 from ridgeline.execution.base import Limits
 from ridgeline.execution.buffers import assign_buffers
-from ridgeline.execution.cuda.arrays import GROUP, Activations, Partials, empty_activations, padded_groups
+from ridgeline.execution.cuda.arrays import (
+    GROUP,
+    Activations,
+    Partials,
+    Routes,
+    empty_activations,
+    empty_routes,
+    padded_groups,
+)
 from ridgeline.execution.cuda.device import Device
 from ridgeline.execution.cuda.inputs import StepInputs, StepSize
 from ridgeline.execution.cuda.kernels.attention import block_rows, padded_head_dim, tile_rows
@@ -18,7 +26,7 @@ from ridgeline.execution.cuda.kernels.rope import Rope, rope_table
 from ridgeline.execution.cuda.weights import DeviceWeights
 from ridgeline.execution.cuda.work_list import WorkLimits
 from ridgeline.execution.lowering import Launch
-from ridgeline.model.program import Attention, Program, Value
+from ridgeline.model.program import Attention, Program, Route, Value
 from ridgeline.model.program import Rope as RopeOperation
 from ridgeline.model.spec import RopeSpec
 
@@ -31,7 +39,7 @@ def value_row_bytes(value: Value) -> int:
     """Bytes of one row of a value; sequence memory is counted by its slots."""
     if value.kind == "A8-g32":
         return padded_groups(value.width) * (GROUP + 4)
-    return {"f32": 4, "bf16": 2, "logits": 4, "drawn": 4}.get(value.kind, 0) * value.width
+    return {"f32": 4, "bf16": 2, "routes": 4, "logits": 4, "drawn": 4}.get(value.kind, 0) * value.width
 
 
 class DeviceBinding:
@@ -55,6 +63,7 @@ class DeviceBinding:
         self._places = {
             layer: (g, i) for g, group in enumerate(program.groups) for i, layer in enumerate(group.layers)
         }
+        self._experts = max((op.count for op in program.operations if isinstance(op, Route)), default=0)
         self._values = assign_buffers(program, launches, self._new_buffers)
         self._logits = self._new_logits(limits.max_sequences, program.output.width)
         self._more_logits = self._logits
@@ -70,7 +79,15 @@ class DeviceBinding:
         """The rows of a value's buffer that a step uses."""
         if value.kind == "logits":
             return self.logits(size.outputs)
-        return self._values[value.name][: size.outputs if value.selected else size.rows]
+        found = self._values[value.name]
+        assert not isinstance(found, Routes), value
+        return found[: (size.outputs if value.selected else size.rows) * value.experts]
+
+    def routes(self, value: Value, size: StepSize) -> Routes:
+        """The experts of a step's rows."""
+        found = self._values[value.name]
+        assert isinstance(found, Routes), value
+        return found[: size.rows]
 
     def tensor(self, value: Value, size: StepSize) -> Tensor:
         """The same, of a value that is not A8."""
@@ -89,13 +106,16 @@ class DeviceBinding:
         else:
             self._more_logits = self._logits
 
-    def _new_buffers(self, values: tuple[Value, ...]) -> Sequence[Activations]:
+    def _new_buffers(self, values: tuple[Value, ...]) -> Sequence[Activations | Routes]:
+        rows, where = self._rows * values[0].experts, self._device.where
         if len(values) == 1:
             (value,) = values
-            return [empty_activations(value.kind, self._rows, value.width, self._device.where)]
-        assert all(v.kind == "f32" for v in values), values
+            if value.kind == "routes":
+                return [empty_routes(rows, value.width, self._experts, where)]
+            return [empty_activations(value.kind, rows, value.width, where)]
+        assert all((v.kind, v.experts) == ("f32", values[0].experts) for v in values), values
         ends = [*accumulate((v.width for v in values), initial=0)]
-        whole = empty_activations("f32", self._rows, ends[-1], self._device.where)
+        whole = empty_activations("f32", rows, ends[-1], where)
         assert isinstance(whole, Tensor)
         return [whole[:, begin:end] for begin, end in pairwise(ends)]
 

@@ -102,12 +102,13 @@ class StepInputs:
                 "undrawn": (max_rows,),
                 "slots": (groups, max_rows),
                 "counts": (groups, 2),
+                "row_count": (1,),
                 **lists,
             },
         )
         self.tokens, self.positions = self._rows["tokens"], self._rows["positions"]
         self.output_rows, self.undrawn = self._rows["output_rows"], self._rows["undrawn"]
-        self.slots = self._rows["slots"]
+        self.slots, self.row_count = self._rows["slots"], self._rows["row_count"]
         self._draws = Mirror(device, torch.int64, {"draws": (max_rows, DRAW_FIELDS)})
         self.draws = self._draws["draws"]
         self.drawn = torch.full((max_rows,), -1, dtype=torch.int32, device=device.where)
@@ -158,6 +159,7 @@ class StepInputs:
         host["output_rows"][outputs : size.outputs] = 0
         left = [i for i, draw in enumerate(draws) if draw is None]
         host["undrawn"][: len(left)] = left
+        host["row_count"][0] = rows
         for group, mine in enumerate(work):
             slots = arrays.row_pages(group) * PAGE_TOKENS + arrays.slots % PAGE_TOKENS
             host["slots"][group, :rows] = slots

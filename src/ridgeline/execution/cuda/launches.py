@@ -18,20 +18,26 @@ from ridgeline.execution.cuda.binding import DeviceBinding
 from ridgeline.execution.cuda.inputs import StepSize
 from ridgeline.execution.cuda.kernels.activate import activate, softcap
 from ridgeline.execution.cuda.kernels.attention import attention
+from ridgeline.execution.cuda.kernels.combine import combine
 from ridgeline.execution.cuda.kernels.draw import draw
 from ridgeline.execution.cuda.kernels.embed import embed
+from ridgeline.execution.cuda.kernels.experts import expert_linear
 from ridgeline.execution.cuda.kernels.linear import linear
 from ridgeline.execution.cuda.kernels.norm import residual_norm
 from ridgeline.execution.cuda.kernels.quantise import quantise
 from ridgeline.execution.cuda.kernels.rope import Heads, Rope, rope_store
+from ridgeline.execution.cuda.kernels.route import route
 from ridgeline.execution.lowering import Launch
 from ridgeline.model.program import (
     Activate,
     Attention,
+    Combine,
     Embed,
+    ExpertLinear,
     Linear,
     Norm,
     Quantise,
+    Route,
     Sample,
     Softcap,
     StoreKV,
@@ -140,6 +146,64 @@ class LinearLaunch(Launch):
         return run
 
 
+@dataclass(frozen=True, slots=True)
+class RouteLaunch(Launch):
+    """Which experts each row goes to, and the list of their work."""
+
+    route: Route
+
+    def bind(self, to: DeviceBinding) -> Run:
+        op, router, row_count = self.route, to.weights.router(self.route), to.inputs.row_count
+        bias = to.weights.vector(op.bias) if op.bias else None
+
+        def run(size: StepSize) -> None:
+            x, routes = to.tensor(op.x, size), to.routes(op.out, size)
+            route(x, router, bias, row_count, routes, renormalise=op.renormalise)
+
+        return run
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLaunch(Launch):
+    """All linears that the experts apply to one value: one product for each run of weights of one storage and
+    width."""
+
+    side_by_side: ClassVar[bool] = True
+
+    x: Value
+    linears: tuple[ExpertLinear, ...]
+
+    def bind(self, to: DeviceBinding) -> Run:
+        products = []
+        alike = groupby(self.linears, key=lambda op: (to.weights.bits(op.weight), op.weight.shape))
+        for _, run_of in alike:
+            stacked = tuple(run_of)
+            products.append((stacked[0].out, to.weights.experts(stacked), to.weights.stacked_biases(stacked)))
+
+        def run(size: StepSize) -> None:
+            x, routes = to.value(self.x, size), to.routes(self.linears[0].routes, size)
+            for first, experts, bias in products:
+                expert_linear(x, routes, experts, _widened(to.tensor(first, size), experts.outputs), bias)
+
+        return run
+
+
+@dataclass(frozen=True, slots=True)
+class CombineLaunch(Launch):
+    """The weighed sum of what a row's experts gave."""
+
+    combine: Combine
+
+    def bind(self, to: DeviceBinding) -> Run:
+        op = self.combine
+
+        def run(size: StepSize) -> None:
+            shared = to.tensor(op.shared, size) if op.shared else None
+            combine(to.tensor(op.x, size), to.routes(op.routes, size), to.tensor(op.out, size), shared)
+
+        return run
+
+
 def _widened(first: Tensor, width: int) -> Tensor:
     """The columns of a buffer from its first value on."""
     if first.shape[1] == width:
@@ -194,6 +258,7 @@ class AttentionLaunch(Launch):
     def bind(self, to: DeviceBinding) -> Run:
         op = self.attention
         pool = to.pool(op.layer)
+        sinks = to.weights.vector(op.sinks) if op.sinks else None
 
         def run(size: StepSize) -> None:
             block_m, programs, partials = to.attention_grid(op, size)
@@ -209,6 +274,7 @@ class AttentionLaunch(Launch):
                 block_m=block_m,
                 programs=programs,
                 softcap=op.softcap,
+                sinks=sinks,
             )
 
         return run
@@ -263,6 +329,9 @@ CudaLaunch = (
     | NormLaunch
     | QuantiseLaunch
     | LinearLaunch
+    | RouteLaunch
+    | ExpertLaunch
+    | CombineLaunch
     | RopeStoreLaunch
     | AttentionLaunch
     | ActivateLaunch

@@ -1,7 +1,8 @@
 """Fusion for a GPU: from a canonical program to launches of kernels.
 
 The rules, each local and guarded by "nobody else reads it":
-- all linears of one value are one product with their weights stacked, its outputs side by side;
+- all linears of one value are one product with their weights stacked, its outputs side by side; so are those
+  of one expert;
 - an addition to the residual stream joins the norm that reads the sum, and the norm before it, if any;
 - a `Quantise` joins the norm, activation or store that produces its input; attention's, where it only rounds;
 - picking output rows joins the final norm;
@@ -16,12 +17,15 @@ from typing import Any, ClassVar
 from ridgeline.execution.cuda.launches import (
     ActivateLaunch,
     AttentionLaunch,
+    CombineLaunch,
     CudaLaunch,
     EmbedLaunch,
+    ExpertLaunch,
     LinearLaunch,
     NormLaunch,
     QuantiseLaunch,
     RopeStoreLaunch,
+    RouteLaunch,
     SampleLaunch,
     SoftcapLaunch,
 )
@@ -31,12 +35,15 @@ from ridgeline.model.program import (
     Activate,
     Add,
     Attention,
+    Combine,
     Embed,
+    ExpertLinear,
     Linear,
     Norm,
     Operation,
     Program,
     Quantise,
+    Route,
     Sample,
     Select,
     Softcap,
@@ -107,6 +114,20 @@ class _Lowering(Fusion[CudaLaunch]):
         )
         return LinearLaunch(siblings, (), op.x, siblings)
 
+    def route(self, op: Route) -> CudaLaunch:
+        return RouteLaunch((op,), (), op)
+
+    def expert_linear(self, op: ExpertLinear) -> CudaLaunch:
+        siblings = tuple(
+            u
+            for u in self.users[op.x.name]
+            if isinstance(u, ExpertLinear) and u.routes == op.routes and u.count == op.count
+        )
+        return ExpertLaunch(siblings, (), op.x, siblings)
+
+    def combine(self, op: Combine) -> CudaLaunch:
+        return CombineLaunch((op,), (), op)
+
     def store(self, op: StoreKV) -> CudaLaunch:
         attention = self.attention_of(op)
         rounding = self.producer[attention.query.name]
@@ -153,6 +174,9 @@ class _Lowering(Fusion[CudaLaunch]):
         Norm: norm,
         Quantise: quantise,
         Linear: linear,
+        Route: route,
+        ExpertLinear: expert_linear,
+        Combine: combine,
         StoreKV: store,
         Attention: attention,
         Activate: activate,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ridgeline.execution.cuda.arrays import Packed
+from ridgeline.execution.cuda.arrays import Experts, Packed
 from ridgeline.execution.cuda.pack import pack
-from ridgeline.model.program import Linear, Weight
+from ridgeline.model.program import ExpertLinear, Linear, Route, Weight
 from ridgeline.model.weights import Weights
 from ridgeline.precision.formats import Format
 
@@ -89,16 +90,32 @@ class DeviceWeights:
             self._stacks[names] = stack
         return self._stacks[names]
 
-    def stacked_biases(self, linears: Sequence[Linear]) -> Tensor | None:
+    def stacked_biases(self, linears: Sequence[Linear | ExpertLinear]) -> Tensor | None:
         """The linears' biases one after the other, zeros for one without; None where none has any."""
         if all(op.bias is None for op in linears):
             return None
         return torch.cat(
             [
-                self.vector(op.bias) if op.bias else torch.zeros(op.out.width, device=self._where)
+                self.vector(op.bias).flatten()
+                if op.bias
+                else torch.zeros(math.prod(op.weight.shape[:-1]), device=self._where)
                 for op in linears
             ]
         )
+
+    def experts(self, linears: Sequence[ExpertLinear]) -> Experts:
+        """Matrices of as many bits, experts, inputs and outputs; the stack takes over their memory."""
+        count, width, _ = linears[0].weight.shape
+        return Experts(self.stacked([op.weight for op in linears]), count, width)
+
+    def router(self, op: Route) -> Tensor:
+        """The router, and the gate of the shared neighbour below it: float32. Takes over their memory."""
+        if op.shared_gate is None:
+            return self.vector(op.router)
+        parts = op.router.name, op.shared_gate.name
+        whole = torch.cat([self._vectors[name] for name in parts])
+        self._vectors.update(zip(parts, (whole[: op.count], whole[op.count :]), strict=True))
+        return whole
 
     def nbytes(self, name: str) -> int:
         """Bytes of one weight."""

@@ -21,6 +21,7 @@ from ridgeline.execution.cuda.kernels.quantise import (
 from ridgeline.model.spec import Activation
 
 _SQRT_HALF = tl.constexpr(math.sqrt(0.5))
+_LEAST, _MOST, _CLAMPED_SLOPE = tl.constexpr(-7.0), tl.constexpr(7.0), tl.constexpr(-1.702)
 _GELU_SLOPE = tl.constexpr(-2 * math.sqrt(2 / math.pi))
 
 
@@ -38,6 +39,9 @@ def tanh(x):
 def _activation(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         y = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "clamped_silu":
+        x = tl.minimum(x, _MOST)
+        y = x / (1.0 + tl.exp(x * _CLAMPED_SLOPE))
     elif ACTIVATION == "gelu":
         y = 0.5 * x * (1.0 + tl.math.erf(x * _SQRT_HALF))
     else:  # 0.5 (1 + tanh u) = 1 / (1 + exp(-2u)), which does not cancel for a negative u
@@ -65,7 +69,10 @@ def _activate_kernel(
     mask = columns < WIDTH
     y = _activation(tl.load(x + row * x_stride + columns, mask=mask, other=0.0), ACTIVATION)
     if times is not None:
-        y *= tl.load(times + row * times_stride + columns, mask=mask, other=0.0)
+        factor = tl.load(times + row * times_stride + columns, mask=mask, other=0.0)
+        if ACTIVATION == "clamped_silu":
+            factor = tl.minimum(tl.maximum(factor, _LEAST), _MOST) + 1.0
+        y *= factor
     if scales is not None:
         scales += row * scales_stride
     store_row(out + row * out_stride, scales, begin, y, WIDTH, BLOCK)
@@ -75,7 +82,7 @@ def activate(x: Tensor, out: Activations, activation: Activation, times: Tensor 
     """out = activation(x), or activation(x) * times, as out's kind.
 
     `x` and `times` are float32 (rows, width), usually two column views of one tensor. SiLU and GELU:
-    arXiv:1606.08415, whose tanh approximation is "gelu_tanh".
+    arXiv:1606.08415, whose tanh approximation is "gelu_tanh"; for "clamped_silu" see `model.spec.Activation`.
     """
     rows, width = _check(x, out, activation, times)
     if rows == 0:
@@ -101,7 +108,11 @@ def activate_reference(
     """As `activate`, by PyTorch's functions in float64."""
     _check(x, out, activation, times)
     wide = x.double()
-    if activation == "silu":
+    if activation == "clamped_silu":
+        wide = wide.clamp(max=7.0)
+        y = wide * torch.sigmoid(1.702 * wide)
+        times = times.double().clamp(-7.0, 7.0) + 1.0 if times is not None else None
+    elif activation == "silu":
         y = torch.nn.functional.silu(wide)
     else:
         y = torch.nn.functional.gelu(wide, approximate="tanh" if activation == "gelu_tanh" else "none")
@@ -109,7 +120,7 @@ def activate_reference(
 
 
 def _check(x: Tensor, out: Activations, activation: Activation, times: Tensor | None) -> tuple[int, int]:
-    assert activation in ("silu", "gelu", "gelu_tanh"), activation
+    assert activation in ("silu", "gelu", "gelu_tanh", "clamped_silu"), activation
     rows, width = x.shape
     check_float32(x)
     check_activations(out, rows, width)

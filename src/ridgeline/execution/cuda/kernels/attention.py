@@ -105,16 +105,23 @@ def _merge(mixed, top, total, mixed_next, top_next, total_next):
 
 @triton.jit
 def _store_rows(
-    out, out_stride, mixed, total, block, kv_head,
+    out, out_stride, sinks, mixed, top, total, block, kv_head,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the result of the block whose first row and number of rows lie at `block`; a row that saw
     nothing becomes zeros. They are read again, and volatile, so that no address of a row lives in registers
-    through the loops."""
+    through the loops. A head's sink is one more score behind all splits, with a value of zero."""
     row, rows = tl.load(block, volatile=True), tl.load(block + 1, volatile=True)
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    share = tl.math.div_rn(1.0, tl.where(total > 0.0, total, 1.0))
     packed = row * GROUP + m
+    if sinks is not None:
+        sink = tl.load(sinks + kv_head * GROUP + packed % GROUP) * _LOG2_E_DEVICE
+        highest = tl.maximum(top, sink)
+        finite = tl.where(highest == float("-inf"), 0.0, highest)
+        keep = tl.math.exp2(top - finite)
+        mixed *= keep[:, None]
+        total = tl.math.fma(total, keep, tl.math.exp2(sink - finite))
+    share = tl.math.div_rn(1.0, tl.where(total > 0.0, total, 1.0))
     at = (packed // GROUP).to(tl.int64) * out_stride + (kv_head * GROUP + packed % GROUP) * HEAD_DIM
     inside = (packed < (row + rows) * GROUP)[:, None] & (d < HEAD_DIM)[None, :]
     tl.store(out + at[:, None] + d[None, :], (mixed * share[:, None]).to(out.dtype.element_ty), mask=inside)
@@ -174,8 +181,8 @@ def _attend_split(
 
 @triton.jit
 def _attention_kernel(
-    query, out, pool, positions, counts, items, segments, tables, partial_mixed, partial_top, partial_total,
-    query_stride, out_stride, scale,
+    query, out, pool, positions, sinks, counts, items, segments, tables,
+    partial_mixed, partial_top, partial_total, query_stride, out_stride, scale,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_STRIDE: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SPLIT: tl.constexpr, MODE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -238,8 +245,9 @@ def _attention_kernel(
 
         if partial < 0:
             _store_rows(
-                out, out_stride, mixed, total, item + _ITEM_ROW, kv_head, GROUP, HEAD_DIM, BLOCK_M, BLOCK_D
-            )
+                out, out_stride, sinks, mixed, top, total, item + _ITEM_ROW, kv_head,
+                GROUP, HEAD_DIM, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
         else:
             place = (partial.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_M + m
             tl.store(partial_mixed + place[:, None] * BLOCK_D + d[None, :], mixed)
@@ -249,7 +257,7 @@ def _attention_kernel(
 
 @triton.jit
 def _merge_kernel(
-    out, counts, merges, partial_mixed, partial_top, partial_total, out_stride,
+    out, sinks, counts, merges, partial_mixed, partial_top, partial_total, out_stride,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -268,8 +276,9 @@ def _merge_kernel(
             top_next, total_next = tl.load(partial_top + place), tl.load(partial_total + place)
             mixed, top, total = _merge(mixed, top, total, mixed_next, top_next, total_next)
         _store_rows(
-            out, out_stride, mixed, total, merge + _MERGE_ROW, kv_head, GROUP, HEAD_DIM, BLOCK_M, BLOCK_D
-        )
+            out, out_stride, sinks, mixed, top, total, merge + _MERGE_ROW, kv_head,
+            GROUP, HEAD_DIM, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
 
 
 def _mode(query: Tensor, pool: Tensor) -> int:
@@ -306,15 +315,17 @@ def attention(
     block_m: int,
     programs: int,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     split_tokens: int = SPLIT_TOKENS,
 ) -> None:
     """Attention of the work list's rows over the pages that its segments name.
 
     query, out (rows, heads * head_dim) float32 or bfloat16; pool (pages, kv_heads, 2, PAGE_TOKENS,
     head_dim) bfloat16 or float32 with keys at 0 and values at 1 of its third axis; positions int32 (rows,)
-    rotary. `softcap` bounds scaled scores s: softcap * tanh(s / softcap). Rows that no item names are left
-    as they are. A row's result depends on `block_m`, on `split_tokens` and on what the row sees, but not on
-    how the list cuts the work, nor on `programs`, the width of the grid. float32 queries give about five
+    rotary. `softcap` bounds scaled scores s: softcap * tanh(s / softcap). `sinks` float32 (heads,) are
+    scores that take part in each head's softmax and have no value. Rows that no item names are left as they
+    are. A row's result depends on `block_m`, on `split_tokens` and on what the row sees, but not on how the
+    list cuts the work, nor on `programs`, the width of the grid. float32 queries give about five
     digits over a bfloat16 pool; bfloat16 ones have their probabilities rounded to bfloat16 as well.
     """
     kv_heads, head_dim = pool.shape[1], pool.shape[4]
@@ -325,18 +336,19 @@ def attention(
     _check(query, out, pool, positions, work, partials, block_m)
     assert split_tokens % block_n == 0, "splits are whole tiles"
     assert window is None or window > 0, "a row sees itself"
+    assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == (heads,)), "a sink for each head"
     shape = {"GROUP": heads // kv_heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim}
     results = (partials.mixed, partials.top, partials.total)
     grid = (programs, kv_heads)
     _attention_kernel[grid](
-        query, out, pool, positions, work.counts, work.items, work.segments, work.tables, *results,
+        query, out, pool, positions, sinks, work.counts, work.items, work.segments, work.tables, *results,
         query.stride(0), out.stride(0), scale / softcap if softcap else scale * _LOG2_E,
         **shape, PAGE_STRIDE=pool.stride(0), WINDOW=window or 0, CAP=softcap or 0.0, SPLIT=split_tokens,
         MODE=mode,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, **options,
     )  # fmt: skip
     _merge_kernel[grid](
-        out, work.counts, work.merges, *results, out.stride(0),
+        out, sinks, work.counts, work.merges, *results, out.stride(0),
         **shape, BLOCK_M=block_m, BLOCK_D=block_d, num_warps=options["num_warps"], num_stages=2, maxnreg=255,
     )  # fmt: skip
 
@@ -384,6 +396,7 @@ def attention_reference(
     block_m: int,
     programs: int,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     split_tokens: int = SPLIT_TOKENS,
 ) -> None:
     """What `attention` writes to `out`, in float64: each row over all that its items cover, at once.
@@ -411,7 +424,9 @@ def attention_reference(
                 scores.setdefault(row, []).append(products + bias)
                 values.setdefault(row, []).append(held[:, :, 1])
     for row in scores:
-        chances = torch.softmax(torch.cat(scores[row], dim=2), dim=2)
+        seen = torch.cat(scores[row], dim=2)
+        ends = [seen] if sinks is None else [seen, sinks.double().view(*seen.shape[:2], 1)]
+        chances = torch.softmax(torch.cat(ends, dim=2), dim=2)[:, :, : seen.shape[2]]
         mixed = torch.einsum("khs,skd->khd", chances, torch.cat(values[row]))
         out[row] = mixed.reshape(heads * head_dim).to(out.dtype)
 

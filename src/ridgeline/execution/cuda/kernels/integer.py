@@ -23,6 +23,42 @@ from ridgeline.execution.cuda.kernels.tiles import TOGETHER, Tile, block_of_prog
 from ridgeline.execution.cuda.pack import dequantise
 
 
+@triton.jit
+def block_product(
+    x_row,
+    x_scale_row,
+    m_inside,
+    code_row,
+    scale_row,
+    n_inside,
+    GROUPS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+):
+    """BLOCK_M rows of x times BLOCK_N rows of weights, by their addresses: float32 (BLOCK_N, BLOCK_M)."""
+    # The weights are the left operand: their side of an instruction is the wide one (see weight_only).
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for first in range(0, GROUPS, BLOCK_GROUPS):
+        for i in tl.static_range(BLOCK_GROUPS):
+            group = first + i
+            w = load_codes(code_row, n_inside, group, GROUPS, BITS, 1).to(tl.int8)
+            k = group * 32 + tl.arange(0, 32)
+            a = tl.load(x_row[:, None] + k[None, :], mask=m_inside[:, None], other=0)
+            a_scale = tl.load(x_scale_row + group, mask=m_inside, other=0.0)
+            product = tl.dot(w, tl.trans(a), out_dtype=tl.int32).to(tl.float32)
+            if BITS == 4:
+                d = tl.load(scale_row + group * 2, mask=n_inside, other=0.0).to(tl.float32)
+                lift = tl.load(scale_row + group * 2 + 1, mask=n_inside, other=0.0).to(tl.float32)
+                a_sum = tl.sum(a.to(tl.int32), axis=1).to(tl.float32) * a_scale
+                total += lift[:, None] * a_sum[None, :]
+            else:
+                d = tl.load(scale_row + group, mask=n_inside, other=0.0).to(tl.float32)
+            total += product * (d[:, None] * a_scale[None, :])
+    return total
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _matmul(
     x_codes,
@@ -44,36 +80,20 @@ def _matmul(
     BLOCK_GROUPS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    # The weights are the left operand: their side of an instruction is the wide one (see weight_only).
     m_block, n_block = block_of_program(rows, N, BLOCK_M, BLOCK_N, TOGETHER)
     m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_inside, n_inside = m < rows, n < N
     code_row = code_rows(codes, n.to(tl.int64), GROUPS, BITS)
     scale_row = scale_rows(scales, n.to(tl.int64), GROUPS, BITS)
     x_row = x_codes + m.to(tl.int64) * x_codes_stride
     x_scale_row = x_scales + m.to(tl.int64) * x_scales_stride
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for first in range(0, GROUPS, BLOCK_GROUPS):
-        for i in tl.static_range(BLOCK_GROUPS):
-            group = first + i
-            w = load_codes(code_row, n_inside, group, GROUPS, BITS, 1).to(tl.int8)
-            k = group * 32 + tl.arange(0, 32)
-            a = tl.load(x_row[:, None] + k[None, :], mask=m_inside[:, None], other=0)
-            a_scale = tl.load(x_scale_row + group, mask=m_inside, other=0.0)
-            product = tl.dot(w, tl.trans(a), out_dtype=tl.int32).to(tl.float32)
-            if BITS == 4:
-                d = tl.load(scale_row + group * 2, mask=n_inside, other=0.0).to(tl.float32)
-                lift = tl.load(scale_row + group * 2 + 1, mask=n_inside, other=0.0).to(tl.float32)
-                a_sum = tl.sum(a.to(tl.int32), axis=1).to(tl.float32) * a_scale
-                total += lift[:, None] * a_sum[None, :]
-            else:
-                d = tl.load(scale_row + group, mask=n_inside, other=0.0).to(tl.float32)
-            total += product * (d[:, None] * a_scale[None, :])
+    total = block_product(
+        x_row, x_scale_row, m < rows, code_row, scale_row, n < N, GROUPS, BITS, BLOCK_M, BLOCK_N, BLOCK_GROUPS
+    )
     store_block(total, bias, out, out_stride, m, n, rows, N, HAS_BIAS)
 
 
-def _tile(rows: int, groups: int) -> Tile:
+def matmul_tile(rows: int, groups: int) -> Tile:
     """Few rows wait for memory: they take few outputs, so that there are programs enough, and several groups
     at a time, so that their loads are under way together. Many rows take what registers hold, where a sum
     needs one for itself and one for the product of its group.
@@ -96,7 +116,7 @@ def integer(x: A8, matrix: Packed, out: Tensor, bias: Tensor | None = None) -> N
     assert x.scales.shape == (rows, groups)
     assert x.codes.stride(1) == 1
     assert x.scales.stride(1) == 1
-    tile = _tile(rows, groups)
+    tile = matmul_tile(rows, groups)
     _matmul[tile.grid(rows, matrix.rows)](
         x.codes,
         x.codes.stride(0),

@@ -54,6 +54,17 @@ def store_block(total, bias, out, out_stride, m, n, rows, N, HAS_BIAS: tl.conste
 
 def check_packed(matrix: Packed, rows: int, out: Tensor, bias: Tensor | None) -> Tensor:
     """Assert what the kernels rely on in a quantised matrix and in the result, and give the scales."""
+    scales = check_quantised(matrix)
+    assert out.dtype == torch.float32
+    assert out.shape == (rows, matrix.rows)
+    assert out.stride(1) == 1
+    assert bias is None or (bias.dtype == torch.float32 and bias.shape == (matrix.rows,))
+    assert bias is None or bias.stride(0) == 1
+    return scales
+
+
+def check_quantised(matrix: Packed) -> Tensor:
+    """Assert what the kernels rely on in a quantised matrix, and give its scales."""
     groups, scales = padded_groups(matrix.cols), matrix.scales
     assert matrix.bits in (4, 8)
     assert matrix.codes.dtype == (torch.uint8 if matrix.bits == 4 else torch.int8)
@@ -63,9 +74,4 @@ def check_packed(matrix: Packed, rows: int, out: Tensor, bias: Tensor | None) ->
     assert scales.dtype == torch.float16
     assert scales.shape == ((matrix.rows, groups, 2) if matrix.bits == 4 else (matrix.rows, groups))
     assert scales.is_contiguous()
-    assert out.dtype == torch.float32
-    assert out.shape == (rows, matrix.rows)
-    assert out.stride(1) == 1
-    assert bias is None or (bias.dtype == torch.float32 and bias.shape == (matrix.rows,))
-    assert bias is None or bias.stride(0) == 1
     return scales

@@ -20,6 +20,59 @@ from ridgeline.execution.cuda.pack import dequantise
 
 
 @triton.jit
+def row_product(
+    x,
+    code_row,
+    scale_row,
+    inside,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+):
+    """The row `x` times BLOCK_N rows of weights, whose addresses are given: float32 (BLOCK_N,)."""
+    offsets = tl.arange(0, BLOCK_GROUPS * 32)
+    total = tl.zeros((BLOCK_N, BLOCK_GROUPS * 32), tl.float32)
+    for group in range(0, GROUPS, BLOCK_GROUPS):
+        w = load_values(code_row, scale_row, inside, group, GROUPS, BITS, BLOCK_GROUPS)
+        k = group * 32 + offsets
+        a = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        total += w.to(tl.bfloat16).to(tl.float32) * a[None, :]
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def block_product(
+    x_row,
+    m,
+    rows,
+    code_row,
+    scale_row,
+    n,
+    N,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+):
+    """BLOCK_M rows of x, if m < rows, times BLOCK_N rows of weights, if n < N, by their addresses: float32
+    (BLOCK_N, BLOCK_M)."""
+    # The weights are the left operand, which the tensor cores take from registers, where they are unpacked;
+    # and their side of an instruction is the wide one, so that few rows waste little of it.
+    offsets = tl.arange(0, BLOCK_GROUPS * 32)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for group in range(0, GROUPS, BLOCK_GROUPS):
+        w = load_values(code_row, scale_row, n < N, group, GROUPS, BITS, BLOCK_GROUPS).to(tl.bfloat16)
+        k = group * 32 + offsets
+        a = tl.load(x_row[:, None] + k[None, :], mask=(m < rows)[:, None] & (k < K)[None, :], other=0.0)
+        total = tl.dot(w, tl.trans(a), total)
+    return total
+
+
+@triton.jit
 def _matvec(
     x,
     codes,
@@ -38,14 +91,7 @@ def _matvec(
     inside = n < N
     code_row = code_rows(codes, n.to(tl.int64), GROUPS, BITS)
     scale_row = scale_rows(scales, n.to(tl.int64), GROUPS, BITS)
-    offsets = tl.arange(0, BLOCK_GROUPS * 32)
-    total = tl.zeros((BLOCK_N, BLOCK_GROUPS * 32), tl.float32)
-    for group in range(0, GROUPS, BLOCK_GROUPS):
-        w = load_values(code_row, scale_row, inside, group, GROUPS, BITS, BLOCK_GROUPS)
-        k = group * 32 + offsets
-        a = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-        total += w.to(tl.bfloat16).to(tl.float32) * a[None, :]
-    result = tl.sum(total, axis=1)
+    result = row_product(x, code_row, scale_row, inside, K, GROUPS, BITS, BLOCK_N, BLOCK_GROUPS)
     if HAS_BIAS:
         result += tl.load(bias + n, mask=inside, other=0.0)
     tl.store(out + n, result, mask=inside)
@@ -71,25 +117,19 @@ def _matmul(
     BLOCK_GROUPS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
-    # The weights are the left operand, which the tensor cores take from registers, where they are unpacked;
-    # and their side of an instruction is the wide one, so that few rows waste little of it.
     m_block, n_block = block_of_program(rows, N, BLOCK_M, BLOCK_N, TOGETHER)
     m = m_block * BLOCK_M + tl.arange(0, BLOCK_M)
     n = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     code_row = code_rows(codes, n.to(tl.int64), GROUPS, BITS)
     scale_row = scale_rows(scales, n.to(tl.int64), GROUPS, BITS)
     x_row = x + m.to(tl.int64) * x_stride
-    offsets = tl.arange(0, BLOCK_GROUPS * 32)
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for group in range(0, GROUPS, BLOCK_GROUPS):
-        w = load_values(code_row, scale_row, n < N, group, GROUPS, BITS, BLOCK_GROUPS).to(tl.bfloat16)
-        k = group * 32 + offsets
-        a = tl.load(x_row[:, None] + k[None, :], mask=(m < rows)[:, None] & (k < K)[None, :], other=0.0)
-        total = tl.dot(w, tl.trans(a), total)
+    total = block_product(
+        x_row, m, rows, code_row, scale_row, n, N, K, GROUPS, BITS, BLOCK_M, BLOCK_N, BLOCK_GROUPS
+    )
     store_block(total, bias, out, out_stride, m, n, rows, N, HAS_BIAS)
 
 
-def _matvec_tile(outputs: int, groups: int, bits: int) -> Tile:
+def matvec_tile(outputs: int, groups: int, bits: int) -> Tile:
     """16 bytes of codes for each of 128 threads at a time.
 
     Long rows of few outputs give many programs, whose loads together keep the memory busy; where there are
@@ -99,7 +139,7 @@ def _matvec_tile(outputs: int, groups: int, bits: int) -> Tile:
     return Tile(1, max(1, 128 * 4 // (bits * row_groups)), row_groups, 4, 1)
 
 
-def _matmul_tile(rows: int) -> Tile:
+def matmul_tile(rows: int) -> Tile:
     """64 inputs at a time at every number of rows, so that all add in one order.
 
     Few rows wait for memory and take many stages; more inputs at a time would spill where rows are many.
@@ -118,7 +158,7 @@ def matvec(x: Tensor, matrix: Packed, out: Tensor, bias: Tensor | None = None) -
     scales = _check(x, matrix, out, bias)
     assert x.shape[0] == 1
     groups = padded_groups(matrix.cols)
-    tile = _matvec_tile(matrix.rows, groups, matrix.bits)
+    tile = matvec_tile(matrix.rows, groups, matrix.bits)
     _matvec[tile.grid(1, matrix.rows)](
         x,
         matrix.codes,
@@ -141,7 +181,7 @@ def matmul(x: Tensor, matrix: Packed, out: Tensor, bias: Tensor | None = None) -
     """out (rows, outputs) float32 = x (rows, inputs) bfloat16 @ W.T + bias, for W of 4 or 8 bits."""
     scales = _check(x, matrix, out, bias)
     rows = x.shape[0]
-    tile = _matmul_tile(rows)
+    tile = matmul_tile(rows)
     _matmul[tile.grid(rows, matrix.rows)](
         x,
         x.stride(0),
