@@ -12,8 +12,10 @@ float widen_f16(const uint16_t* p) {
   return wide[0];
 }
 
-float exponent_scale(int exponent) {  // 2**(exponent - 128), subnormal below 2
-  const uint32_t bits = exponent < 2 ? 0x00200000u << exponent : uint32_t(exponent - 1) << 23;
+// 4 * 2**(exponent - 128), which is never subnormal, as the scale itself is for exponents of 0 and 1. Files
+// with exponents above 252 are refused; here they give infinities.
+float four_exponent_scale(int exponent) {
+  const uint32_t bits = uint32_t(exponent < 254 ? exponent + 1 : 255) << 23;
   float scale;
   std::memcpy(&scale, &bits, 4);
   return scale;
@@ -62,9 +64,11 @@ void unpack_group(const uint8_t* tile, int lane, int group, float* out) {
   const auto* halves = reinterpret_cast<const uint16_t*>(header) + lane;
   int codes[kGroup];
   unpack_codes<kStorage>(tile + place.codes, lane, group, codes);
-  const float first = kTraits.scale == Scale::exponent ? exponent_scale(header[lane]) : widen_f16(halves);
+  constexpr bool kExponent = kTraits.scale == Scale::exponent;
+  const float first = kExponent ? four_exponent_scale(header[lane]) : widen_f16(halves);
   const float second = kTraits.minimum == Minimum::none ? 0.0f : widen_f16(halves + kTileRows);
   constexpr int kStep = kTraits.group == 16 ? 16 : kGroup;
+  constexpr float kUnit = kExponent ? 0.25f : 1.0f;
   for (int i = 0; i < kGroup; i += kStep) {
     float scale = first, minimum = second;
     if constexpr (header_lines(kStorage) > 0) {
@@ -75,7 +79,7 @@ void unpack_group(const uint8_t* tile, int lane, int group, float* out) {
       }
     }
     for (int j = i; j < i + kStep; ++j) {
-      out[j] = float(codes[j]) * scale;
+      out[j] = float(codes[j]) * kUnit * scale;
       if constexpr (kTraits.minimum != Minimum::none) out[j] += minimum;
     }
   }
