@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from ridgeline.server.parsers.deltas import Delta, Output
-from ridgeline.server.parsers.markers import MarkerSearch, SpecialCutter
+from ridgeline.server.parsers.markers import PIECE, MarkerSearch, SpecialCutter
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 _ENDS = ("<|end|>", "<|call|>", "<|return|>")
@@ -83,6 +83,10 @@ class HarmonyParser:
         return self._out.take()
 
     def _read(self, text: str) -> None:
+        for at in range(0, len(text), PIECE):
+            self._read_piece(text[at : at + PIECE])
+
+    def _read_piece(self, text: str) -> None:
         text, self._held = self._held + text, ""
         at = 0
         while (found := self._search.find(text, at)) is not None:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from ridgeline.server.parsers.deltas import Output
 
-_NAME_KEYS = frozenset({"name", "tool_name"})
+_FUNCTION_KEY = "function"  # its value is a name, or an object with name and arguments
+_NAME_KEYS = frozenset({"name", "tool_name", _FUNCTION_KEY})
 _ARGUMENT_KEYS = frozenset({"arguments", "parameters"})
 _OTHER_KEYS = frozenset({"type", "id", "tool_call_id"})
 _MAX_WORD = 256  # characters of a key or a name
@@ -116,6 +117,7 @@ class JsonCalls:
         self._escaped = False
         self._key: str | None = None
         self._name: str | None = None
+        self._nested = False  # in the object of the function key
         self._value = ValueScanner()
         self._giving = False  # what is read now is the arguments of a call that has begun
         self._early: list[str] | None = None  # arguments of a call that has not
@@ -136,7 +138,7 @@ class JsonCalls:
     def unread(self) -> str:
         """The text that no call accounts for; none where that is only what stands between calls."""
         text = "".join(self._unread)
-        return "" if self._calls and not text.strip(" \t\r\n,") else text
+        return "" if self._calls and not text.strip(" \t\r\n,}") else text
 
     # ------------------------------------------------------------------------------------------- around
 
@@ -256,11 +258,7 @@ class JsonCalls:
         self._value = ValueScanner()
         self._state = self._skipped
         if self._key in _NAME_KEYS and self._name is None:
-            if text[at] != '"':
-                return self._fail(at)
-            self._word, self._word_size = ['"'], 0
-            self._state = self._in_word
-            return at + 1
+            return self._name_start(text, at)
         if self._key in _ARGUMENT_KEYS:
             if text[at] not in '{"n':
                 return self._fail(at)
@@ -270,6 +268,17 @@ class JsonCalls:
                 self._begin(at)
                 self._giving = True
         return at
+
+    def _name_start(self, text: str, at: int) -> int:
+        if text[at] == "{" and self._key == _FUNCTION_KEY and not self._nested:
+            self._nested = True
+            self._state = self._in_object
+        elif text[at] == '"':
+            self._word, self._word_size = ['"'], 0
+            self._state = self._in_word
+        else:
+            return self._fail(at)
+        return at + 1
 
     def _skipped(self, text: str, at: int) -> int:
         return self._value_read(self._value.scan(text, at))
@@ -344,6 +353,10 @@ class JsonCalls:
 
     def _close(self, at: int) -> int:
         """The object's closing brace, at `at`."""
+        if self._nested:
+            self._nested = False
+            self._state = self._after_value
+            return at + 1
         if not self._begun:
             if self._name is None or self._bare:
                 return self._fail(at)

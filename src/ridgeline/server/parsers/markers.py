@@ -11,6 +11,10 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+# Parsers read at most so many characters at a time: what is left after a marker is copied, and only where
+# that is short is the work linear in the text.
+PIECE = 256
+
 
 class TokenStream(Protocol):
     """Gives the text of tokens, one after the other: a `Detokenizer` that does not skip special tokens."""
@@ -64,9 +68,9 @@ class SpecialCutter:
         while self._marks:
             start, name = self._marks[0]
             begin = start - self._read
-            if begin >= len(text) or not name.startswith(text[begin : begin + len(name)]):
-                if begin >= len(text):
-                    break
+            if begin >= len(text):
+                break
+            if begin < at or not name.startswith(text[begin : begin + len(name)]):
                 self._marks.popleft()  # the text is not that of the tokens: leave it as it is
                 continue
             if begin > at:
@@ -77,7 +81,7 @@ class SpecialCutter:
             pieces.append(Piece(name, True))
             at += len(name)
             self._marks.popleft()
-        held = bool(self._marks) and self._marks[0][0] - self._read == at < len(text)
+        held = bool(self._marks) and self._marks[0][0] - self._read == at
         if at < len(text) and not held:
             pieces.append(Piece(text[at:], False))
             at = len(text)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ridgeline.server.parsers.deltas import Delta, Output
 from ridgeline.server.parsers.json_calls import JsonCalls
-from ridgeline.server.parsers.markers import MarkerSearch, SpecialCutter
+from ridgeline.server.parsers.markers import PIECE, MarkerSearch, SpecialCutter
 from ridgeline.server.parsers.named_calls import (
     DEEPSEEK_HEAD,
     DEEPSEEK_MARKS,
@@ -154,8 +154,10 @@ class MarkupParser:
         return self._out.take()
 
     def _read(self, text: str) -> None:
-        while text:
-            text = self._state(text)
+        for at in range(0, len(text), PIECE):
+            piece = text[at : at + PIECE]
+            while piece:
+                piece = self._state(piece)
 
     # ------------------------------------------------------------------------------ content and reasoning
 
