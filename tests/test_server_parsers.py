@@ -206,6 +206,7 @@ CASES = {
     ),
     "cohere2 text": Case("cohere2", "<|START_RESPONSE|>Hi\nyou<|END_RESPONSE|>", content="Hi\nyou"),
     "granite": Case("granite", f'<|tool_call|>[{{"name": "f", "arguments": {ARGS}}}]', (CALL,)),
+    "granite 4": Case("granite", f"Ok\n{HERMES}\n{HERMES}", (CALL, CALL), "Ok"),
     "granite text": Case("granite", f'<tool_call>[{{"name": "f", "arguments": {ARGS}}}]', (CALL,)),
     "phi": Case("phi4-mini", f'<|tool_call|>[{{"name": "f", "arguments": {ARGS}}}]<|/tool_call|>', (CALL,)),
     "phi functools": Case("phi4-mini", f'functools[{{"name": "f", "arguments": {ARGS}}}]', (CALL,)),
@@ -221,6 +222,9 @@ CASES = {
         (("f", "{}"), ("g", "{} ")),
     ),
     "harmony own tool": Case("gpt-oss", "<|channel|>analysis to=browser.open<|message|>{}<|call|>", reasoning="{}"),
+    "harmony final to": Case("gpt-oss", "<|channel|>final to=functions.f<|message|>Yes", content="Yes"),
+    "harmony two channels": Case("gpt-oss", "<|channel|>analysis<|message|>So<|channel|>final<|message|>Yes", content="Yes", reasoning="So"),
+    "harmony text after": Case("gpt-oss", "<|channel|>final<|message|>A<|end|> B<|start|>assistant<|channel|>", content="A B"),
     "harmony final": Case("gpt-oss", "<|channel|>final<|message|> Yes. <|return|>", content=" Yes. "),
     "harmony lost": Case("gpt-oss", "Just to= text", content="Just to= text"),
 }  # fmt: skip
@@ -276,6 +280,62 @@ def test_answer_cut_short_loses_and_doubles_nothing(case: Case, by_id: bool) -> 
         for (name, arguments), (full_name, full) in zip(answer.calls, whole.calls, strict=False):
             assert name == full_name
             assert full.startswith(re.sub(r"<[|a-z]*\Z", "", arguments))  # half a marker
+
+
+NOT_CALLS = [
+    "",
+    " [",
+    "[]",
+    "[1]",
+    '[{"name": "f"',
+    '{"name": "f" "arguments": {}}',
+    '{"name" "f"}',
+    '{"name": 1}',
+    '{"name": " "}',
+    '{"name": "a\nb"}',
+    '{"name": "\\x"}',
+    f'{{"name": "{"n" * 300}"}}',
+    f'{{"{"k" * 300}": 1}}',
+    '{"name": "f", "arguments": [1]}',
+    '{"name": "f", "arguments": "no"}',
+    '{"name": "f", "arguments": "{\\x"}',
+    '{"name": "f", "arguments": nil}',
+    '{"arguments": {"a": 1}, "arguments": {}}',
+    '{"arguments": {"a": <}',
+    '{"function": {"function": {"name": "f"}}}',
+    '{"id": <',
+    '{"id": ,',
+    "{}",
+    "{1: 2}",
+]
+
+
+@pytest.mark.parametrize("body", NOT_CALLS)
+def test_what_does_not_parse_is_text(body: str) -> None:
+    for text in (f"<tool_call>{body}", f"Say\n <tool_call>\n{body} </tool_call> so"):
+        for sizes in ([], None, [len(text) // 2]):
+            answer = read(parser("qwen2", by_id=False), spelled(text), sizes)
+            assert (answer.content, answer.calls) == (text, [])
+
+
+@pytest.mark.parametrize(
+    ("rest", "content"),
+    [
+        (", oops}", "oops}"),
+        (', "arguments": 1}', ', "arguments": 1}'),
+        ("} oops", "oops"),
+        ("}, {}]", ", {}]"),
+        ("} </tool_call>{}", "{}"),
+        ("}}\n</tool_call>", "}\n</tool_call>"),
+    ],
+)
+def test_what_follows_a_broken_call_is_text(rest: str, content: str) -> None:
+    opening = "[" if "]" in rest else ""
+    text = f'<tool_call>{opening}{{"name": "f", "arguments": {{}}{rest}'
+    for sizes in ([], None):
+        answer = read(parser("qwen2", by_id=False), spelled(text), sizes)
+        assert answer.calls == [("f", "{}")]
+        assert answer.content == content
 
 
 def test_arguments_stream_as_they_come() -> None:

@@ -27,7 +27,7 @@ _PEOPLE = frozenset({"assistant", "user", "all"})
 
 
 class HarmonyParser:
-    """Channel analysis is reasoning, a message to a function a tool call, all else content.
+    """Channel analysis is reasoning, a message to a function a tool call (unless final), the rest content.
 
     The prompt ends with the role of the first message. `cutter`, `special` and `strip` as for `MarkupParser`.
     Without `tools`, messages to functions are content.
@@ -143,14 +143,15 @@ class HarmonyParser:
     def _begin_message(self, header: str) -> None:
         self._header = None
         self._show = self._out.content
-        channel, to = _CHANNEL.search(header), _RECIPIENT.search(header)
+        found, to = _CHANNEL.search(header), _RECIPIENT.search(header)
+        channel = found[1] if found is not None else ""
         name = to[1] if to is not None else ""
         # Names with a dot are those of the model's own tools, which nobody gave it here.
         function = name.startswith(_FUNCTIONS) or (name and "." not in name and name not in _PEOPLE)
-        if self._tools and function and name != _FUNCTIONS:
+        if self._tools and function and name != _FUNCTIONS and channel != "final":
             self._out.call(name.removeprefix(_FUNCTIONS))
             self._show = self._out.arguments
-        elif channel is not None and channel[1] == "analysis":
+        elif channel == "analysis":
             self._show = self._out.reasoning
 
     def _drop_header(self) -> None:
