@@ -325,7 +325,7 @@ def test_what_does_not_parse_is_text(body: str) -> None:
         (', "arguments": 1}', ', "arguments": 1}'),
         ("} oops", "oops"),
         ("}, {}]", ", {}]"),
-        ("} </tool_call>{}", "{}"),
+        ('} </tool_call>{"name": "g"}', '{"name": "g"}'),
         ("}}\n</tool_call>", "}\n</tool_call>"),
     ],
 )
@@ -591,7 +591,6 @@ HOSTILE = {
 }  # fmt: skip
 LEADS = (
     "",
-    "<tool_call>",
     '<tool_call>{"name": "',
     '<tool_call>{"name": "f", "arguments": {"a": ',
     "[TOOL_CALLS]",
@@ -614,7 +613,7 @@ def test_work_on_hostile_text_is_linear(family: str) -> None:
     """Twice the text is twice the work, and no character is looked at more than so many times."""
     for name, unit in HOSTILE.items():
         for lead in LEADS:
-            once, twice = (lead + unit * (size // len(unit)) for size in (500, 1000))
+            once, twice = (lead + unit * (size // len(unit)) for size in (400, 800))
             for step in STEPS:
                 first = work(lambda: feed_all(family, once, step))  # noqa: B023
                 second = work(lambda: feed_all(family, twice, step))  # noqa: B023
