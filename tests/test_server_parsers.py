@@ -23,10 +23,8 @@ from ridgeline.model.special_tokens import SpecialTokens
 from ridgeline.model.tokenizer import Tokenizer
 from ridgeline.server.parsers import Delta, OutputParser, PlainParser, parser_for
 
-COHERE2 = "<|START_THINKING|><|START_ACTION|>"
 CASES_OF_TEMPLATES = {
     **TEMPLATES,
-    "cohere2": COHERE2,
     "magistral": "[TOOL_CALLS][THINK]",
     "hermes": "<tool_call>",
     "no template": None,
@@ -200,11 +198,11 @@ CASES = {
     ),
     "command-r text": Case("command-r", "Action: none taken ```x```", content="Action: none taken ```x```"),
     "cohere2": Case(
-        "cohere2",
+        "command-r7b",
         f'<|START_THINKING|>I plan.<|END_THINKING|><|START_ACTION|>[\n{{"tool_call_id": "0", "tool_name": "f", "parameters": {ARGS}}}\n]<|END_ACTION|>',
         (CALL,), "", "I plan.",
     ),
-    "cohere2 text": Case("cohere2", "<|START_RESPONSE|>Hi\nyou<|END_RESPONSE|>", content="Hi\nyou"),
+    "cohere2 text": Case("command-r7b", "<|START_RESPONSE|>Hi\nyou<|END_RESPONSE|>", content="Hi\nyou"),
     "granite": Case("granite", f'<|tool_call|>[{{"name": "f", "arguments": {ARGS}}}]', (CALL,)),
     "granite 4": Case("granite", f"Ok\n{HERMES}\n{HERMES}", (CALL, CALL), "Ok"),
     "granite text": Case("granite", f'<tool_call>[{{"name": "f", "arguments": {ARGS}}}]', (CALL,)),
@@ -448,7 +446,7 @@ CALLS_OF_FAMILIES = {
     "command-r": 'Action:\n{"tool_name": "f", "parameters": {}}',
     "deepseek-r1": "</think><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{}\n```<｜tool▁call▁end｜>",
     "gpt-oss": "<|channel|>commentary to=functions.f<|message|>{}",
-    "cohere2": '<|START_ACTION|>[{"tool_name": "f", "parameters": {}}]<|END_ACTION|>',
+    "command-r7b": '<|START_ACTION|>[{"tool_name": "f", "parameters": {}}]<|END_ACTION|>',
     "magistral": "[TOOL_CALLS]f{}",
 }  # fmt: skip
 
@@ -514,7 +512,7 @@ FRAMES: dict[str, Callable[[str], str]] = {
     "mistral": lambda a: f"[TOOL_CALLS]f[ARGS]{a}",
     "granite": lambda a: f'<|tool_call|>[{{"arguments": {a}, "name": "f"}}]',
     "command-r": lambda a: f'Action: ```json\n[{{"tool_name": "f", "parameters": {a}}}]\n```',
-    "cohere2": lambda a: f'<|START_ACTION|>[{{"tool_name": "f", "parameters": {a}}}]<|END_ACTION|>',
+    "command-r7b": lambda a: f'<|START_ACTION|>[{{"tool_name": "f", "parameters": {a}}}]<|END_ACTION|>',
     "gpt-oss": lambda a: f"<|channel|>commentary to=functions.f<|message|>{a}<|call|>",
     "deepseek-r1": lambda a: f"</think><｜tool▁call▁begin｜>f<｜tool▁sep｜>{a}<｜tool▁call▁end｜>",
 }
