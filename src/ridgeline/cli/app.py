@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ridgeline.cli import bench, chat, perplexity, probe, pull, rm, run, show
+from ridgeline.cli import bench, chat, perplexity, probe, pull, rm, run, serve, show
 from ridgeline.cli import list as list_verb
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(run.run)
 app.command()(chat.chat)
+app.command()(serve.serve)
 app.command()(pull.pull)
 app.command("list")(list_verb.list_models)
 app.command()(show.show)

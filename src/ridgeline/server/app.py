@@ -1,0 +1,97 @@
+"""The application: routes, errors, and the gate before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from ridgeline.server.errors import HttpError, http_error_of
+from ridgeline.server.gate import Gate
+from ridgeline.server.routes import chat, completions, status, tokenizer
+from ridgeline.server.service import Service
+from ridgeline.server.wire.base import Body
+from ridgeline.server.wire.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from ridgeline.types import RidgelineError
+
+ROUTERS: Sequence[APIRouter] = (chat.router, completions.router, tokenizer.router, status.router)
+"""Every endpoint. A new one is a module in `routes/` and its router here."""
+BODIES: Sequence[type[Body]] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+
+
+def create_app(service: Service, on_answer: Callable[[str, int, float], None] | None = None) -> ASGIApp:
+    """ASGI for one service. `on_answer` hears of each answer: path, status (0: none), seconds."""
+    app = FastAPI(
+        title="Ridgeline",
+        version=status.package_version(),
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    for router in ROUTERS:
+        app.include_router(router)
+    for kind in (HttpError, RidgelineError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _answer_error)
+    app.openapi = lambda: _described(app)  # type: ignore[method-assign]
+    return Gate(app, service.config, on_answer)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        error = _routing_error(error)
+    elif isinstance(error, RequestValidationError):
+        error = HttpError(422, "the path or the query is malformed")
+    told = http_error_of(error)
+    return Response(told.body(), told.status, told.headers, "application/json")
+
+
+def _routing_error(error: HTTPException) -> HttpError:
+    messages = {404: "there is nothing at this path", 405: "this path does not take this method"}
+    message = messages.get(error.status_code, "the request cannot be served")
+    return HttpError(error.status_code, message, headers=error.headers)
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """OpenAPI, with the bodies that we read ourselves."""
+    if app.openapi_schema is None:
+        described = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        schemas = described.setdefault("components", {}).setdefault("schemas", {})
+        for body in BODIES:
+            schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(schema.pop("$defs", {}))
+            schemas[body.__name__] = schema
+        schemas["Error"] = _ERROR_SCHEMA
+        app.openapi_schema = described
+    return app.openapi_schema
+
+
+_TEXT = {"type": ["string", "null"]}
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": _TEXT,
+                "code": _TEXT,
+            },
+        }
+    },
+}

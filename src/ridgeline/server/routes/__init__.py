@@ -1,0 +1,1 @@
+"""The endpoints. Each module has a `router`; `ridgeline.server.app` lists them."""

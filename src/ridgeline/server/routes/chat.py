@@ -1,0 +1,239 @@
+"""`/v1/chat/completions`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ridgeline.server import logs
+from ridgeline.server.errors import bad_request
+from ridgeline.server.messages import Piece
+from ridgeline.server.output import Delta, OutputParser, PlainText
+from ridgeline.server.routes.common import (
+    EVENTS,
+    STOPS,
+    answer_with,
+    broken_off,
+    json_answer,
+    key_of,
+    new_head,
+    record_of,
+    service_of,
+    takes,
+)
+from ridgeline.server.service import Service, Ticket
+from ridgeline.server.streaming import DONE, EventStream
+from ridgeline.server.text import TextSide
+from ridgeline.server.wire.answers import (
+    ChatChunks,
+    Head,
+    Usage,
+    chat_logprobs,
+    delta_fields,
+    message_fields,
+)
+from ridgeline.server.wire.requests import ChatRequest, ChatTemplateFields, TokenizeRequest
+from ridgeline.types import TokenLogprobs
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", openapi_extra=takes(ChatRequest), responses=EVENTS)
+async def chat_completions(request: Request) -> Response:
+    """Answer a chat."""
+    service, key = service_of(request), key_of(request)
+    service.check_ready(key)
+    body = await service.bodies.read(request, ChatRequest)
+    model = service.model_name(body.model)
+    body.check()
+    params = body.params(service.text.sampling_defaults)
+    ticket = service.admit(key, params.n)
+    service.log_prompt(request.scope["ridgeline.id"], body.messages)
+
+    async def work() -> Response:
+        tokens = await service.in_thread(chat_tokens, service.text, body, body.tool_choice != "none")
+        service.check_tokens(tokens, "messages")
+        ticket.submit([tokens], params, body.stream)
+        usage = Usage(len(tokens))
+        record_of(request)["usage"] = usage
+        answer = ChatAnswer(service, new_head(service, "chatcmpl", model), body, usage)
+        if not body.stream:
+            return json_answer(await answer.whole(ticket))
+        chunks = answer.stream(ticket)
+        return EventStream(await anext(chunks), chunks, ticket.close)
+
+    return await answer_with(request, ticket, work())
+
+
+def chat_tokens(
+    text: TextSide, body: ChatTemplateFields | TokenizeRequest, with_tools: bool = True
+) -> tuple[int, ...]:
+    """The tokens of a chat, up to where the answer begins."""
+    options: dict[str, Any] = dict(body.chat_template_kwargs or {})
+    source = text.template.source if text.template is not None else ""
+    for name in ("tools", "documents", "add_generation_prompt", "continue_final_message"):
+        if name in options:
+            raise bad_request(
+                f"chat_template_kwargs has {name!r}; accepted: the template's own variables",
+                "chat_template_kwargs",
+            )
+    if body.reasoning_effort is not None:
+        if "reasoning_effort" not in source:
+            raise bad_request(
+                "this model's chat template knows no reasoning_effort",
+                "reasoning_effort",
+                "unsupported_parameter",
+            )
+        options["reasoning_effort"] = body.reasoning_effort
+    if body.tools and with_tools:
+        options["tools"] = body.tools
+    if body.documents:
+        options["documents"] = body.documents
+    generate = body.add_generation_prompt
+    messages = [_as_templates_read(message, source) for message in body.messages or ()]
+    try:
+        return text.chat_tokens(
+            messages,
+            add_generation_prompt=not body.continue_final_message if generate is None else generate,
+            continue_final_message=body.continue_final_message,
+            **options,
+        )
+    except TypeError:  # a variable's name that is no name of Python's, or one of the call's own
+        raise bad_request(
+            "chat_template_kwargs has a name that cannot be a template's", "chat_template_kwargs"
+        ) from None
+
+
+def _as_templates_read(message: dict[str, Any], source: str) -> dict[str, Any]:
+    """A message in the form that templates are written for: they know `system`, and a call's arguments as an
+    object."""
+    if message.get("role") == "developer" and "developer" not in source:
+        message = {**message, "role": "system"}
+    calls = message.get("tool_calls")
+    if isinstance(calls, list):
+        message = {**message, "tool_calls": [_call(call) for call in calls]}
+    return message
+
+
+def _call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+class ChatAnswer:
+    """Turns what the engine gives into a message, or into chunks of it."""
+
+    def __init__(self, service: Service, head: Head, body: ChatRequest, usage: Usage) -> None:
+        self._tokenizer = service.text.tokenizer
+        self._head = head
+        self._usage = usage
+        self._wants_usage = body.wants_usage
+        self._wants_logprobs = body.logprobs
+        self._chunks = ChatChunks(head, body.wants_usage)
+        has_tools = bool(body.tools) and body.tool_choice != "none"
+        self._parsers: list[OutputParser] = [service.text.parser(has_tools) for _ in range(body.n)]
+        self._begun: set[int] = set()
+        self._called: set[int] = set()  # choices that call a tool
+
+    # --------------------------------------------------------------------------------------- streaming
+
+    async def stream(self, ticket: Ticket) -> AsyncGenerator[bytes, None]:
+        async with aclosing(ticket.pieces()) as arriving:  # type: ignore[type-var]
+            async for _, pieces in arriving:
+                parts: list[bytes] = []
+                for piece in pieces:
+                    self._add(piece, parts)
+                if parts:
+                    yield b"".join(parts)
+        yield (self._chunks.usage(self._usage) if self._wants_usage else b"") + DONE
+
+    def _add(self, piece: Piece, parts: list[bytes]) -> None:
+        """The chunks of a piece."""
+        index, chunks = piece.choice, self._chunks
+        self._usage.completion_tokens += len(piece.tokens)
+        if index not in self._begun:
+            self._begun.add(index)
+            parts.append(chunks.role(index))
+        parser = self._parsers[index]
+        if piece.logprobs is None and piece.finish_reason is None and type(parser) is PlainText:
+            if piece.text:
+                parts.append(chunks.content(index, piece.text))
+            return
+        logprobs = chat_logprobs(self._tokenizer, piece.logprobs) if piece.logprobs else None
+        for delta in self._deltas(piece):
+            parts.append(chunks.delta(index, delta_fields(delta), logprobs))
+            logprobs = None
+        if logprobs is not None:
+            parts.append(chunks.delta(index, {"content": ""}, logprobs))
+        if piece.finish_reason is not None:
+            parts.append(
+                chunks.delta(index, {}, finish_reason=self._reason(piece), stop_reason=piece.stop_reason)
+            )
+
+    # ------------------------------------------------------------------------------------------- whole
+
+    async def whole(self, ticket: Ticket) -> dict[str, Any]:
+        deltas: list[list[Delta]] = [[] for _ in self._parsers]
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in self._parsers]
+        last: list[Piece | None] = [None] * len(self._parsers)
+        async with aclosing(ticket.pieces()) as arriving:  # type: ignore[type-var]
+            async for _, pieces in arriving:
+                for piece in pieces:
+                    self._usage.completion_tokens += len(piece.tokens)
+                    deltas[piece.choice] += self._deltas(piece)
+                    logprobs[piece.choice] += piece.logprobs or ()
+                    last[piece.choice] = piece
+        choices = [
+            self._choice(index, deltas[index], logprobs[index], piece)
+            for index, piece in enumerate(last)
+            if piece is not None
+        ]
+        fields = self._head.fields("chat.completion")
+        return {**fields, "choices": choices, "usage": self._usage.fields()}
+
+    def _choice(
+        self, index: int, deltas: list[Delta], logprobs: list[TokenLogprobs], last: Piece
+    ) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": index,
+            "message": message_fields(deltas),
+            "logprobs": chat_logprobs(self._tokenizer, logprobs) if self._wants_logprobs else None,
+            "finish_reason": self._reason(last),
+        }
+        if last.stop_reason is not None:
+            choice["stop_reason"] = last.stop_reason
+        return choice
+
+    # ------------------------------------------------------------------------------------------ shared
+
+    def _deltas(self, piece: Piece) -> list[Delta]:
+        parser = self._parsers[piece.choice]
+        deltas = list(parser.feed(piece.text, piece.tokens))
+        if piece.finish_reason is not None:
+            deltas += parser.finish()
+        if any(delta.tool_calls for delta in deltas):
+            self._called.add(piece.choice)
+        return deltas
+
+    def _reason(self, piece: Piece) -> str:
+        """Why a choice ended. Raises HttpError for one that ended in an error."""
+        reason = piece.finish_reason
+        if reason not in STOPS:
+            logs.event("answer broke off", logging.ERROR, id=self._head.id, cause=piece.stop_reason)
+            raise broken_off()
+        return "tool_calls" if reason == "stop" and piece.choice in self._called else str(reason)

@@ -1,0 +1,253 @@
+"""What routes use: who may begin a request, how text becomes tokens, and the stream of an answer.
+
+Admission comes first and costs nothing: a request that finds the queue full is refused before its text is
+looked at. Tokenizing and templates run in a few threads, never on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from functools import partial
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from starlette.types import Receive
+
+from ridgeline.server import logs
+from ridgeline.server.body import BodyReader, ClientGoneError
+from ridgeline.server.config import ApiKey, ServerConfig
+from ridgeline.server.engine_client import EngineClient, EngineStream
+from ridgeline.server.errors import RETRY_AFTER, HttpError, bad_request, unavailable
+from ridgeline.server.messages import ModelCard, Piece
+from ridgeline.server.text import TextSide
+from ridgeline.types import CheckpointError, SamplingParams
+
+T = TypeVar("T")
+
+_READ_AHEAD = 64
+"""Lists of pieces that may wait for the writer of an answer to several prompts."""
+
+
+class Service:
+    """Everything that the routes share. Belongs to one event loop."""
+
+    def __init__(self, client: EngineClient, text: TextSide, config: ServerConfig) -> None:
+        self.client = client
+        self.text = text
+        self.config = config
+        self.bodies = BodyReader(config)
+        self.draining = False
+        self.created_s = int(time.time())
+        self.open_sequences = 0
+        self.open_requests = 0
+        self.waiting_tokens = 0  # of prompts that have not given a token yet
+        self._of_key: Counter[str] = Counter()
+        self._threads = ThreadPoolExecutor(config.text_threads, thread_name_prefix="ridgeline-text")
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # ---------------------------------------------------------------------------------------- state
+
+    @property
+    def state(self) -> str:
+        """`ready`, or why nobody is served."""
+        return "draining" if self.draining else self.client.state
+
+    @property
+    def card(self) -> ModelCard:
+        """The loaded model. Raises HttpError 503 while there is none."""
+        if self.client.card is None:
+            raise unavailable(self.state)
+        return self.client.card
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells answers of different models, formats and devices apart."""
+        card = self.card
+        described = f"{card.model} {card.device} {sorted(card.formats.items())} {card.max_model_len}"
+        return "rl_" + hashlib.sha256(described.encode()).hexdigest()[:12]
+
+    def check_ready(self, key: ApiKey | None = None) -> None:
+        """Refuse before anything is read: 503 when nobody is served, 429 when the queue is full."""
+        if self.state not in ("ready", "stuck"):
+            raise unavailable(self.state)
+        if self.open_sequences >= self.card.max_num_seqs + self.config.max_queue:
+            raise _overloaded("the queue is full")
+        if key is not None and key.max_requests is not None and self._of_key[key.name] >= key.max_requests:
+            raise _overloaded(f"this API key may have {key.max_requests} requests open at once")
+
+    def model_name(self, asked: str | None) -> str:
+        """The name that an answer carries. Raises HttpError for a model that is not served."""
+        if asked is None:
+            return self.text.names[0]
+        if asked in self.text.names:
+            return asked
+        if ".." in asked.replace("\\", "/").split("/") or not asked.isprintable():
+            raise bad_request("the name of the model is malformed; accepted: one that is served", "model")
+        served = ", ".join(self.text.names)
+        message = f"the model {asked[:128]!r} is not served; accepted: {served}"
+        raise HttpError(404, message, "model_not_found", "model")
+
+    # ----------------------------------------------------------------------------------------- text
+
+    async def in_thread(self, call: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Run what looks at hostile text where it cannot block the loop."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._threads, partial(call, *arguments, **options))
+        except CheckpointError as error:  # a template that does not compile; the message has a path
+            raise HttpError(500, "this model's chat template cannot be used", "internal_error") from error
+
+    def log_prompt(self, request_id: str, prompt: object) -> None:
+        """Only on a server that was asked to."""
+        if self.config.log_prompts:
+            logs.event("prompt", id=request_id, prompt=json.dumps(prompt, ensure_ascii=False))
+
+    # ------------------------------------------------------------------------------------- requests
+
+    def admit(self, key: ApiKey | None, sequences: int) -> Ticket:
+        """A place for a request of so many sequences. Raises HttpError 429 and 503."""
+        self.check_ready(key)
+        ticket = Ticket(self, key, sequences)
+        self.open_requests += 1
+        self.open_sequences += sequences
+        if key is not None:
+            self._of_key[key.name] += 1
+        return ticket
+
+    def release(self, key: ApiKey | None, sequences: int) -> None:
+        self.open_requests -= 1
+        self.open_sequences -= sequences
+        if key is not None:
+            self._of_key[key.name] -= 1
+            if not self._of_key[key.name]:
+                del self._of_key[key.name]
+
+    def check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        """Refuse a prompt that this model cannot take."""
+        card = self.card
+        if len(tokens) >= card.max_model_len:
+            raise bad_request(
+                f"this model's context is {card.max_model_len} tokens, and the prompt has {len(tokens)}; "
+                f"accepted: at most {card.max_model_len - 1}",
+                param,
+                "context_length_exceeded",
+            )
+        for token in tokens:
+            if not 0 <= token < card.vocabulary_size:
+                accepted = f"0 to {card.vocabulary_size - 1}"
+                raise bad_request(f"prompt token is {token}; accepted: {accepted}", param)
+
+
+def _overloaded(message: str) -> HttpError:
+    return HttpError(429, f"{message}; try again later", "rate_limit_exceeded", headers=RETRY_AFTER)
+
+
+class Ticket:
+    """One admitted request: its place in the queue and what it has begun. Closing it ends all of that."""
+
+    def __init__(self, service: Service, key: ApiKey | None, sequences: int) -> None:
+        self._service = service
+        self._key = key
+        self._sequences = sequences
+        self._waiting: dict[int, int] = {}  # prompt tokens of the streams that have given nothing yet
+        self._streams: list[EngineStream] = []
+        self._closed = False
+
+    def submit(self, prompts: Sequence[Sequence[int]], params: SamplingParams, stream: bool) -> None:
+        """Begin the prompts. Raises HttpError 429 when too many tokens wait, and EngineDeadError."""
+        service = self._service
+        tokens = sum(map(len, prompts))
+        # A request alone is always taken.
+        if service.waiting_tokens and service.waiting_tokens + tokens > service.config.max_queue_tokens:
+            raise _overloaded(f"{service.waiting_tokens} prompt tokens are waiting already")
+        deadline_s = time.monotonic() + service.config.queue_timeout_s
+        for index, prompt in enumerate(prompts):
+            self._streams.append(service.client.submit(prompt, params, stream, deadline_s))
+            self._waiting[index] = len(prompt)
+            service.waiting_tokens += len(prompt)
+
+    async def pieces(self) -> AsyncIterator[tuple[int, list[Piece]]]:
+        """What the prompts' answers gain, with the prompt's index. Raises what EngineStream raises."""
+        if len(self._streams) == 1:
+            async with aclosing(self._streams[0].__aiter__()) as arriving:  # type: ignore[type-var]
+                async for pieces in arriving:
+                    self._begun(0)
+                    yield 0, pieces
+            return
+        queue: asyncio.Queue[tuple[int, list[Piece]] | BaseException | None] = asyncio.Queue(_READ_AHEAD)
+        tasks = [asyncio.create_task(self._pump(index, queue)) for index in range(len(self._streams))]
+        try:
+            ended = 0
+            while ended < len(tasks):
+                item = await queue.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    ended += 1
+                    continue
+                self._begun(item[0])
+                yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _pump(
+        self, index: int, queue: asyncio.Queue[tuple[int, list[Piece]] | BaseException | None]
+    ) -> None:
+        try:
+            async for pieces in self._streams[index]:
+                await queue.put((index, pieces))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+
+    def _begun(self, index: int) -> None:
+        self._service.waiting_tokens -= self._waiting.pop(index, 0)
+
+    def close(self) -> None:
+        """Abort what has not ended and give the place back. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for stream in self._streams:
+            stream.abort()
+        self._service.waiting_tokens -= sum(self._waiting.values())
+        self._service.release(self._key, self._sequences)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away. Raises ClientGoneError then."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,80 @@
+"""The text side of a model, which the HTTP process holds: tokenizer, chat template, defaults, names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ridgeline.model.catalog import resolve
+from ridgeline.model.chat_template import ChatTemplate
+from ridgeline.model.checkpoint import open_checkpoint
+from ridgeline.model.generation_defaults import generation_defaults
+from ridgeline.model.tokenizer import Tokenizer
+from ridgeline.server.config import ServerConfig
+from ridgeline.server.output import OutputParser, PlainText
+from ridgeline.types import ConfigError, RequestError, SamplingParams
+
+ParserFactory = Callable[[bool], OutputParser]
+"""Makes the parser of one answer; its argument says whether the request has tools."""
+
+
+def plain_text(has_tools: bool) -> OutputParser:
+    return PlainText()
+
+
+@dataclass(frozen=True, slots=True)
+class TextSide:
+    """What turns requests into tokens and answers into messages. Safe to share between threads."""
+
+    names: tuple[str, ...]
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    sampling_defaults: SamplingParams
+    parser: ParserFactory = plain_text
+
+    @classmethod
+    def load(cls, model: str, config: ServerConfig) -> TextSide:
+        """Of the model that `model` names. Raises CheckpointError and ConfigError."""
+        path = resolve(model)
+        with closing(open_checkpoint(path)) as checkpoint:
+            tokenizer = Tokenizer.from_checkpoint(checkpoint)
+            template = ChatTemplate.from_checkpoint(checkpoint, tokenizer)
+            defaults = SamplingParams(**generation_defaults(checkpoint))
+        if config.chat_template is not None:
+            template = ChatTemplate(_template_text(config.chat_template), tokenizer, path)
+        names = config.served_model_names or (_name_of(model),)
+        return cls(names, tokenizer, template, defaults)
+
+    def prompt_tokens(self, prompt: str | Sequence[int], add_special: bool = True) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self.tokenizer.encode(prompt, add_special=add_special))
+        return tuple(prompt)
+
+    def chat_tokens(self, messages: Sequence[dict[str, Any]], **options: Any) -> tuple[int, ...]:
+        """Raises RequestError when there is no template or it refuses the chat."""
+        if self.template is None:
+            raise RequestError("messages cannot be used: this model has no chat template")
+        return tuple(self.template.encode(messages, **options))
+
+
+def _name_of(model: str) -> str:
+    """The name that a model has without `--served-model-name`: never a path of this machine."""
+    path = Path(model).expanduser()
+    if not path.exists():
+        return model
+    path = path.resolve()
+    return path.name.removesuffix(".gguf") if path.is_file() else path.name
+
+
+def _template_text(given: str) -> str:
+    """A template as it is given: a file, or Jinja."""
+    if "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"chat template {given}: {cause}; accepted: a text file, or Jinja") from None

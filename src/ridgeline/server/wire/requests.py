@@ -1,0 +1,304 @@
+"""The bodies of requests: OpenAI's fields, and those of vLLM's that we have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from ridgeline.server.errors import bad_request
+from ridgeline.server.wire.base import Accepts, Body, anything, number, only
+from ridgeline.types import SamplingParams
+
+MAX_PROMPTS = 1024
+MAX_SEQUENCES = 2048
+MAX_MESSAGES = 10_000
+MAX_TOOLS = 512
+MAX_TOP_LOGPROBS = 20
+COMPLETION_TOKENS = 16
+"""What a completion has at most where its request does not say; OpenAI's default."""
+
+
+def _stops(value: Any) -> Any:
+    """One stop string, or a list of them."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and len(value) > 64:
+        raise ValueError(f"{len(value)} stop strings; accepted: at most 64")
+    return value
+
+
+def _biases(value: Mapping[str, float]) -> Mapping[str, float]:
+    if len(value) > 4096:
+        raise ValueError(f"{len(value)} tokens; accepted: at most 4096")
+    for token in value:
+        if not (token.isascii() and token.isdigit() and len(token) < 12):
+            raise ValueError("keys should be token ids")
+    return value
+
+
+def _token_ids(value: list[int]) -> list[int]:
+    if len(value) > 4096:
+        raise ValueError(f"{len(value)} token ids; accepted: at most 4096")
+    return value
+
+
+Stops = Annotated[list[str], BeforeValidator(_stops)]
+Biases = Annotated[dict[str, float], AfterValidator(_biases)]
+TokenIds = Annotated[list[int], AfterValidator(_token_ids)]
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    unsupported: ClassVar[Mapping[str, Accepts]] = {
+        "include_obfuscation": anything,
+        "continuous_usage_stats": only(False),
+    }
+
+
+def _stream_options(value: Any) -> Any:
+    if isinstance(value, dict):
+        StreamOptions.refuse_unsupported(value)
+    return value
+
+
+class Sampled(Body):
+    """What both kinds of completion have: how tokens are chosen, and how the answer comes."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: Annotated[StreamOptions, BeforeValidator(_stream_options)] | None = None
+    n: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Biases | None = None
+    seed: int | None = None
+    stop: Stops | None = None
+    stop_token_ids: TokenIds | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+
+    unsupported: ClassVar[Mapping[str, Accepts]] = {
+        "user": anything,
+        "metadata": anything,
+        "safety_identifier": anything,
+        "prompt_cache_key": anything,
+        "prompt_cache_retention": anything,
+        "prompt_cache_options": anything,
+        "store": only(False),
+        "service_tier": only("auto", "default"),
+        "moderation": only(),
+        "use_beam_search": only(False),
+        "length_penalty": number(1),
+        "best_of": only(),
+        "allowed_token_ids": only([]),
+        "bad_words": only([]),
+        "truncate_prompt_tokens": only(),
+        "prompt_logprobs": only(),
+        "spaces_between_special_tokens": only(True),
+        "return_tokens_as_token_ids": only(False),
+        "return_token_ids": only(False),
+        "priority": number(0),
+        "cache_salt": only(),
+        "request_id": only(),
+        "guided_json": only(),
+        "guided_regex": only(),
+        "guided_choice": only(),
+        "guided_grammar": only(),
+        "structured_outputs": only(),
+        "logits_processors": only([]),
+        "mm_processor_kwargs": only({}),
+        "kv_transfer_params": only(),
+        "vllm_xargs": only({}),
+    }
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, defaults: SamplingParams, **fixed: Any) -> SamplingParams:
+        """Parameters for the engine: the model's own, changed by what was sent and by `fixed`. Raises
+        RequestError for a value out of range."""
+        names = set(SamplingParams.__dataclass_fields__) - {"logit_bias", "logprobs", "max_tokens"}
+        sent = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.logit_bias:
+            sent["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        base = {name: getattr(defaults, name) for name in SamplingParams.__dataclass_fields__}
+        return SamplingParams(**{**base, **sent, **fixed})
+
+    def check_stream_options(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise bad_request("stream_options is only for stream: true", "stream_options")
+
+
+# ------------------------------------------------------------------------------------------------ chat
+
+
+class ChatTemplateFields(Body):
+    """What a chat template is given."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: list[dict[str, Any]] | None = Field(default=None, max_length=MAX_TOOLS)
+    documents: list[dict[str, Any]] | None = Field(default=None, max_length=MAX_TOOLS)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+
+
+class ToolFunction(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class ChatRequest(ChatTemplateFields, Sampled):
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool = True
+
+    unsupported: ClassVar[Mapping[str, Accepts]] = {
+        **Sampled.unsupported,
+        "response_format": only({"type": "text"}),
+        "functions": only([]),
+        "function_call": only("none", "auto"),
+        "modalities": only(["text"]),
+        "audio": only(),
+        "prediction": only(),
+        "verbosity": only("medium"),
+        "web_search_options": only(),
+        "echo": only(False),
+        "chat_template": only(),
+        "add_special_tokens": only(False),
+        "include_reasoning": only(True),
+    }
+
+    def check(self) -> None:
+        """What no single field can say. Raises HttpError."""
+        self.check_stream_options()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
+        if self.tools and not self.parallel_tool_calls:
+            raise bad_request(
+                "parallel_tool_calls: false is not supported beside tools",
+                "parallel_tool_calls",
+                "unsupported_parameter",
+            )
+        if self.tool_choice not in (None, "none", "auto"):
+            raise bad_request(
+                "tool_choice is not supported with this value; accepted: none, auto",
+                "tool_choice",
+                "unsupported_parameter",
+            )
+
+    def params(self, defaults: SamplingParams) -> SamplingParams:
+        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self.sampling(
+            defaults, max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None
+        )
+
+
+# ----------------------------------------------------------------------------------------- completions
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """A text, texts, token ids, or lists of token ids, as a list of prompts."""
+    accepted = "prompt should be a string, token ids, or a list of either"
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError(accepted)
+    if all(type(each) is int for each in value):
+        return [value]
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"{len(value)} prompts; accepted: at most {MAX_PROMPTS}")
+    for each in value:
+        tokens = isinstance(each, list) and each and all(type(token) is int for token in each)
+        if not isinstance(each, str) and not tokens:
+            raise ValueError(accepted)
+    return value
+
+
+class CompletionRequest(Sampled):
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts, json_schema_input_type=Any)]
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    echo: bool = False
+    best_of: int | None = None
+    add_special_tokens: bool = True
+
+    unsupported: ClassVar[Mapping[str, Accepts]] = {
+        **{name: accepts for name, accepts in Sampled.unsupported.items() if name != "best_of"},
+        "suffix": only(""),
+        "response_format": only({"type": "text"}),
+        "prompt_embeds": only(),
+    }
+
+    def check(self) -> None:
+        """What no single field can say. Raises HttpError."""
+        self.check_stream_options()
+        if self.best_of is not None and self.best_of != self.n:
+            raise bad_request(
+                f"best_of is {self.best_of}; accepted: n, which is {self.n}",
+                "best_of",
+                "unsupported_parameter",
+            )
+        if self.echo and self.logprobs is not None:
+            raise bad_request("echo is not supported together with logprobs", "echo", "unsupported_parameter")
+        if self.max_tokens == 0 and not self.echo:
+            raise bad_request("max_tokens is 0; accepted: a positive number", "max_tokens")
+        if len(self.prompt) * max(self.n, 1) > MAX_SEQUENCES:
+            raise bad_request(
+                f"{len(self.prompt)} prompts with n {self.n}; accepted: at most {MAX_SEQUENCES} answers", "n"
+            )
+
+    def params(self, defaults: SamplingParams) -> SamplingParams:
+        limit = COMPLETION_TOKENS if self.max_tokens is None else max(self.max_tokens, 1)
+        if self.max_tokens is not None and self.max_tokens < 0:
+            limit = self.max_tokens
+        return self.sampling(defaults, max_tokens=limit, logprobs=self.logprobs)
+
+
+# -------------------------------------------------------------------------------------------- tokenizer
+
+
+class TokenizeRequest(Body):
+    """A text, or a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    tools: list[dict[str, Any]] | None = Field(default=None, max_length=MAX_TOOLS)
+    documents: list[dict[str, Any]] | None = Field(default=None, max_length=MAX_TOOLS)
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    unsupported: ClassVar[Mapping[str, Accepts]] = {
+        "chat_template": only(),
+        "mm_processor_kwargs": only({}),
+    }
+
+    def check(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            raise bad_request("the body has prompt and messages, or none of them; accepted: one", "prompt")
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[int] = Field(max_length=1_000_000)
