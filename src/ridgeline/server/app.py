@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from ridgeline.server.body import ClientGoneError
 from ridgeline.server.errors import HttpError, http_error_of
 from ridgeline.server.gate import Gate
 from ridgeline.server.routes import chat, completions, status, tokenizer
@@ -28,6 +29,8 @@ from ridgeline.types import RidgelineError
 
 ROUTERS: Sequence[APIRouter] = (chat.router, completions.router, tokenizer.router, status.router)
 """Every endpoint. A new one is a module in `routes/` and its router here."""
+CLIENT_GONE = 499
+"""For the log: nobody is there to read it."""
 BODIES: Sequence[type[Body]] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
 
@@ -43,7 +46,14 @@ def create_app(service: Service, on_answer: Callable[[str, int, float], None] | 
     app.state.service = service
     for router in ROUTERS:
         app.include_router(router)
-    for kind in (HttpError, RidgelineError, HTTPException, RequestValidationError):
+    for kind in (
+        HttpError,
+        RidgelineError,
+        ClientGoneError,
+        HTTPException,
+        RequestValidationError,
+        Exception,
+    ):
         app.add_exception_handler(kind, _answer_error)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     return Gate(app, service.config, on_answer)
@@ -54,6 +64,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
         error = _routing_error(error)
     elif isinstance(error, RequestValidationError):
         error = HttpError(422, "the path or the query is malformed")
+    elif isinstance(error, ClientGoneError):
+        return Response(status_code=CLIENT_GONE)
     told = http_error_of(error)
     return Response(told.body(), told.status, told.headers, "application/json")
 

@@ -68,8 +68,8 @@ class ServerConfig:
     drain_timeout_s: float = 30.0
     log_format: str = "text"
     log_prompts: bool = False
-    max_body_bytes: int = 8 << 20
-    max_bodies_bytes: int = 256 << 20  # of all requests that are being read
+    max_body_bytes: int = 4 << 20
+    max_bodies_bytes: int = 128 << 20  # of all requests that are being read
     max_nesting: int = 64
     max_headers: int = 100
     max_header_bytes: int = 32 << 10
@@ -79,6 +79,7 @@ class ServerConfig:
     write_timeout_s: float = 30.0
     keep_alive_s: float = 30.0
     text_threads: int = 2
+    max_text_jobs: int = 512  # texts that may wait for those threads
 
     def __post_init__(self) -> None:
         _check(bool(self.host), "host", self.host, "a name or an address")

@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ridgeline.server import logs
-from ridgeline.server.body import ClientGoneError
 from ridgeline.server.config import ServerConfig
 from ridgeline.server.errors import HttpError, http_error_of
 
@@ -56,16 +55,15 @@ class Gate:
                 await passage.preflight()
             else:
                 await self._app(scope, receive, passage.send)
-        except ClientGoneError:
-            record["gone"] = True
         except Exception as error:
             if not isinstance(error, HttpError):
                 logs.logger.error(
                     "request failed", exc_info=error, extra={"fields": {"id": passage.request_id}}
                 )
-            if passage.status:
+            if not passage.status:
+                await passage.fail(http_error_of(error))
+            elif not passage.complete:
                 raise ConnectionError("the answer broke off") from None
-            await passage.fail(http_error_of(error))
         finally:
             self._log(scope, passage, record, time.perf_counter() - began_s)
 
@@ -164,6 +162,7 @@ class _Passage:
 
     def __init__(self, send: Send, request_id: str, cors: list[tuple[bytes, bytes]]) -> None:
         self.status = 0
+        self.complete = False
         self.request_id = request_id
         self.cors = cors
         self._send = send
@@ -173,6 +172,8 @@ class _Passage:
             self.status = message["status"]
             own = [(b"x-request-id", self.request_id.encode()), *self.cors]
             message = {**message, "headers": [*message.get("headers", ()), *own]}
+        else:
+            self.complete = not message.get("more_body", False)
         await self._send(message)
 
     async def preflight(self) -> None:

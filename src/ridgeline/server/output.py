@@ -29,20 +29,33 @@ class Delta:
 class OutputParser(Protocol):
     """Reads one answer as it grows. It never fails: what it does not understand is content."""
 
-    def feed(self, text: str, token_ids: Sequence[int]) -> Sequence[Delta]:
+    @property
+    def needs_special_tokens(self) -> bool:
+        """The text must be made with `skip_special_tokens=False`; the parser then takes them out."""
+        ...
+
+    @property
+    def called_tools(self) -> bool:
+        """A tool call has begun."""
+        ...
+
+    def feed(self, text: str, token_ids: Sequence[int]) -> list[Delta]:
         """What `text` adds. The tokens are those that were drawn meanwhile; text may lag behind them."""
         ...
 
-    def finish(self) -> Sequence[Delta]:
+    def finish(self) -> list[Delta]:
         """What was held back, at the end of the answer."""
         ...
 
 
-class PlainText:
+class PlainParser:
     """All text is content."""
 
-    def feed(self, text: str, token_ids: Sequence[int]) -> Sequence[Delta]:
-        return (Delta(text),) if text else ()
+    needs_special_tokens = False
+    called_tools = False
 
-    def finish(self) -> Sequence[Delta]:
-        return ()
+    def feed(self, text: str, token_ids: Sequence[int]) -> list[Delta]:
+        return [Delta(text)] if text else []
+
+    def finish(self) -> list[Delta]:
+        return []

@@ -66,6 +66,8 @@ class BoundedConnection(H11Protocol):
         if self.conn.their_state is h11.SEND_BODY:
             # An answer before the end of the body, such as 413: the client gets a moment to read it.
             self.loop.call_later(LINGER_S, self._end_body)
+        elif self._headers is None and self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+            self._expect_headers()  # a part of the next request came with this one
 
     def send_400_response(self, msg: str) -> None:
         body = HttpError(400, "the request is not valid HTTP, or its headers are too large").body()

@@ -32,19 +32,23 @@ def serve(engine: EngineConfig, config: ServerConfig) -> None:
     logs.set_up(config.log_format)
     text = TextSide.load(engine.model, config)
     _raise_descriptor_limit(config.max_connections)
-    with contextlib.closing(_listen(config)) as listener:
-        asyncio.run(Server(engine, config, text, listener).run())
+    with contextlib.closing(listen(config)) as listener:
+        asyncio.run(_serve(engine, config, text, listener))
+
+
+async def _serve(engine: EngineConfig, config: ServerConfig, text: TextSide, listener: socket.socket) -> None:
+    await Server(EngineClient(engine), config, text, listener).run()
 
 
 class Server:
     """One HTTP process and its engine."""
 
     def __init__(
-        self, engine: EngineConfig, config: ServerConfig, text: TextSide, listener: socket.socket
+        self, client: EngineClient, config: ServerConfig, text: TextSide, listener: socket.socket
     ) -> None:
         self._config = config
         self._listener = listener
-        self._client = EngineClient(engine)
+        self._client = client
         self.service = Service(self._client, text, config)
         self._http = _Http(
             uvicorn.Config(
@@ -101,11 +105,15 @@ class Server:
             seconds=time.monotonic() - began_s,
         )
 
+    def stop(self) -> None:
+        """Begin to drain, and then end."""
+        self.service.draining = True
+        self._stop.set()
+
     def _on_signal(self, name: str) -> None:
         self._signals += 1
-        self.service.draining = True
         logs.event("signal", signal=name, open_requests=self.service.open_requests)
-        self._stop.set()
+        self.stop()
         if self._signals > 1:
             self._http.abort()
 
@@ -133,7 +141,7 @@ class _Http(uvicorn.Server):
             connection.transport.abort()
 
 
-def _listen(config: ServerConfig) -> socket.socket:
+def listen(config: ServerConfig) -> socket.socket:
     """The listening socket. Raises ConfigError when the address cannot be had."""
     where = f"{config.host}:{config.port}"
     try:

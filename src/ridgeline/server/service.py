@@ -48,6 +48,7 @@ class Service:
         self.open_sequences = 0
         self.open_requests = 0
         self.waiting_tokens = 0  # of prompts that have not given a token yet
+        self._text_jobs = 0
         self._of_key: Counter[str] = Counter()
         self._threads = ThreadPoolExecutor(config.text_threads, thread_name_prefix="ridgeline-text")
 
@@ -101,10 +102,15 @@ class Service:
     async def in_thread(self, call: Callable[..., T], *arguments: Any, **options: Any) -> T:
         """Run what looks at hostile text where it cannot block the loop."""
         loop = asyncio.get_running_loop()
+        if self._text_jobs >= self.config.max_text_jobs:
+            raise _overloaded("too many texts are waiting to be tokenized")
+        self._text_jobs += 1
         try:
             return await loop.run_in_executor(self._threads, partial(call, *arguments, **options))
         except CheckpointError as error:  # a template that does not compile; the message has a path
             raise HttpError(500, "this model's chat template cannot be used", "internal_error") from error
+        finally:
+            self._text_jobs -= 1
 
     def log_prompt(self, request_id: str, prompt: object) -> None:
         """Only on a server that was asked to."""

@@ -37,7 +37,7 @@ class EventStream(Response):
         try:
             await while_connected(receive, self._send_all(send))
         except ClientGoneError:
-            logs.event("client gone", id=scope.get("ridgeline.id"))
+            scope.setdefault("ridgeline.record", {})["gone"] = True
         finally:
             self._close()
 
@@ -51,7 +51,7 @@ class EventStream(Response):
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            logs.event("stream failed", logging.ERROR, cause=f"{type(error).__name__}: {error}")
+            logs.event("stream failed", logging.ERROR, error=type(error).__name__, cause=error)
             event = b"data: " + http_error_of(error).body() + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -14,7 +14,7 @@ from ridgeline.model.checkpoint import open_checkpoint
 from ridgeline.model.generation_defaults import generation_defaults
 from ridgeline.model.tokenizer import Tokenizer
 from ridgeline.server.config import ServerConfig
-from ridgeline.server.output import OutputParser, PlainText
+from ridgeline.server.output import OutputParser, PlainParser
 from ridgeline.types import ConfigError, RequestError, SamplingParams
 
 ParserFactory = Callable[[bool], OutputParser]
@@ -22,7 +22,7 @@ ParserFactory = Callable[[bool], OutputParser]
 
 
 def plain_text(has_tools: bool) -> OutputParser:
-    return PlainText()
+    return PlainParser()
 
 
 @dataclass(frozen=True, slots=True)

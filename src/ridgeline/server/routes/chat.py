@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,7 +16,7 @@ from starlette.responses import Response
 from ridgeline.server import logs
 from ridgeline.server.errors import bad_request
 from ridgeline.server.messages import Piece
-from ridgeline.server.output import Delta, OutputParser, PlainText
+from ridgeline.server.output import Delta, OutputParser, PlainParser
 from ridgeline.server.routes.common import (
     EVENTS,
     STOPS,
@@ -40,7 +41,7 @@ from ridgeline.server.wire.answers import (
     message_fields,
 )
 from ridgeline.server.wire.requests import ChatRequest, ChatTemplateFields, TokenizeRequest
-from ridgeline.types import TokenLogprobs
+from ridgeline.types import SamplingParams, TokenLogprobs
 
 router = APIRouter()
 
@@ -60,10 +61,10 @@ async def chat_completions(request: Request) -> Response:
     async def work() -> Response:
         tokens = await service.in_thread(chat_tokens, service.text, body, body.tool_choice != "none")
         service.check_tokens(tokens, "messages")
-        ticket.submit([tokens], params, body.stream)
         usage = Usage(len(tokens))
         record_of(request)["usage"] = usage
         answer = ChatAnswer(service, new_head(service, "chatcmpl", model), body, usage)
+        ticket.submit([tokens], answer.as_read(params), body.stream)
         if not body.stream:
             return json_answer(await answer.whole(ticket))
         chunks = answer.stream(ticket)
@@ -148,7 +149,12 @@ class ChatAnswer:
         has_tools = bool(body.tools) and body.tool_choice != "none"
         self._parsers: list[OutputParser] = [service.text.parser(has_tools) for _ in range(body.n)]
         self._begun: set[int] = set()
-        self._called: set[int] = set()  # choices that call a tool
+
+    def as_read(self, params: SamplingParams) -> SamplingParams:
+        """The parameters with which the text is what the parser reads."""
+        if self._parsers[0].needs_special_tokens:
+            return replace(params, skip_special_tokens=False)
+        return params
 
     # --------------------------------------------------------------------------------------- streaming
 
@@ -170,7 +176,7 @@ class ChatAnswer:
             self._begun.add(index)
             parts.append(chunks.role(index))
         parser = self._parsers[index]
-        if piece.logprobs is None and piece.finish_reason is None and type(parser) is PlainText:
+        if piece.logprobs is None and piece.finish_reason is None and type(parser) is PlainParser:
             if piece.text:
                 parts.append(chunks.content(index, piece.text))
             return
@@ -226,8 +232,6 @@ class ChatAnswer:
         deltas = list(parser.feed(piece.text, piece.tokens))
         if piece.finish_reason is not None:
             deltas += parser.finish()
-        if any(delta.tool_calls for delta in deltas):
-            self._called.add(piece.choice)
         return deltas
 
     def _reason(self, piece: Piece) -> str:
@@ -236,4 +240,5 @@ class ChatAnswer:
         if reason not in STOPS:
             logs.event("answer broke off", logging.ERROR, id=self._head.id, cause=piece.stop_reason)
             raise broken_off()
-        return "tool_calls" if reason == "stop" and piece.choice in self._called else str(reason)
+        called = self._parsers[piece.choice].called_tools
+        return "tool_calls" if reason == "stop" and called else str(reason)

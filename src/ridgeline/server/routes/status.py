@@ -40,13 +40,15 @@ def _model(service: Service, name: str) -> dict[str, Any]:
     return {**fields, "max_model_len": card.max_model_len, "device": card.device, "formats": card.formats}
 
 
-@router.api_route("/live", methods=["GET", "HEAD"], responses=ANSWER)
+@router.head("/live", include_in_schema=False)
+@router.get("/live", responses=ANSWER)
 async def live(request: Request) -> Response:
     """The HTTP process lives."""
     return json_answer({"status": "alive"})
 
 
-@router.api_route("/health", methods=["GET", "HEAD"], responses=ANSWER)
+@router.head("/health", include_in_schema=False)
+@router.get("/health", responses=ANSWER)
 async def health(request: Request) -> Response:
     """Requests are served: the engine makes progress. 503, with the state as its code, when they are not."""
     state = service_of(request).state

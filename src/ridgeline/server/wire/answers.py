@@ -182,14 +182,16 @@ class CompletionLogprobs:
         offsets, tokens, tops = [], [], []
         for each in logprobs:
             name = self._name(each.token_id)
+            shown = b"" if each.token_id in self._skipped else self._tokenizer.token_bytes(each.token_id)
+            if shown and shown[0] & 0xC0 != 0x80:  # what is held back will not become a character
+                self._at += len(self._utf8.decode(b"", final=True))
             offsets.append(self._at)
             tokens.append(name)
             tops.append(
                 {self._name(token): _finite(value) for token, value in each.top}
                 | {name: _finite(each.logprob)}
             )
-            if each.token_id not in self._skipped:
-                self._at += len(self._utf8.decode(self._tokenizer.token_bytes(each.token_id)))
+            self._at += len(self._utf8.decode(shown))
         values = [_finite(each.logprob) for each in logprobs]
         return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
 

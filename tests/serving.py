@@ -1,0 +1,173 @@
+"""Servers for tests: the real one in a process of its own, and one whose engine is made up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from ridgeline.config import EngineConfig
+from ridgeline.server.config import ServerConfig
+from ridgeline.server.engine_client import EngineClient, EngineStream
+from ridgeline.server.messages import Add, Message, ModelCard, Piece, Pieces, Refused
+from ridgeline.server.run import Server, listen
+from ridgeline.server.text import TextSide
+from ridgeline.types import SamplingParams
+
+# ------------------------------------------------------------------------------------ a real process
+
+
+@dataclass
+class ServerProcess:
+    """`ridgeline serve`, listening. `log` grows as it logs."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: list[str]
+
+    def end(self, number: signal.Signals = signal.SIGTERM, limit_s: float = 30) -> int:
+        """Send a signal and wait; the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(limit_s)
+
+
+@contextmanager
+def server_process(*arguments: object, ready: bool = True, **environment: str) -> Iterator[ServerProcess]:
+    """Start `ridgeline serve` on a free port and wait until it is ready, or listens."""
+    command = [sys.executable, "-m", "ridgeline.cli.main", "serve", *map(str, arguments), "--port", "0"]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "RIDGELINE_THREADS": "1", **environment},
+    )
+    assert process.stderr is not None
+    log: list[str] = []
+    url, seen = "", threading.Event()
+
+    def read() -> None:
+        nonlocal url
+        assert process.stderr is not None
+        for line in process.stderr:
+            log.append(line.rstrip("\n"))
+            if " listening " in line:
+                url = "http://127.0.0.1:" + line.split("port=")[1].split()[0]
+            if " ready " in line or (url and not ready):
+                seen.set()
+        seen.set()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        assert seen.wait(60), log
+        assert url, log
+        yield ServerProcess(process, url, log)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        reader.join()
+        process.stderr.close()
+
+
+# ------------------------------------------------------------------------------------ a made-up engine
+
+
+class FakeEngine(EngineClient):
+    """An engine in this process. Each choice gets the tokens of `script` in turn, one a step, while `running`
+    is set; a request runs to its `max_tokens`. What it was asked is in `adds`."""
+
+    script: Sequence[tuple[str, int]] = (("a", 3), ("b", 4), ("c", 5))
+
+    def __init__(self, **card: Any) -> None:
+        super().__init__(EngineConfig())
+        known = {"max_model_len": 512, "max_num_seqs": 4, "vocabulary_size": 288, **card}
+        self._card = ModelCard("fake", "cpu", {}, sampling_defaults=SamplingParams(), **known)
+        self.adds: dict[int, Add] = {}
+        self.given: dict[int, int] = {}
+        self.running = asyncio.Event()
+        self.running.set()
+        self.refuse: Callable[[Add], Refused | None] = lambda add: None
+
+    async def start(self) -> ModelCard:
+        self.card, self.state = self._card, "ready"
+        self._task = asyncio.create_task(self._step())
+        return self._card
+
+    def _send(self, message: Message) -> None:
+        if isinstance(message, Add):
+            self.adds[message.id] = message
+            self.given[message.id] = 0
+
+    @property
+    def streams(self) -> dict[int, EngineStream]:
+        return self._streams
+
+    def die(self) -> None:
+        """As a process that was killed."""
+        self.state = "restarting"
+        self._end_streams("killed")
+
+    async def _step(self) -> None:
+        while True:
+            await asyncio.sleep(0.002)
+            await self.running.wait()
+            for number in list(self._streams):
+                refused = self.refuse(self.adds[number])
+                self._hear(refused if refused is not None else self._pieces(number))
+
+    def _pieces(self, number: int) -> Pieces:
+        params = self.adds[number].params
+        text, token = self.script[self.given[number] % len(self.script)]
+        self.given[number] += 1
+        limit = 400 if params.max_tokens is None else params.max_tokens
+        ended = self.given[number] >= limit
+        reason = "length" if ended else None
+        pieces = [Piece(number, i, text, (token,), None, reason) for i in range(params.n)]
+        return Pieces(tuple(pieces), (number,) if ended else ())
+
+
+@dataclass
+class FakeServer:
+    """A server in this event loop, with `engine` behind it."""
+
+    server: Server
+    engine: FakeEngine
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def client(self, **options: Any) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, timeout=20, **options)
+
+
+@asynccontextmanager
+async def fake_server(
+    model: Path, engine: FakeEngine | None = None, **settings: Any
+) -> AsyncIterator[FakeServer]:
+    """A server whose tokenizer and template are those of `model`; `settings` are ServerConfig's."""
+    config = ServerConfig(**{"port": 0, "drain_timeout_s": 5, "served_model_names": ("tiny",), **settings})
+    engine = engine or FakeEngine()
+    with closing(listen(config)) as listener:
+        server = Server(engine, config, TextSide.load(str(model), config), listener)
+        running = asyncio.create_task(server.run())
+        while engine.state == "loading":
+            await asyncio.sleep(0.01)
+        try:
+            yield FakeServer(server, engine, *listener.getsockname()[:2])
+        finally:
+            server.stop()
+            await running

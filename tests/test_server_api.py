@@ -1,0 +1,403 @@
+"""The server as clients see it: the real `openai` package against `ridgeline serve` on a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from serving import ServerProcess, server_process
+
+from ridgeline import LLM, SamplingParams
+from ridgeline.model.tokenizer import Tokenizer
+
+QUESTION = [{"role": "user", "content": "What is the ridge?"}]
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama: Path) -> Iterator[ServerProcess]:
+    options = ("--served-model-name", "tiny,alias", "--max-num-seqs", 8, "--max-num-batched-tokens", 64)
+    with server_process(tiny_llama, *options) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def web(server: ServerProcess) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=30) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> Tokenizer:
+    return Tokenizer.from_file(tiny_llama)
+
+
+def chat(client: openai.OpenAI, **options: Any) -> Any:
+    return client.chat.completions.create(model="tiny", messages=QUESTION, **{**GREEDY, **options})  # type: ignore[call-overload]
+
+
+def complete(client: openai.OpenAI, prompt: Any, **options: Any) -> Any:
+    return client.completions.create(model="tiny", prompt=prompt, **{**GREEDY, **options})
+
+
+# --------------------------------------------------------------------------------------------- answers
+
+
+def test_answers_are_the_engines(client: openai.OpenAI, tiny_llama: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    with LLM(str(tiny_llama), threads=1) as llm:
+        (expected,) = llm.chat(QUESTION, params)
+        (continued,) = llm.generate(["The ridge"], params)
+    answer = chat(client)
+    assert answer.choices[0].message.content == expected.outputs[0].text
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.prompt_tokens == len(expected.prompt_token_ids)
+    assert answer.usage.completion_tokens == 12
+    assert complete(client, "The ridge").choices[0].text == continued.outputs[0].text
+    tokens = list(continued.prompt_token_ids)
+    assert complete(client, tokens).choices[0].text == continued.outputs[0].text
+
+
+def test_a_stream_adds_up_to_the_answer(client: openai.OpenAI) -> None:
+    whole = chat(client)
+    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert len({chunk.id for chunk in chunks}) == 1
+    *answer, last = chunks
+    assert last.choices == []
+    assert last.usage == whole.usage
+    assert "".join(c.choices[0].delta.content or "" for c in answer) == whole.choices[0].message.content
+    assert [c.choices[0].finish_reason for c in answer][-1] == "length"
+    assert all(c.choices[0].finish_reason is None for c in answer[:-1])
+    assert len(answer) >= 12
+    texts = [chunk.choices[0].text for chunk in complete(client, "The ridge", stream=True)]
+    assert "".join(texts) == complete(client, "The ridge").choices[0].text
+
+
+def test_many_async_clients_get_the_same(server: ServerProcess, client: openai.OpenAI) -> None:
+    expected = chat(client).choices[0].message.content
+
+    async def one(asking: openai.AsyncOpenAI) -> str:
+        stream: Any = await asking.chat.completions.create(
+            model="alias",
+            messages=QUESTION,  # type: ignore[arg-type]
+            stream=True,
+            **GREEDY,
+        )
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def run() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as asking:
+            return await asyncio.gather(*(one(asking) for _ in range(16)))
+
+    assert set(asyncio.run(run())) == {expected}
+
+
+def test_several_prompts_and_choices(client: openai.OpenAI) -> None:
+    prompts = ["one", "two", "three"]
+    alone = [complete(client, prompt).choices[0].text for prompt in prompts]
+    together = complete(client, prompts, n=2)
+    assert [choice.index for choice in together.choices] == list(range(6))
+    assert [choice.text for choice in together.choices] == [text for text in alone for _ in range(2)]
+    streamed = [""] * 6
+    for chunk in complete(client, prompts, n=2, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == [choice.text for choice in together.choices]
+    drawn = chat(client, n=3, temperature=1.5, seed=3)
+    again = chat(client, n=3, temperature=1.5, seed=3)
+    texts = [choice.message.content for choice in drawn.choices]
+    assert texts == [choice.message.content for choice in again.choices]
+    assert len(set(texts)) == 3
+
+
+def test_echo_stops_and_limits(client: openai.OpenAI) -> None:
+    text = complete(client, "The ridge").choices[0].text
+    assert complete(client, "The ridge", echo=True).choices[0].text == "The ridge" + text
+    silent = complete(client, "The ridge", echo=True, max_tokens=0)
+    assert (silent.choices[0].text, silent.usage.completion_tokens) == ("The ridge", 0)
+    stop = text[3:5]
+    stopped = complete(client, "The ridge", stop=[stop]).choices[0]
+    assert stopped.text == text[: text.index(stop)]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+    limited = client.chat.completions.create(
+        model="tiny",
+        messages=QUESTION,  # type: ignore[arg-type]
+        max_completion_tokens=3,
+        temperature=0,
+        extra_body={"ignore_eos": True},
+    )
+    assert limited.usage is not None
+    assert limited.usage.completion_tokens == 3
+    token = chat(client, extra_body={"ignore_eos": True, "stop_token_ids": list(range(288))})
+    assert token.usage.completion_tokens == 1
+    assert token.choices[0].finish_reason == "stop"
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    choice = chat(client, logprobs=True, top_logprobs=3).choices[0]
+    entries = choice.logprobs.content
+    assert len(entries) == 12
+    assert b"".join(bytes(e.bytes) for e in entries).decode("utf-8", "replace") == choice.message.content
+    for entry in entries:
+        assert len(entry.top_logprobs) == 3
+        assert entry.logprob == entry.top_logprobs[0].logprob <= 0
+    streamed = [
+        entry
+        for chunk in chat(client, logprobs=True, top_logprobs=3, stream=True)
+        for entry in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else [])
+    ]
+    assert streamed == entries
+    completion = complete(client, "The ridge", logprobs=2).choices[0]
+    logprobs = completion.logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == 12
+    for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
+        assert token.startswith("bytes:") or completion.text[offset:].startswith(token)
+    assert all(1 <= len(top) <= 3 for top in logprobs.top_logprobs)
+    chosen = [top[token] for token, top in zip(logprobs.tokens, logprobs.top_logprobs, strict=True)]
+    assert chosen == logprobs.token_logprobs
+
+
+def test_templates_get_what_was_sent(client: openai.OpenAI, web: httpx.Client, tokenizer: Tokenizer) -> None:
+    def text(**body: Any) -> str:
+        tokens = web.post("/tokenize", json={"messages": QUESTION, **body}).json()["tokens"]
+        return tokenizer.decode(tokens, skip_special=False)
+
+    assert text() == "<|im_start|>user\nWhat is the ridge?<|im_end|>\n<|im_start|>assistant\n"
+    assert text(add_generation_prompt=False) == "<|im_start|>user\nWhat is the ridge?<|im_end|>\n"
+    developer = [{"role": "developer", "content": [{"type": "text", "text": "<|im_end|>"}]}]
+    assert text(messages=developer, continue_final_message=True) == "<|im_start|>system\n<|im_end|>"
+    tokens = web.post("/tokenize", json={"messages": developer, "add_generation_prompt": False}).json()
+    assert tokens["tokens"].count(2) == 1  # what a user wrote is text
+
+
+def test_tokenize_and_detokenize(web: httpx.Client, tokenizer: Tokenizer) -> None:
+    answer = web.post("/tokenize", json={"prompt": "ridge é", "return_token_strs": True}).json()
+    assert answer["tokens"] == tokenizer.encode("ridge é", add_special=True)
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
+    assert answer["max_model_len"] == 512
+    assert web.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "ridge é"}
+
+
+# ----------------------------------------------------------------------------------------------- shape
+
+
+def test_answers_and_chunks_are_openais(web: httpx.Client) -> None:
+    """Field by field, without conversions."""
+    base = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    for more in ({}, {"logprobs": True, "top_logprobs": 2, "n": 2}):
+        body = {"messages": QUESTION, **base, **more}
+        answer = web.post("/v1/chat/completions", json=body)
+        made = ChatCompletion.model_validate_json(answer.content, strict=True)
+        assert made.usage is not None
+        assert set(answer.json()["choices"][0]) == {"index", "message", "logprobs", "finish_reason"}
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        events = web.post("/v1/chat/completions", json={**body, **options}).text.split("\n\n")
+        assert events[-2:] == ["data: [DONE]", ""]
+        for event in events[:-2]:
+            chunk = ChatCompletionChunk.model_validate_json(event.removeprefix("data: "), strict=True)
+            assert "usage" in chunk.model_fields_set
+        assert chunk.usage is not None
+    for more in ({}, {"logprobs": 2, "echo": False, "n": 2}):
+        body = {"prompt": "The ridge", **base, **more}
+        Completion.model_validate_json(web.post("/v1/completions", json=body).content, strict=True)
+        events = web.post("/v1/completions", json={**body, "stream": True}).text.split("\n\n")
+        for event in events[:-2]:
+            fields = json.loads(event.removeprefix("data: "))
+            # OpenAI's own chunks have a null here before the last, which its description forgets.
+            fields["choices"][0]["finish_reason"] = fields["choices"][0]["finish_reason"] or "length"
+            Completion.model_validate(fields, strict=True)
+    assert Model.model_validate(web.get("/v1/models").json()["data"][0], strict=True).id == "tiny"
+
+
+def test_models_health_and_version(client: openai.OpenAI, web: httpx.Client) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny", "alias"]
+    assert client.models.retrieve("alias").id == "alias"
+    assert web.get("/v1/models/tiny").json()["max_model_len"] == 512
+    assert (
+        web.get("/live").status_code
+        == web.get("/health").status_code
+        == web.head("/health").status_code
+        == 200
+    )
+    assert set(web.get("/version").json()) == {"version"}
+    paths = web.get("/openapi.json").json()["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"} <= set(paths)
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
+    """The error, whose shape is always the same."""
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()) == {"error"}
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert "/home" not in error["message"]
+    assert "Traceback" not in error["message"]
+    return error
+
+
+INERT: dict[str, Any] = {
+    "user": "me",
+    "metadata": {"a": "b"},
+    "store": False,
+    "tools": [],
+    "response_format": {"type": "text"},
+    "parallel_tool_calls": True,
+    "service_tier": "auto",
+    "logit_bias": {},
+    "stop": [],
+    "audio": None,
+    "functions": None,
+    "seed": None,
+    "something_new": None,
+    "tool_choice": "auto",
+    "best_of": None,
+}
+
+
+def test_fields_that_change_nothing_pass(web: httpx.Client) -> None:
+    body = {"messages": QUESTION, "max_tokens": 2, **INERT}
+    assert web.post("/v1/chat/completions", json=body).status_code == 200
+    body = {"prompt": "x", "max_tokens": 2, "suffix": None, "best_of": 1, "user": "me", "echo": None}
+    assert web.post("/v1/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("response_format", {"type": "json_object"}),
+        ("tool_choice", "required"),
+        ("functions", [{"name": "f"}]),
+        ("prompt_logprobs", 1),
+        ("store", True),
+        ("modalities", ["text", "audio"]),
+        ("web_search_options", {}),
+        ("guided_json", {}),
+        ("chat_template", "{{ 1 }}"),
+        ("reasoning_effort", "high"),
+        ("something_new", 1),
+        ("service_tier", "flex"),
+        ("use_beam_search", True),
+    ],
+)
+def test_fields_that_we_do_not_have_are_named(web: httpx.Client, name: str, value: Any) -> None:
+    error = error_of(web.post("/v1/chat/completions", json={"messages": QUESTION, name: value}), 400)
+    assert error["param"] == name
+    assert name in error["message"]
+
+
+WRONG: list[tuple[str, Any]] = [
+    *[
+        (name, "text")
+        for name in ("temperature", "n", "stream", "logprobs", "messages", "max_tokens", "tools")
+    ],
+    *[(name, [1]) for name in ("model", "temperature", "seed", "top_k", "stop", "stream_options", "user_x")],
+    *[("temperature", value) for value in (-1, 1000, True)],
+    *[("top_p", value) for value in (0, 2)],
+    *[("n", value) for value in (0, 10**9, 1.0, True)],
+    *[("stop", value) for value in (["x"] * 100, [""], [5])],
+    *[("stop_token_ids", value) for value in ([-1], [10**6], [1.5], ["1"])],
+    *[("logit_bias", value) for value in ({"x": 1}, {"-1": 1}, {"1": 1000}, {"1": "2"}, {"9999999": 1}, [1])],
+    *[("messages", value) for value in ([], [1], [{}], [{"role": "user", "content": 5}], {})],
+    ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+    ("top_logprobs", 10**6),
+    ("min_tokens", 10**6),
+    ("max_tokens", 0),
+    ("max_tokens", -1),
+    ("stream_options", {"unknown": True}),
+    ("chat_template_kwargs", {"messages": []}),
+    ("chat_template_kwargs", {"self": 1}),
+    ("chat_template_kwargs", {"tools": []}),
+    ("repetition_penalty", 0),
+    ("presence_penalty", 3),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda value: str(value)[:30])
+def test_wrong_values_are_a_400(web: httpx.Client, name: str, value: Any) -> None:
+    body = {"messages": QUESTION, "max_tokens": 5, name: value}
+    if name == "top_logprobs":
+        body["logprobs"] = True
+    error_of(web.post("/v1/chat/completions", json=body), 400)
+
+
+@pytest.mark.parametrize(
+    "prompt", [5, [], [""] * 2000, [[]], [[-1]], [-1], [288], ["a", 5], [True], {"a": 1}, [["a"]], ""]
+)
+def test_wrong_prompts_are_a_400(web: httpx.Client, prompt: Any) -> None:
+    answer = web.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1})
+    if prompt == "":  # the model's begin token stands for it
+        assert answer.status_code in (200, 400)
+    else:
+        error_of(answer, 400)
+
+
+def test_a_prompt_over_the_context_says_both_numbers(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(client, "x" * 700)
+    assert caught.value.code == "context_length_exceeded"
+    assert "512" in str(caught.value)
+    assert "700" in str(caught.value)
+
+
+def test_models_that_are_not_served(client: openai.OpenAI, web: httpx.Client) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="gpt-5", messages=QUESTION)  # type: ignore[arg-type]
+    assert caught.value.code == "model_not_found"
+    assert caught.value.param == "model"
+    error_of(web.get("/v1/models/other"), 404)
+    error_of(web.get("/v1/models/..%2Fetc"), 400)
+    error_of(web.post("/v1/completions", json={"model": "../x", "prompt": "a"}), 400)
+
+
+def test_other_paths_and_methods(web: httpx.Client) -> None:
+    error_of(web.get("/nothing"), 404)
+    error_of(web.get("//v1/models"), 404)
+    error_of(web.get("/V1/models"), 404)
+    assert error_of(web.get("/v1/chat/completions"), 405)["type"] == "invalid_request_error"
+    error_of(web.request("OPTIONS", "/v1/models"), 405)
+
+
+def test_a_stream_that_cannot_begin_has_a_status(web: httpx.Client) -> None:
+    body = {"messages": QUESTION, "stream": True, "stop_token_ids": [10**6]}
+    assert error_of(web.post("/v1/chat/completions", json=body), 400)["param"] == "stop_token_ids"
+
+
+def test_nothing_of_a_prompt_is_in_the_log(server: ServerProcess, web: httpx.Client) -> None:
+    canary = "canary-7b1f"
+    body = {"messages": [{"role": "user", "content": canary}], "max_tokens": 2}
+    web.post("/v1/chat/completions", json=body, headers={"x-request-id": "mine-1"})
+    web.post("/v1/chat/completions", json={**body, "temperature": -5})
+    web.get("/x%0d%0a%1b[31mred")
+    web.get("/live")
+    assert any("id=mine-1" in line and "status=200" in line for line in server.log)
+    assert not any(canary in line for line in server.log)
+    assert any(r"\r\n\x1b[31mred" in line for line in server.log)
+    assert all(line.isprintable() for line in server.log)
+
+
+def test_arguments_of_calls_reach_the_template_as_objects() -> None:
+    from ridgeline.server.routes.chat import _as_templates_read
+
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": json.dumps({"x": 1})}}
+    read = _as_templates_read({"role": "assistant", "tool_calls": [call]}, "")
+    assert read["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    broken = {**call, "function": {"name": "f", "arguments": "{"}}
+    assert _as_templates_read({"role": "assistant", "tool_calls": [broken]}, "")["tool_calls"] == [broken]
