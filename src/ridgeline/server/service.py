@@ -46,8 +46,7 @@ class Service:
         self.draining = False
         self.created_s = int(time.time())
         self.open_sequences = 0
-        self.open_requests = 0
-        self.waiting_tokens = 0  # of prompts that have not given a token yet
+        self._tickets: dict[Ticket, None] = {}  # in the order of their arrival
         self._text_jobs = 0
         self._of_key: Counter[str] = Counter()
         self._threads = ThreadPoolExecutor(config.text_threads, thread_name_prefix="ridgeline-text")
@@ -123,15 +122,32 @@ class Service:
         """A place for a request of so many sequences. Raises HttpError 429 and 503."""
         self.check_ready(key)
         ticket = Ticket(self, key, sequences)
-        self.open_requests += 1
+        self._tickets[ticket] = None
         self.open_sequences += sequences
         if key is not None:
             self._of_key[key.name] += 1
         return ticket
 
-    def release(self, key: ApiKey | None, sequences: int) -> None:
-        self.open_requests -= 1
-        self.open_sequences -= sequences
+    @property
+    def open_requests(self) -> int:
+        return len(self._tickets)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens of the requests that wait for a seat: the engine takes them in their order."""
+        pulse = self.client.pulse
+        seats = pulse.running if pulse is not None and pulse.waiting else self.card.max_num_seqs
+        waiting = 0
+        for ticket in self._tickets:
+            if seats > 0:
+                seats -= ticket.sequences
+            elif not ticket.begun:
+                waiting += ticket.tokens
+        return waiting
+
+    def release(self, ticket: Ticket, key: ApiKey | None) -> None:
+        del self._tickets[ticket]
+        self.open_sequences -= ticket.sequences
         if key is not None:
             self._of_key[key.name] -= 1
             if not self._of_key[key.name]:
@@ -161,32 +177,32 @@ class Ticket:
     """One admitted request: its place in the queue and what it has begun. Closing it ends all of that."""
 
     def __init__(self, service: Service, key: ApiKey | None, sequences: int) -> None:
+        self.sequences = sequences
+        self.tokens = 0
+        self.begun = False  # something of an answer has come
         self._service = service
         self._key = key
-        self._sequences = sequences
-        self._waiting: dict[int, int] = {}  # prompt tokens of the streams that have given nothing yet
         self._streams: list[EngineStream] = []
         self._closed = False
 
     def submit(self, prompts: Sequence[Sequence[int]], params: SamplingParams, stream: bool) -> None:
         """Begin the prompts. Raises HttpError 429 when too many tokens wait, and EngineDeadError."""
         service = self._service
-        tokens = sum(map(len, prompts))
-        # A request alone is always taken.
-        if service.waiting_tokens and service.waiting_tokens + tokens > service.config.max_queue_tokens:
-            raise _overloaded(f"{service.waiting_tokens} prompt tokens are waiting already")
+        waiting = service.waiting_tokens
+        self.tokens = sum(map(len, prompts))
+        # Where nobody waits, a request is taken however long it is.
+        if waiting and waiting + self.tokens > service.config.max_queue_tokens:
+            raise _overloaded(f"{waiting} prompt tokens are waiting already")
         deadline_s = time.monotonic() + service.config.queue_timeout_s
-        for index, prompt in enumerate(prompts):
+        for prompt in prompts:
             self._streams.append(service.client.submit(prompt, params, stream, deadline_s))
-            self._waiting[index] = len(prompt)
-            service.waiting_tokens += len(prompt)
 
     async def pieces(self) -> AsyncIterator[tuple[int, list[Piece]]]:
         """What the prompts' answers gain, with the prompt's index. Raises what EngineStream raises."""
         if len(self._streams) == 1:
             async with aclosing(self._streams[0].__aiter__()) as arriving:  # type: ignore[type-var]
                 async for pieces in arriving:
-                    self._begun(0)
+                    self.begun = True
                     yield 0, pieces
             return
         queue: asyncio.Queue[tuple[int, list[Piece]] | BaseException | None] = asyncio.Queue(_READ_AHEAD)
@@ -200,7 +216,7 @@ class Ticket:
                 if item is None:
                     ended += 1
                     continue
-                self._begun(item[0])
+                self.begun = True
                 yield item
         finally:
             for task in tasks:
@@ -217,9 +233,6 @@ class Ticket:
         except Exception as error:
             await queue.put(error)
 
-    def _begun(self, index: int) -> None:
-        self._service.waiting_tokens -= self._waiting.pop(index, 0)
-
     def close(self) -> None:
         """Abort what has not ended and give the place back. Idempotent."""
         if self._closed:
@@ -227,8 +240,7 @@ class Ticket:
         self._closed = True
         for stream in self._streams:
             stream.abort()
-        self._service.waiting_tokens -= sum(self._waiting.values())
-        self._service.release(self._key, self._sequences)
+        self._service.release(self, self._key)
 
     def __enter__(self) -> Self:
         return self
