@@ -88,6 +88,7 @@ class FakeEngine(EngineClient):
     is set; a request runs to its `max_tokens`. What it was asked is in `adds`."""
 
     script: Sequence[tuple[str, int]] = (("a", 3), ("b", 4), ("c", 5))
+    reason = "length"
 
     def __init__(self, **card: Any) -> None:
         super().__init__(EngineConfig())
@@ -132,7 +133,7 @@ class FakeEngine(EngineClient):
         self.given[number] += 1
         limit = 400 if params.max_tokens is None else params.max_tokens
         ended = self.given[number] >= limit
-        reason = "length" if ended else None
+        reason = self.reason if ended else None
         pieces = [Piece(number, i, text, (token,), None, reason) for i in range(params.n)]
         return Pieces(tuple(pieces), (number,) if ended else ())
 

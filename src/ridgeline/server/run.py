@@ -18,11 +18,13 @@ from ridgeline.server import logs
 from ridgeline.server.app import create_app
 from ridgeline.server.config import ServerConfig
 from ridgeline.server.engine_client import EngineClient
-from ridgeline.server.protocol import protocol_for
+from ridgeline.server.protocol import ACCEPTS, protocol_for
 from ridgeline.server.service import Service
 from ridgeline.server.text import TextSide
 from ridgeline.types import ConfigError
 
+_BACKLOG = 2048
+"""Connections that the system holds for us until we accept them."""
 _CLOSE_S = 2.0
 """What connections get to take in their last bytes."""
 
@@ -63,7 +65,7 @@ class Server:
                 h11_max_incomplete_event_size=config.max_header_bytes,
                 timeout_keep_alive=int(config.keep_alive_s),
                 timeout_graceful_shutdown=int(_CLOSE_S),
-                backlog=2048,
+                backlog=ACCEPTS,
             )
         )
         self._signals = 0
@@ -130,6 +132,11 @@ class Server:
 class _Http(uvicorn.Server):
     """uvicorn's server, whose signals are ours to handle."""
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_BACKLOG)  # asyncio has set it to what it accepts in a turn
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
@@ -154,7 +161,7 @@ def listen(config: ServerConfig) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(2048)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise ConfigError(f"cannot listen on {where}: {error.strerror}; --port takes another") from None

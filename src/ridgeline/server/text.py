@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,6 @@ from ridgeline.server.config import ServerConfig
 from ridgeline.server.output import OutputParser, PlainParser
 from ridgeline.types import ConfigError, RequestError, SamplingParams
 
-ParserFactory = Callable[[bool], OutputParser]
-"""Makes the parser of one answer; its argument says whether the request has tools."""
-
-
-def plain_text(has_tools: bool) -> OutputParser:
-    return PlainParser()
-
 
 @dataclass(frozen=True, slots=True)
 class TextSide:
@@ -33,7 +26,6 @@ class TextSide:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     sampling_defaults: SamplingParams
-    parser: ParserFactory = plain_text
 
     @classmethod
     def load(cls, model: str, config: ServerConfig) -> TextSide:
@@ -58,6 +50,10 @@ class TextSide:
         if self.template is None:
             raise RequestError("messages cannot be used: this model has no chat template")
         return tuple(self.template.encode(messages, **options))
+
+    def new_parser(self, prompt: Sequence[int], tools: bool, skip_special_tokens: bool) -> OutputParser:
+        """What reads one answer to `prompt`. Without `tools` no calls are looked for."""
+        return PlainParser()
 
 
 def _name_of(model: str) -> str:

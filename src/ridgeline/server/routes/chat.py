@@ -13,6 +13,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ridgeline.model.tokenizer import Tokenizer
 from ridgeline.server import logs
 from ridgeline.server.errors import bad_request
 from ridgeline.server.messages import Piece
@@ -29,7 +30,7 @@ from ridgeline.server.routes.common import (
     service_of,
     takes,
 )
-from ridgeline.server.service import Service, Ticket
+from ridgeline.server.service import Ticket
 from ridgeline.server.streaming import DONE, EventStream
 from ridgeline.server.text import TextSide
 from ridgeline.server.wire.answers import (
@@ -63,7 +64,11 @@ async def chat_completions(request: Request) -> Response:
         service.check_tokens(tokens, "messages")
         usage = Usage(len(tokens))
         record_of(request)["usage"] = usage
-        answer = ChatAnswer(service, new_head(service, "chatcmpl", model), body, usage)
+        with_tools = bool(body.tools) and body.tool_choice != "none"
+        skip = params.skip_special_tokens
+        parsers = [service.text.new_parser(tokens, with_tools, skip) for _ in range(params.n)]
+        head = new_head(service, "chatcmpl", model)
+        answer = ChatAnswer(service.text.tokenizer, head, body, parsers, usage)
         ticket.submit([tokens], answer.as_read(params), body.stream)
         if not body.stream:
             return json_answer(await answer.whole(ticket))
@@ -139,15 +144,16 @@ def _call(call: Any) -> Any:
 class ChatAnswer:
     """Turns what the engine gives into a message, or into chunks of it."""
 
-    def __init__(self, service: Service, head: Head, body: ChatRequest, usage: Usage) -> None:
-        self._tokenizer = service.text.tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, head: Head, body: ChatRequest, parsers: list[OutputParser], usage: Usage
+    ) -> None:
+        self._tokenizer = tokenizer
         self._head = head
         self._usage = usage
         self._wants_usage = body.wants_usage
         self._wants_logprobs = body.logprobs
         self._chunks = ChatChunks(head, body.wants_usage)
-        has_tools = bool(body.tools) and body.tool_choice != "none"
-        self._parsers: list[OutputParser] = [service.text.parser(has_tools) for _ in range(body.n)]
+        self._parsers = parsers  # one for each choice
         self._begun: set[int] = set()
 
     def as_read(self, params: SamplingParams) -> SamplingParams:
