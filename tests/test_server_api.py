@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from serving import ServerProcess, server_process
 
 from ridgeline import LLM, SamplingParams
 from ridgeline.model.tokenizer import Tokenizer
+from ridgeline.server.wire import responses
 
 QUESTION = [{"role": "user", "content": "What is the ridge?"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
@@ -186,6 +188,7 @@ def test_templates_get_what_was_sent(client: openai.OpenAI, web: httpx.Client, t
 
 def test_tokenize_and_detokenize(web: httpx.Client, tokenizer: Tokenizer) -> None:
     answer = web.post("/tokenize", json={"prompt": "ridge é", "return_token_strs": True}).json()
+    responses.Tokenized.model_validate(answer)
     assert answer["tokens"] == tokenizer.encode("ridge é", add_special=True)
     assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
     assert answer["max_model_len"] == 512
@@ -202,6 +205,7 @@ def test_answers_and_chunks_are_openais(web: httpx.Client) -> None:
         body = {"messages": QUESTION, **base, **more}
         answer = web.post("/v1/chat/completions", json=body)
         made = ChatCompletion.model_validate_json(answer.content, strict=True)
+        responses.ChatCompletion.model_validate_json(answer.content)
         assert made.usage is not None
         assert set(answer.json()["choices"][0]) == {"index", "message", "logprobs", "finish_reason"}
         options = {"stream": True, "stream_options": {"include_usage": True}}
@@ -210,16 +214,21 @@ def test_answers_and_chunks_are_openais(web: httpx.Client) -> None:
         for event in events[:-2]:
             chunk = ChatCompletionChunk.model_validate_json(event.removeprefix("data: "), strict=True)
             assert "usage" in chunk.model_fields_set
+            responses.ChatCompletionChunk.model_validate_json(event.removeprefix("data: "))
         assert chunk.usage is not None
     for more in ({}, {"logprobs": 2, "echo": False, "n": 2}):
         body = {"prompt": "The ridge", **base, **more}
-        Completion.model_validate_json(web.post("/v1/completions", json=body).content, strict=True)
+        content = web.post("/v1/completions", json=body).content
+        Completion.model_validate_json(content, strict=True)
+        responses.Completion.model_validate_json(content)
         events = web.post("/v1/completions", json={**body, "stream": True}).text.split("\n\n")
         for event in events[:-2]:
             fields = json.loads(event.removeprefix("data: "))
+            responses.Completion.model_validate(fields)
             # OpenAI's own chunks have a null here before the last, which its description forgets.
             fields["choices"][0]["finish_reason"] = fields["choices"][0]["finish_reason"] or "length"
             Completion.model_validate(fields, strict=True)
+    responses.ModelList.model_validate_json(web.get("/v1/models").content)
     assert Model.model_validate(web.get("/v1/models").json()["data"][0], strict=True).id == "tiny"
 
 
@@ -234,7 +243,10 @@ def test_models_health_and_version(client: openai.OpenAI, web: httpx.Client) -> 
         == 200
     )
     assert set(web.get("/version").json()) == {"version"}
-    paths = web.get("/openapi.json").json()["paths"]
+    described = web.get("/openapi.json").json()
+    referred = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(described)))
+    assert referred <= set(described["components"]["schemas"])
+    paths = described["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"} <= set(paths)
 
 
@@ -244,7 +256,7 @@ def test_models_health_and_version(client: openai.OpenAI, web: httpx.Client) -> 
 def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
     """The error, whose shape is always the same."""
     assert answer.status_code == status, answer.text
-    assert set(answer.json()) == {"error"}
+    responses.Error.model_validate_json(answer.content)
     error: dict[str, Any] = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert isinstance(error["message"], str)

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,7 +19,7 @@ from ridgeline.server.errors import HttpError, http_error_of
 from ridgeline.server.gate import Gate
 from ridgeline.server.routes import chat, completions, status, tokenizer
 from ridgeline.server.service import Service
-from ridgeline.server.wire.base import Body
+from ridgeline.server.wire import responses
 from ridgeline.server.wire.requests import (
     ChatRequest,
     CompletionRequest,
@@ -31,7 +32,23 @@ ROUTERS: Sequence[APIRouter] = (chat.router, completions.router, tokenizer.route
 """Every endpoint. A new one is a module in `routes/` and its router here."""
 CLIENT_GONE = 499
 """For the log: nobody is there to read it."""
-BODIES: Sequence[type[Body]] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+DESCRIBED: Sequence[type[BaseModel]] = (
+    ChatRequest,
+    CompletionRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+    responses.ChatCompletion,
+    responses.ChatCompletionChunk,
+    responses.Completion,
+    responses.ServedModel,
+    responses.ModelList,
+    responses.Tokenized,
+    responses.Detokenized,
+    responses.Status,
+    responses.Version,
+    responses.Error,
+)
+"""What the endpoints refer to in their descriptions."""
 
 
 def create_app(service: Service, on_answer: Callable[[str, int, float], None] | None = None) -> ASGIApp:
@@ -77,33 +94,10 @@ def _routing_error(error: HTTPException) -> HttpError:
 
 
 def _described(app: FastAPI) -> dict[str, Any]:
-    """OpenAPI, with the bodies that we read ourselves."""
+    """OpenAPI, with the bodies that we read and the answers that we write ourselves."""
     if app.openapi_schema is None:
         described = get_openapi(title=app.title, version=app.version, routes=app.routes)
         schemas = described.setdefault("components", {}).setdefault("schemas", {})
-        for body in BODIES:
-            schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas.update(schema.pop("$defs", {}))
-            schemas[body.__name__] = schema
-        schemas["Error"] = _ERROR_SCHEMA
+        schemas.update(responses.schemas(*DESCRIBED))
         app.openapi_schema = described
     return app.openapi_schema
-
-
-_TEXT = {"type": ["string", "null"]}
-_ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": _TEXT,
-                "code": _TEXT,
-            },
-        }
-    },
-}

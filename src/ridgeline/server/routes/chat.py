@@ -19,10 +19,10 @@ from ridgeline.server.errors import bad_request
 from ridgeline.server.messages import Piece
 from ridgeline.server.output import Delta, OutputParser, PlainParser
 from ridgeline.server.routes.common import (
-    EVENTS,
     STOPS,
     answer_with,
     broken_off,
+    gives,
     json_answer,
     key_of,
     new_head,
@@ -42,12 +42,15 @@ from ridgeline.server.wire.answers import (
     message_fields,
 )
 from ridgeline.server.wire.requests import ChatRequest, ChatTemplateFields, TokenizeRequest
+from ridgeline.server.wire.responses import ChatCompletion
 from ridgeline.types import SamplingParams, TokenLogprobs
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", openapi_extra=takes(ChatRequest), responses=EVENTS)
+@router.post(
+    "/v1/chat/completions", openapi_extra=takes(ChatRequest), responses=gives(ChatCompletion, events=True)
+)
 async def chat_completions(request: Request) -> Response:
     """Answer a chat."""
     service, key = service_of(request), key_of(request)

@@ -8,6 +8,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,6 +18,7 @@ from ridgeline.server.service import Service, Ticket, while_connected
 from ridgeline.server.streaming import EventStream
 from ridgeline.server.wire.answers import Head
 from ridgeline.server.wire.base import Body
+from ridgeline.server.wire.responses import Answer, Error
 
 STOPS = frozenset({"stop", "length"})
 """Reasons for which an answer ends well."""
@@ -67,26 +69,22 @@ def broken_off() -> HttpError:
 
 def takes(kind: type[Body]) -> dict[str, Any]:
     """An endpoint's description of its body, which is read by `BodyReader` and not by FastAPI."""
-    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    content = {"application/json": {"schema": _schema(kind)}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
-_ERROR = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "The request cannot be served as it is.", **_ERROR},
-    "5XX": {"description": "The server cannot serve now.", **_ERROR},
-}
-EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The answer, or its chunks as server-sent events.",
-        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
-    },
-    **ERRORS,
-}
-ANSWER: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The answer.",
-        "content": {"application/json": {"schema": {"type": "object"}}},
-    },
-    **ERRORS,
-}
+def gives(kind: type[Answer], events: bool = False) -> dict[int | str, dict[str, Any]]:
+    """An endpoint's description of its answers, which may come as server-sent events."""
+    content: dict[str, Any] = {"application/json": {"schema": _schema(kind)}}
+    if events:
+        content["text/event-stream"] = {}
+    errors = {"application/json": {"schema": _schema(Error)}}
+    return {
+        200: {"description": "The answer.", "content": content},
+        "4XX": {"description": "The request cannot be served as it is.", "content": errors},
+        "5XX": {"description": "The server cannot serve now.", "content": errors},
+    }
+
+
+def _schema(kind: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}

@@ -14,10 +14,10 @@ from starlette.responses import Response
 from ridgeline.server import logs
 from ridgeline.server.messages import Piece
 from ridgeline.server.routes.common import (
-    EVENTS,
     STOPS,
     answer_with,
     broken_off,
+    gives,
     json_answer,
     key_of,
     new_head,
@@ -29,12 +29,15 @@ from ridgeline.server.service import Service, Ticket
 from ridgeline.server.streaming import DONE, EventStream
 from ridgeline.server.wire.answers import CompletionChunks, CompletionLogprobs, Head, Usage
 from ridgeline.server.wire.requests import CompletionRequest
+from ridgeline.server.wire.responses import Completion
 from ridgeline.types import SamplingParams, TokenLogprobs
 
 router = APIRouter()
 
 
-@router.post("/v1/completions", openapi_extra=takes(CompletionRequest), responses=EVENTS)
+@router.post(
+    "/v1/completions", openapi_extra=takes(CompletionRequest), responses=gives(Completion, events=True)
+)
 async def completions(request: Request) -> Response:
     """Continue one prompt, or several."""
     service, key = service_of(request), key_of(request)

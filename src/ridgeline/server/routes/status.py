@@ -10,20 +10,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ridgeline.server.errors import unavailable
-from ridgeline.server.routes.common import ANSWER, json_answer, service_of
+from ridgeline.server.routes.common import gives, json_answer, service_of
 from ridgeline.server.service import Service
+from ridgeline.server.wire.responses import ModelList, ServedModel, Status, Version
 
 router = APIRouter()
 
 
-@router.get("/v1/models", responses=ANSWER)
+@router.get("/v1/models", responses=gives(ModelList))
 async def models(request: Request) -> Response:
     """The models that are served."""
     service = service_of(request)
     return json_answer({"object": "list", "data": [_model(service, name) for name in service.text.names]})
 
 
-@router.get("/v1/models/{model:path}", responses=ANSWER)
+@router.get("/v1/models/{model:path}", responses=gives(ServedModel))
 async def model(request: Request, model: str) -> Response:
     """One of the models."""
     service = service_of(request)
@@ -41,14 +42,14 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 
 @router.head("/live", include_in_schema=False)
-@router.get("/live", responses=ANSWER)
+@router.get("/live", responses=gives(Status))
 async def live(request: Request) -> Response:
     """The HTTP process lives."""
     return json_answer({"status": "alive"})
 
 
 @router.head("/health", include_in_schema=False)
-@router.get("/health", responses=ANSWER)
+@router.get("/health", responses=gives(Status))
 async def health(request: Request) -> Response:
     """Requests are served: the engine makes progress. 503, with the state as its code, when they are not."""
     state = service_of(request).state
@@ -57,7 +58,7 @@ async def health(request: Request) -> Response:
     return json_answer({"status": "ready"})
 
 
-@router.get("/version", responses=ANSWER)
+@router.get("/version", responses=gives(Version))
 async def version_(request: Request) -> Response:
     """The version of this server."""
     return json_answer({"version": package_version()})

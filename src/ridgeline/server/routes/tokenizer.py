@@ -11,14 +11,15 @@ from starlette.responses import Response
 
 from ridgeline.server.errors import bad_request
 from ridgeline.server.routes.chat import chat_tokens
-from ridgeline.server.routes.common import ANSWER, json_answer, service_of, takes
+from ridgeline.server.routes.common import gives, json_answer, service_of, takes
 from ridgeline.server.service import Service
 from ridgeline.server.wire.requests import DetokenizeRequest, TokenizeRequest
+from ridgeline.server.wire.responses import Detokenized, Tokenized
 
 router = APIRouter()
 
 
-@router.post("/tokenize", openapi_extra=takes(TokenizeRequest), responses=ANSWER)
+@router.post("/tokenize", openapi_extra=takes(TokenizeRequest), responses=gives(Tokenized))
 async def tokenize(request: Request) -> Response:
     """The token ids of a text or a chat."""
     service = service_of(request)
@@ -39,7 +40,7 @@ def _tokenized(service: Service, body: TokenizeRequest) -> tuple[Sequence[int], 
     return tokens, [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
 
 
-@router.post("/detokenize", openapi_extra=takes(DetokenizeRequest), responses=ANSWER)
+@router.post("/detokenize", openapi_extra=takes(DetokenizeRequest), responses=gives(Detokenized))
 async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     service = service_of(request)

@@ -44,7 +44,7 @@ def _token_ids(value: list[int]) -> list[int]:
     return value
 
 
-Stops = Annotated[list[str], BeforeValidator(_stops)]
+Stops = Annotated[list[str], BeforeValidator(_stops, json_schema_input_type=str | list[str])]
 Biases = Annotated[dict[str, float], AfterValidator(_biases)]
 TokenIds = Annotated[list[int], AfterValidator(_token_ids)]
 
@@ -233,8 +233,11 @@ def _prompts(value: Any) -> list[str | list[int]]:
     return value
 
 
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
 class CompletionRequest(Sampled):
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts, json_schema_input_type=Any)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts, json_schema_input_type=Prompt)]
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool = False
     best_of: int | None = None
