@@ -124,6 +124,13 @@ def test_masks_keep_word_boundaries(smollm: Tokenizer) -> None:
     ]
 
 
+def test_long_texts_are_encoded_like_short_ones(smollm: Tokenizer) -> None:
+    line = "The ridge é 山\n"
+    assert smollm.encode(line * 2000) == smollm.encode(line) * 2000
+    with pytest.raises(RequestError, match="surrogate at character 26000"):
+        smollm.encode(line * 2000 + "\ud800")
+
+
 def test_lone_surrogates_are_refused(smollm: Tokenizer) -> None:
     with pytest.raises(RequestError, match="surrogate at character 2"):
         smollm.encode("ab\ud800")

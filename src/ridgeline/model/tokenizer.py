@@ -212,8 +212,15 @@ def unused_character(text: str) -> str:
     raise RequestError("text uses every private-use character; accepted: text that leaves one unused")
 
 
+_LONG = 10_000
+"""Characters from which on a text is encoded as a batch of one."""
+
+
 def _encoding(library: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
     try:
+        if isinstance(text, str) and len(text) > _LONG:
+            # Only for batches does the library let Python's other threads go on meanwhile.
+            return library.encode_batch([text], add_special_tokens=False)[0]
         return library.encode(text, add_special_tokens=False)
     except TypeError:
         # Also the library's word for a string that UTF-8 cannot hold.

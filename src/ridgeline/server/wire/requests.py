@@ -15,6 +15,7 @@ MAX_PROMPTS = 1024
 MAX_SEQUENCES = 2048
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 512
+MAX_STOP = 4096
 MAX_TOP_LOGPROBS = 20
 COMPLETION_TOKENS = 16
 """What a completion has at most where its request does not say; OpenAI's default."""
@@ -22,10 +23,11 @@ COMPLETION_TOKENS = 16
 
 def _stops(value: Any) -> Any:
     """One stop string, or a list of them."""
-    if isinstance(value, str):
-        return [value]
+    value = [value] if isinstance(value, str) else value
     if isinstance(value, list) and len(value) > 64:
         raise ValueError(f"{len(value)} stop strings; accepted: at most 64")
+    if isinstance(value, list) and any(isinstance(text, str) and len(text) > MAX_STOP for text in value):
+        raise ValueError(f"a stop string is too long; accepted: up to {MAX_STOP} characters")
     return value
 
 
