@@ -22,7 +22,7 @@ from ridgeline.server.body import parse_json
 from ridgeline.server.config import ApiKey, ServerConfig, keys_of, read_keys
 from ridgeline.server.errors import HttpError, http_error_of
 from ridgeline.server.messages import Refused
-from ridgeline.server.output import Delta, ToolCallDelta
+from ridgeline.server.parsers import Delta, ToolCallDelta
 from ridgeline.server.text import TextSide
 from ridgeline.types import ConfigError, RequestError
 
@@ -544,3 +544,33 @@ def test_what_a_parser_finds_reaches_the_client(tiny_llama: Path, monkeypatch: p
         assert not any(add.params.skip_special_tokens for add in server.engine.adds.values())
 
     with_server(tiny_llama, scenario)
+
+
+def test_calls_and_reasoning_are_parsed_as_the_template_tells(tiny_llama: Path) -> None:
+    template = "{{ messages[0].content }}{% if tools %}<tool_call>{% endif %}{# <think></think> #}"
+    call = '{"name": "find", "arguments": {"a": 1}}'
+    script = tuple(
+        (text, 100) for text in ("<think>", "hm", "</think>", "<tool_", f"call>{call}", "</tool_call>")
+    )
+
+    async def scenario(server: FakeServer) -> None:
+        server.engine.script, server.engine.reason = script, "stop"
+        tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+        async with server.client() as client:
+            body = {**CHAT, "max_tokens": len(script)}
+            (choice,) = (await client.post("/v1/chat/completions", json={**body, "tools": tools})).json()[
+                "choices"
+            ]
+            assert choice["finish_reason"] == "tool_calls"
+            assert choice["message"]["reasoning_content"] == "hm"
+            assert choice["message"]["content"] is None
+            function = choice["message"]["tool_calls"][0]["function"]
+            assert (function["name"], json.loads(function["arguments"])) == ("find", {"a": 1})
+            without = {**body, "tools": tools, "tool_choice": "none"}
+            (choice,) = (await client.post("/v1/chat/completions", json=without)).json()["choices"]
+            assert choice["finish_reason"] == "stop"
+            assert call in choice["message"]["content"]
+        with_tools, without_tools = server.engine.adds.values()
+        assert len(with_tools.tokens) > len(without_tools.tokens)
+
+    with_server(tiny_llama, scenario, chat_template=template)

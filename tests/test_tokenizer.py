@@ -127,7 +127,7 @@ def test_masks_keep_word_boundaries(smollm: Tokenizer) -> None:
 def test_long_texts_are_encoded_like_short_ones(smollm: Tokenizer) -> None:
     line = "The ridge é 山\n"
     assert smollm.encode(line * 2000) == smollm.encode(line) * 2000
-    with pytest.raises(RequestError, match="surrogate at character 26000"):
+    with pytest.raises(RequestError, match="surrogate at character 28000"):
         smollm.encode(line * 2000 + "\ud800")
 
 

@@ -42,6 +42,11 @@ class ChatTemplate:
         self._path = path
         self._ready: dict[str, Template] = {}
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The Jinja texts of all the templates, that for plain chats first."""
+        return tuple(dict.fromkeys((self.source, *self._named.values())))
+
     @staticmethod
     def from_checkpoint(checkpoint: TokenizerSource, tokenizer: Tokenizer) -> ChatTemplate | None:
         """The templates that come with a model, None when there are none.

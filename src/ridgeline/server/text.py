@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,11 @@ from ridgeline.model.checkpoint import open_checkpoint
 from ridgeline.model.generation_defaults import generation_defaults
 from ridgeline.model.tokenizer import Tokenizer
 from ridgeline.server.config import ServerConfig
-from ridgeline.server.output import OutputParser, PlainParser
+from ridgeline.server.parsers import OutputParser, parser_for
 from ridgeline.types import ConfigError, RequestError, SamplingParams
+
+_TAIL_TOKENS = 16
+"""The end of a prompt, in which it is seen whether the answer begins amid reasoning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,7 @@ class TextSide:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     sampling_defaults: SamplingParams
+    special_tokens: Mapping[str, int]
 
     @classmethod
     def load(cls, model: str, config: ServerConfig) -> TextSide:
@@ -38,7 +42,8 @@ class TextSide:
         if config.chat_template is not None:
             template = ChatTemplate(_template_text(config.chat_template), tokenizer, path)
         names = config.served_model_names or (_name_of(model),)
-        return cls(names, tokenizer, template, defaults)
+        special = {tokenizer.token_text(index): index for index in tokenizer.special_ids}
+        return cls(names, tokenizer, template, defaults, special)
 
     def prompt_tokens(self, prompt: str | Sequence[int], add_special: bool = True) -> tuple[int, ...]:
         if isinstance(prompt, str):
@@ -53,7 +58,15 @@ class TextSide:
 
     def new_parser(self, prompt: Sequence[int], tools: bool, skip_special_tokens: bool) -> OutputParser:
         """What reads one answer to `prompt`. Without `tools` no calls are looked for."""
-        return PlainParser()
+        tokenizer, template = self.tokenizer, self.template
+        return parser_for(
+            None if template is None else "\n".join(template.sources),
+            self.special_tokens,
+            tools,
+            tokenizer.detokenizer(skip_special=False),
+            tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special=False),
+            skip_special_tokens=skip_special_tokens,
+        )
 
 
 def _name_of(model: str) -> str:

@@ -17,7 +17,7 @@ from ridgeline.model.tokenizer import Tokenizer
 from ridgeline.server import logs
 from ridgeline.server.errors import bad_request
 from ridgeline.server.messages import Piece
-from ridgeline.server.output import Delta, OutputParser, PlainParser
+from ridgeline.server.parsers import Delta, OutputParser, PlainParser
 from ridgeline.server.routes.common import (
     STOPS,
     answer_with,

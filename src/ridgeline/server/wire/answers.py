@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from ridgeline.model.tokenizer import Tokenizer
-from ridgeline.server.output import Delta
+from ridgeline.server.parsers import Delta
 from ridgeline.types import TokenLogprobs
 
 encode = msgspec.json.encode
