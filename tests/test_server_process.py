@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,23 +109,29 @@ def test_a_signal_drains_and_environment_twins_count(tiny_llama: Path) -> None:
 
 
 def test_a_second_signal_ends_at_once(tiny_llama: Path) -> None:
-    with server_process(tiny_llama, "--drain-timeout", 300, "--max-queue", 0) as server:
+    one_only = ("--max-num-seqs", 1, "--max-queue", 0, "--max-num-batched-tokens", 64)
+    with server_process(tiny_llama, "--drain-timeout", 300, *one_only) as server:
         engine = engine_of(server)
         engine.suspend()  # nothing will ever end
-        done = threading.Event()
+        outcome: list[object] = []
 
         def ask() -> None:
-            with pytest.raises(httpx.HTTPError):
-                httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, timeout=60)
-            done.set()
+            try:
+                outcome.append(httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, timeout=60))
+            except httpx.HTTPError as error:
+                outcome.append(error)
 
         asking = threading.Thread(target=ask)
         asking.start()
+        while httpx.post(f"{server.url}/v1/completions", json={}).status_code != 429:  # until it is in
+            time.sleep(0.02)
         server.process.send_signal(signal.SIGINT)
-        while not any("open_requests" in line for line in server.log):
-            pass
+        while not any("open_requests=1" in line for line in server.log):
+            time.sleep(0.02)
+        assert server.process.poll() is None
         assert server.end(signal.SIGINT) == 0
         asking.join(30)
+        assert isinstance(outcome[0], httpx.HTTPError)
         assert not engine.is_running()
 
 
@@ -144,6 +151,7 @@ def test_a_killed_engine_comes_back_and_a_killed_server_takes_it_along(tiny_llam
         assert '"engine_stopped"' in end or end == "data: [DONE]"
         while httpx.get(f"{server.url}/health").status_code != 200:
             assert server.process.poll() is None
+            time.sleep(0.02)
         assert answer().json()["choices"][0]["text"] == before
         second = engine_of(server)
         server.process.kill()

@@ -76,7 +76,8 @@ def serve(
     log_format: LogFormat = None,
     log_prompts: LogPrompts = False,
 ) -> None:
-    """Serve MODEL over HTTP, as OpenAI's API. SIGTERM or Ctrl-C lets open requests end, twice does not."""
+    """Serve MODEL over HTTP, as OpenAI's API. SIGTERM or Ctrl-C lets open requests end; a second one does
+    not wait for them."""
     from ridgeline.cli.progress import fetch
     from ridgeline.config import EngineConfig
     from ridgeline.server.config import ServerConfig, keys_of, read_keys
