@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,3 +172,32 @@ async def fake_server(
         finally:
             server.stop()
             await running
+
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+Scenario = Callable[[FakeServer], Coroutine[Any, Any, None]]
+
+
+def with_server(model: Path, scenario: Scenario, **settings: Any) -> None:
+    """Run a scenario, after which nothing may be left open."""
+
+    async def run() -> None:
+        async with fake_server(model, **settings) as server:
+            await scenario(server)
+            await until(lambda: not server.engine.streams)
+            service = server.server.service
+            await until(lambda: not service.open_requests)
+            assert service.open_sequences == 0
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def code_of(answer: httpx.Response) -> str:
+    code: str = answer.json()["error"]["code"]
+    return code

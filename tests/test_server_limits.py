@@ -1,4 +1,4 @@
-"""What the server refuses, bounds and closes: bodies, headers, slow clients, queues, keys, strangers."""
+"""What the server refuses, bounds and closes: bodies, headers, slow clients, queues."""
 
 from __future__ import annotations
 
@@ -6,48 +6,17 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-import httpx
-import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import FakeServer, fake_server
+from serving import CHAT, FakeServer, code_of, fake_server, until, with_server
 
-from ridgeline.server import logs
 from ridgeline.server.body import parse_json
-from ridgeline.server.config import ApiKey, ServerConfig, keys_of, read_keys
-from ridgeline.server.errors import HttpError, http_error_of
+from ridgeline.server.errors import HttpError
 from ridgeline.server.messages import Refused
-from ridgeline.server.parsers import Delta, ToolCallDelta
-from ridgeline.server.text import TextSide
-from ridgeline.types import ConfigError, RequestError
-
-CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
-Scenario = Callable[[FakeServer], Coroutine[Any, Any, None]]
-
-
-def with_server(model: Path, scenario: Scenario, **settings: Any) -> None:
-    """Run a scenario, after which nothing may be left open."""
-
-    async def run() -> None:
-        async with fake_server(model, **settings) as server:
-            await scenario(server)
-            await until(lambda: not server.engine.streams)
-            service = server.server.service
-            await until(lambda: not service.open_requests)
-            assert service.open_sequences == 0
-
-    asyncio.run(asyncio.wait_for(run(), 60))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def talk(server: FakeServer, *parts: bytes, wait: bool = True) -> bytes:
@@ -64,11 +33,6 @@ async def talk(server: FakeServer, *parts: bytes, wait: bool = True) -> bytes:
 def post(path: str, body: bytes, *headers: str) -> bytes:
     lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", *headers, "", ""]
     return "\r\n".join(lines).encode() + body
-
-
-def code_of(answer: httpx.Response) -> str:
-    code: str = answer.json()["error"]["code"]
-    return code
 
 
 # ------------------------------------------------------------------------------------------------ JSON
@@ -311,266 +275,3 @@ def test_draining_lets_open_requests_end(tiny_llama: Path) -> None:
             assert (await open_).status_code == 200
 
     asyncio.run(run())
-
-
-# -------------------------------------------------------------------------------------------- authority
-
-PATHS = [
-    ("GET", "/v1/models"),
-    ("GET", "/v1/models/tiny"),
-    ("POST", "/v1/chat/completions"),
-    ("POST", "/v1/completions"),
-    ("POST", "/tokenize"),
-    ("POST", "/detokenize"),
-    ("GET", "/version"),
-    ("GET", "/openapi.json"),
-    ("GET", "/nothing"),
-    ("POST", "/live"),
-    ("OPTIONS", "/v1/models"),
-    ("HEAD", "/v1/models"),
-    ("GET", "//v1/models"),
-    ("GET", "/live/"),
-    ("GET", "//live"),
-    ("GET", "/%6cive"),
-    ("GET", "/LIVE"),
-    ("GET", "/live%2f..%2fv1/models"),
-    ("GET", "/live/../v1/models"),
-]
-
-
-def test_all_but_two_paths_need_a_key(tiny_llama: Path) -> None:
-    async def scenario(server: FakeServer) -> None:
-        async with server.client() as client:
-            for method, path in PATHS:
-                url = httpx.URL(server.url).copy_with(raw_path=path.encode())
-                for given_ in ({}, *({"authorization": text} for text in WRONG_KEYS)):
-                    answer = await client.request(method, url, headers=given_)
-                    assert answer.status_code == 401, (method, path)
-                    assert answer.headers["www-authenticate"] == "Bearer"
-                    assert method == "HEAD" or code_of(answer) == "invalid_api_key"
-                answer = await client.request(method, url, headers={"authorization": "bearer sk-right"})
-                assert answer.status_code != 401, (method, path)
-            for path in ("/live", "/health"):
-                assert (await client.get(path)).status_code == 200
-                assert (await client.head(path)).status_code == 200
-
-    with_server(tiny_llama, scenario, api_keys=keys_of(["sk-right,sk-other"]))
-
-
-WRONG_KEYS = (
-    "sk-right",
-    "Bearer",
-    "Bearer sk-righ",
-    "Basic sk-right",
-    "Bearer sk-right, Bearer x",
-    "Bearer sk-right-",
-)
-
-
-def test_a_key_may_have_so_many_requests_open(tiny_llama: Path) -> None:
-    async def scenario(server: FakeServer) -> None:
-        server.engine.running.clear()
-        few, many = ({"authorization": f"Bearer {key}"} for key in ("sk-few", "sk-many"))
-        async with server.client() as client:
-            first = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT, headers=few))
-            await until(lambda: len(server.engine.streams) == 1)
-            assert (await client.post("/v1/chat/completions", json=CHAT, headers=few)).status_code == 429
-            other = asyncio.create_task(client.post("/v1/chat/completions", json=CHAT, headers=many))
-            await until(lambda: len(server.engine.streams) == 2)
-            server.engine.running.set()
-            assert [(await first).status_code, (await other).status_code] == [200, 200]
-            assert (await client.post("/v1/chat/completions", json=CHAT, headers=few)).status_code == 200
-
-    keys = (ApiKey.of("few", "sk-few", 1), ApiKey.of("many", "sk-many"))
-    with_server(tiny_llama, scenario, api_keys=keys)
-
-
-def test_key_files(tmp_path: Path) -> None:
-    toml, plain = tmp_path / "keys.toml", tmp_path / "keys.json"
-    toml.write_text('[keys.alice]\nkey = "sk-a"\nmax_requests = 2\n')
-    plain.write_text('{"keys": {"alice": {"key": "sk-a", "max_requests": 2}}}')
-    assert read_keys(toml) == read_keys(plain) == (ApiKey.of("alice", "sk-a", 2),)
-    config = ServerConfig(api_keys=read_keys(toml))
-    assert "sk-a" not in repr(config)
-    assert config.key_of("sk-a") == config.api_keys[0]
-    assert config.key_of("sk-b") is None
-    wrong = (
-        "{}",
-        '{"keys": {}}',
-        '{"keys": {"a": "sk"}}',
-        '{"keys": {"a": {"key": 5}}}',
-        "[",
-        '{"keys": []}',
-    )
-    for content in (*wrong, '{"keys": {"a": {"key": "sk", "more": 1}}}', '{"keys": {"a": {"key": ""}}}'):
-        plain.write_text(content)
-        with pytest.raises(ConfigError, match="accepted") as caught:
-            read_keys(plain)
-        assert "sk" not in str(caught.value).replace(str(plain), "")
-
-
-def test_strangers_names_and_origins(tiny_llama: Path) -> None:
-    async def scenario(server: FakeServer) -> None:
-        async with server.client() as client:
-
-            async def status(**headers: str) -> int:
-                return (await client.get("/v1/models", headers=headers)).status_code
-
-            port = server.port
-            for host in (
-                "localhost",
-                f"LOCALHOST:{port}",
-                "127.0.0.1:1",
-                "[::1]:8000",
-                "10.1.2.3",
-                "box.lan",
-            ):
-                assert await status(host=host) == 200, host
-            for host in (
-                "evil.example",
-                "localhost.evil.example",
-                "box.lan.",
-                "a@localhost",
-                "localhost:x",
-                "",
-            ):
-                assert await status(host=host) == 403, host
-            assert await status(host="localhost", origin="http://localhost") == 200
-            assert await status(origin="https://app.example") == 200
-            for origin in ("https://evil.example", "null", "https://app.example.evil", "http://localhost:1"):
-                assert await status(origin=origin) == 403, origin
-            asked = {"origin": "https://app.example", "access-control-request-method": "POST"}
-            allowed = await client.options("/v1/chat/completions", headers=asked)
-            assert allowed.status_code == 204
-            assert allowed.headers["access-control-allow-origin"] == "https://app.example"
-            refused = await client.options("/v1/models", headers={**asked, "origin": "https://evil.example"})
-            assert refused.status_code == 403
-            assert not any(name.startswith("access-control") for name in refused.headers)
-
-    settings = {"allowed_hosts": ("box.lan",), "allowed_origins": ("https://app.example",)}
-    with_server(tiny_llama, scenario, **settings)
-
-
-def test_cors_is_off(tiny_llama: Path) -> None:
-    async def scenario(server: FakeServer) -> None:
-        async with server.client() as client:
-            headers = {"origin": server.url, "access-control-request-method": "POST"}
-            answer = await client.options("/v1/models", headers=headers)
-            assert answer.status_code == 405
-            assert not any(name.startswith("access-control") for name in answer.headers)
-
-    with_server(tiny_llama, scenario)
-
-
-# ------------------------------------------------------------------------------------------------ logs
-
-
-def test_log_lines_cannot_be_forged() -> None:
-    import logging
-
-    record = logging.LogRecord("x", logging.INFO, "", 0, "request", (), None)
-    record.fields = {"path": "/a\r\nfake \x1b[31m\u2028\ud800", "seconds": 0.25, "name": 'a "b"'}
-    for as_json in (True, False):
-        line = logs.LineFormatter(as_json).format(record)
-        assert line.isprintable()
-        assert "fake" in line
-    assert json.loads(logs.LineFormatter(True).format(record))["path"] == record.fields["path"]
-
-
-def test_errors_keep_their_causes_to_themselves() -> None:
-    for error in (OSError("/secret/path"), KeyError("0x7f"), ValueError("prompt")):
-        told = http_error_of(error)
-        assert told.status == 500
-        assert str(error) not in told.body().decode()
-    assert http_error_of(RequestError("top_k is 5; accepted: less")).param == "top_k"
-
-
-# --------------------------------------------------------------------------------------------- parsers
-
-
-class Shouting:
-    """Reads capitals as reasoning, and what stands between brackets as a call."""
-
-    needs_special_tokens = True
-
-    def __init__(self) -> None:
-        self.called_tools = False
-
-    def feed(self, text: str, token_ids: Any) -> list[Delta]:
-        if text == "[":
-            self.called_tools = True
-            return [Delta(tool_calls=(ToolCallDelta(0, "call_1", "find"),))]
-        if self.called_tools:
-            return [Delta(tool_calls=(ToolCallDelta(0, arguments=text),))]
-        return [Delta(reasoning=text) if text.isupper() else Delta(text)]
-
-    def finish(self) -> list[Delta]:
-        return [Delta(tool_calls=(ToolCallDelta(0, arguments="}"),))] if self.called_tools else []
-
-
-def test_what_a_parser_finds_reaches_the_client(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[bool, bool]] = []
-
-    def parser(self: TextSide, prompt: Any, tools: bool, skip_special_tokens: bool) -> Shouting:
-        seen.append((tools, skip_special_tokens))
-        return Shouting()
-
-    monkeypatch.setattr(TextSide, "new_parser", parser)
-
-    async def scenario(server: FakeServer) -> None:
-        server.engine.script = tuple((text, 3) for text in ("HM", "hi", "[", "{", '"a": 1'))
-        server.engine.reason = "stop"
-        tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-            for stream in (False, True):
-                ask: dict[str, Any] = {"model": "tiny", "messages": CHAT["messages"], "max_tokens": 5}
-                answer: Any = await client.chat.completions.create(**ask, tools=tools, stream=stream)
-                if not stream:
-                    message = answer.choices[0].message
-                    assert (message.reasoning_content, message.content) == ("HM", "hi")
-                    (call,) = message.tool_calls
-                    assert (call.id, call.function.name) == ("call_1", "find")
-                    assert json.loads(call.function.arguments) == {"a": 1}
-                    assert answer.choices[0].finish_reason == "tool_calls"
-                    continue
-                chunks = [chunk async for chunk in answer]
-                deltas = [chunk.choices[0].delta for chunk in chunks]
-                parts = [delta.tool_calls[0] for delta in deltas if delta.tool_calls]
-                assert (parts[0].id, parts[0].function.name) == ("call_1", "find")
-                assert json.loads("".join(part.function.arguments for part in parts)) == {"a": 1}
-                assert [delta.reasoning_content for delta in deltas if "reasoning_content" in delta.to_dict()]
-                assert chunks[-1].choices[0].finish_reason == "tool_calls"
-        assert seen == [(True, True), (True, True)]
-        assert not any(add.params.skip_special_tokens for add in server.engine.adds.values())
-
-    with_server(tiny_llama, scenario)
-
-
-def test_calls_and_reasoning_are_parsed_as_the_template_tells(tiny_llama: Path) -> None:
-    template = "{{ messages[0].content }}{% if tools %}<tool_call>{% endif %}{# <think></think> #}"
-    call = '{"name": "find", "arguments": {"a": 1}}'
-    script = tuple(
-        (text, 100) for text in ("<think>", "hm", "</think>", "<tool_", f"call>{call}", "</tool_call>")
-    )
-
-    async def scenario(server: FakeServer) -> None:
-        server.engine.script, server.engine.reason = script, "stop"
-        tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
-        async with server.client() as client:
-            body = {**CHAT, "max_tokens": len(script)}
-            (choice,) = (await client.post("/v1/chat/completions", json={**body, "tools": tools})).json()[
-                "choices"
-            ]
-            assert choice["finish_reason"] == "tool_calls"
-            assert choice["message"]["reasoning_content"] == "hm"
-            assert choice["message"]["content"] is None
-            function = choice["message"]["tool_calls"][0]["function"]
-            assert (function["name"], json.loads(function["arguments"])) == ("find", {"a": 1})
-            without = {**body, "tools": tools, "tool_choice": "none"}
-            (choice,) = (await client.post("/v1/chat/completions", json=without)).json()["choices"]
-            assert choice["finish_reason"] == "stop"
-            assert call in choice["message"]["content"]
-        with_tools, without_tools = server.engine.adds.values()
-        assert len(with_tools.tokens) > len(without_tools.tokens)
-
-    with_server(tiny_llama, scenario, chat_template=template)

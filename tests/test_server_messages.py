@@ -1,0 +1,104 @@
+"""How the parts of an answer, as parsers find them, reach a client."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from serving import CHAT, FakeServer, with_server
+
+from ridgeline.server.parsers import Delta, ToolCallDelta
+from ridgeline.server.text import TextSide
+
+# --------------------------------------------------------------------------------------------- parsers
+
+
+class Shouting:
+    """Reads capitals as reasoning, and what stands between brackets as a call."""
+
+    needs_special_tokens = True
+
+    def __init__(self) -> None:
+        self.called_tools = False
+
+    def feed(self, text: str, token_ids: Any) -> list[Delta]:
+        if text == "[":
+            self.called_tools = True
+            return [Delta(tool_calls=(ToolCallDelta(0, "call_1", "find"),))]
+        if self.called_tools:
+            return [Delta(tool_calls=(ToolCallDelta(0, arguments=text),))]
+        return [Delta(reasoning=text) if text.isupper() else Delta(text)]
+
+    def finish(self) -> list[Delta]:
+        return [Delta(tool_calls=(ToolCallDelta(0, arguments="}"),))] if self.called_tools else []
+
+
+def test_what_a_parser_finds_reaches_the_client(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def parser(self: TextSide, prompt: Any, tools: bool, skip_special_tokens: bool) -> Shouting:
+        seen.append((tools, skip_special_tokens))
+        return Shouting()
+
+    monkeypatch.setattr(TextSide, "new_parser", parser)
+
+    async def scenario(server: FakeServer) -> None:
+        server.engine.script = tuple((text, 3) for text in ("HM", "hi", "[", "{", '"a": 1'))
+        server.engine.reason = "stop"
+        tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            for stream in (False, True):
+                ask: dict[str, Any] = {"model": "tiny", "messages": CHAT["messages"], "max_tokens": 5}
+                answer: Any = await client.chat.completions.create(**ask, tools=tools, stream=stream)
+                if not stream:
+                    message = answer.choices[0].message
+                    assert (message.reasoning_content, message.content) == ("HM", "hi")
+                    (call,) = message.tool_calls
+                    assert (call.id, call.function.name) == ("call_1", "find")
+                    assert json.loads(call.function.arguments) == {"a": 1}
+                    assert answer.choices[0].finish_reason == "tool_calls"
+                    continue
+                chunks = [chunk async for chunk in answer]
+                deltas = [chunk.choices[0].delta for chunk in chunks]
+                parts = [delta.tool_calls[0] for delta in deltas if delta.tool_calls]
+                assert (parts[0].id, parts[0].function.name) == ("call_1", "find")
+                assert json.loads("".join(part.function.arguments for part in parts)) == {"a": 1}
+                assert [delta.reasoning_content for delta in deltas if "reasoning_content" in delta.to_dict()]
+                assert chunks[-1].choices[0].finish_reason == "tool_calls"
+        assert seen == [(True, True), (True, True)]
+        assert not any(add.params.skip_special_tokens for add in server.engine.adds.values())
+
+    with_server(tiny_llama, scenario)
+
+
+def test_calls_and_reasoning_are_parsed_as_the_template_tells(tiny_llama: Path) -> None:
+    template = "{{ messages[0].content }}{% if tools %}<tool_call>{% endif %}{# <think></think> #}"
+    call = '{"name": "find", "arguments": {"a": 1}}'
+    script = tuple(
+        (text, 100) for text in ("<think>", "hm", "</think>", "<tool_", f"call>{call}", "</tool_call>")
+    )
+
+    async def scenario(server: FakeServer) -> None:
+        server.engine.script, server.engine.reason = script, "stop"
+        tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+        async with server.client() as client:
+            body = {**CHAT, "max_tokens": len(script)}
+            (choice,) = (await client.post("/v1/chat/completions", json={**body, "tools": tools})).json()[
+                "choices"
+            ]
+            assert choice["finish_reason"] == "tool_calls"
+            assert choice["message"]["reasoning_content"] == "hm"
+            assert choice["message"]["content"] is None
+            function = choice["message"]["tool_calls"][0]["function"]
+            assert (function["name"], json.loads(function["arguments"])) == ("find", {"a": 1})
+            without = {**body, "tools": tools, "tool_choice": "none"}
+            (choice,) = (await client.post("/v1/chat/completions", json=without)).json()["choices"]
+            assert choice["finish_reason"] == "stop"
+            assert call in choice["message"]["content"]
+        with_tools, without_tools = server.engine.adds.values()
+        assert len(with_tools.tokens) > len(without_tools.tokens)
+
+    with_server(tiny_llama, scenario, chat_template=template)
