@@ -25,6 +25,7 @@ _SLOT = np.dtype([("token", np.int64), ("position", np.int64), ("chain", np.uint
 _POISON = np.array((-1, -1, 0xDEAD), _SLOT)
 _ROOT = 0x243F6A8885A308D3
 _OFFSETS = 2**13
+HIDDEN = 8
 
 
 def _chained(chain: Any, token: Any) -> Any:
@@ -63,6 +64,7 @@ class FakeExecutor:
         self.edit = edit
         self.memory = [np.full((count, PAGE_TOKENS), _POISON, _SLOT) for count in pages]
         self.steps: list[Step] = []
+        self.encoders = 0
         self.fail: Exception | None = None
         self.closed = False
         self._logits = self._older = np.zeros((0, vocabulary), np.float32)
@@ -77,8 +79,13 @@ class FakeExecutor:
     def compile(self, program: Any) -> str:
         return "handle"
 
+    def compile_encoder(self) -> str:
+        """The handle of a program whose outputs are `HIDDEN` of a row's logits."""
+        self.encoders += 1
+        return "encoder"
+
     def run(self, handle: Any, step: Step) -> FakeFuture:
-        assert handle == "handle"
+        assert handle in ("handle", "encoder")
         assert not self.closed, "run after close"
         assert 0 < step.rows <= self.max_rows, f"{step.rows} rows in a step of at most {self.max_rows}"
         if self.fail is not None:
@@ -95,6 +102,9 @@ class FakeExecutor:
             self._check(sequence)
         rows = [self._answer(s, s.start + row) for s in step.sequences for row in s.outputs]
         self._logits = np.array(rows, np.float32).reshape(len(rows), self.vocabulary)
+        if handle == "encoder":
+            assert not step.draws
+            self._logits = self._logits[:, :HIDDEN].copy()
         self._drawn = self._drawer.rows(self._logits, step.draws)
         logits = undrawn(self._logits, step.draws)
         return FakeFuture(StepResult(logits, self._drawn, 0.001, Work(int8_ops=step.rows, read_bytes=1)))
@@ -207,4 +217,4 @@ def make_engine(executor: FakeExecutor, **settings: Any) -> Engine:
     scheduler = Scheduler(cache, settings.pop("max_num_seqs", 8), settings.pop("max_num_batched_tokens", 64))
     seed = settings.pop("seed", None)
     model = ModelFacts(executor.vocabulary, settings.pop("max_model_len", 512), **settings)
-    return Engine(executor, "handle", scheduler, model, FakeDetokenizer, seed)
+    return Engine(executor, "handle", scheduler, model, FakeDetokenizer, seed, executor.compile_encoder)

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ridgeline.config import pages_for
-from ridgeline.engine import Engine, _Choice
+from ridgeline.engine import Engine
+from ridgeline.outcome import Choice
 from ridgeline.types import (
     CompletionOutput,
     Float32Array,
@@ -214,7 +215,7 @@ def test_an_interrupted_step_is_run_again(monkeypatch: pytest.MonkeyPatch, where
     expected = {request.id: one(request, max_num_batched_tokens=16) for request in requests}
     executor = FakeExecutor()
     engine = make_engine(executor, max_num_batched_tokens=16)
-    owner: Any = {"run": executor, "advance": engine.scheduler, "take": _Choice}[where]
+    owner: Any = {"run": executor, "advance": engine.scheduler, "take": Choice}[where]
     method, calls = getattr(owner, where), itertools.count()
 
     def interrupted(*arguments: Any) -> Any:

@@ -55,7 +55,7 @@ def loaded_model(executor: FakeExecutor | None = None, **settings: Any) -> Loade
     template = settings.pop("chat_template", LineTemplate())
     engine = make_engine(executor or FakeExecutor(), **settings)
     defaults = SamplingParams(temperature=0, max_tokens=5)
-    return LoadedModel(EngineConfig(), engine, LetterTokenizer(), template, defaults)  # type: ignore[arg-type]
+    return LoadedModel(EngineConfig(), engine, LetterTokenizer(), template, defaults, {})  # type: ignore[arg-type]
 
 
 @pytest.fixture

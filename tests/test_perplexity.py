@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ridgeline.apps.perplexity import MAX_OUTPUT_ROWS, Perplexity, Scorer, score_text
-from ridgeline.config import PAGE_TOKENS
+from ridgeline.apps.perplexity import Perplexity, Scorer, score_text
+from ridgeline.config import MAX_OUTPUT_ROWS, PAGE_TOKENS
 from ridgeline.types import PageCopy, RequestError, Step, StepResult, Work
 
 VOCABULARY = 37

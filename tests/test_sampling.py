@@ -321,6 +321,10 @@ class Row:
     chooser: Chooser
     token_ids: Sequence[int]
 
+    @property
+    def prompt_length(self) -> int:
+        return len(self.token_ids)
+
 
 @dataclass(frozen=True)
 class RowPlan:
@@ -328,6 +332,11 @@ class RowPlan:
 
     sampled: Sequence[Row]
     on_host: bool = False
+    pooled: bool = False
+
+    @property
+    def positions(self) -> list[int]:
+        return [len(row.token_ids) for row in self.sampled]
 
     @property
     def step(self) -> Step:

@@ -14,9 +14,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from ridgeline.config import EngineConfig
-from ridgeline.loading import LoadedFace, Message, Prompt, load_engine, text_of
+from ridgeline.loading import LoadedFace, Message, Prompt, embedding_of, load_engine, text_of
 from ridgeline.types import (
     EngineDeadError,
+    Pooling,
+    PoolingParams,
     Request,
     RequestError,
     RequestOutput,
@@ -70,6 +72,21 @@ class AsyncLLM(LoadedFace):
             async for output in outputs:
                 yield output
 
+    async def embed(
+        self,
+        prompt: Prompt,
+        pooling: Pooling = "mean",
+        normalise: bool = True,
+        request_id: str | None = None,
+    ) -> tuple[float, ...]:
+        """A vector for a prompt, as `LLM.embed` makes it."""
+        tokens = await asyncio.to_thread(self._loaded.tokens_of, prompt)
+        params = PoolingParams(pooling, normalise)
+        async with aclosing(self._follow(text_of(prompt), tokens, params, request_id)) as outputs:
+            async for output in outputs:
+                last = output
+        return embedding_of(last)
+
     async def abort(self, request_id: str) -> None:
         """End a request; its reader gets a last output with the reason "abort". Unknown ids are ignored."""
         with suppress(EngineDeadError):
@@ -96,7 +113,11 @@ class AsyncLLM(LoadedFace):
         await asyncio.to_thread(self.close)
 
     async def _follow(
-        self, text: str | None, tokens: tuple[int, ...], params: SamplingParams | None, request_id: str | None
+        self,
+        text: str | None,
+        tokens: tuple[int, ...],
+        params: SamplingParams | PoolingParams | None,
+        request_id: str | None,
     ) -> AsyncGenerator[RequestOutput, None]:
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
         request = Request(name, tokens, params or self.sampling_defaults)

@@ -15,6 +15,9 @@ MAX_THREADS = 4096
 PAGE_TOKENS = 16
 """KV slots in a page: one attention tile of every executor."""
 
+MAX_OUTPUT_ROWS = 128
+"""Rows whose logits are asked for at once where many are wanted: bounds memory with large vocabularies."""
+
 
 def pages_for(tokens: int) -> int:
     """Pages that `tokens` slots fill, the last one perhaps in part."""

@@ -15,21 +15,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ridgeline.execution.noise import derived_seed
+from ridgeline.outcome import Choice, Outcome, PooledPrompt, RequestState
+from ridgeline.sampling.pooling import Pooler
 from ridgeline.sampling.sampler import Chooser, Sampled, Sampler
-from ridgeline.sampling.stop import StopMatcher
 from ridgeline.scheduling.scheduler import Plan, Scheduler
 from ridgeline.scheduling.sequence import Sequence
 from ridgeline.types import (
-    CompletionOutput,
-    FinishReason,
+    PoolingParams,
     Request,
     RequestError,
-    RequestMetrics,
     RequestOutput,
     SamplingParams,
     StepFuture,
     StepResult,
-    TokenLogprobs,
     Work,
 )
 
@@ -38,15 +36,21 @@ if TYPE_CHECKING:
     from ridgeline.model.detokenizer import Detokenizer
 
 
+MAX_PROMPT_SCORES = 2**20
+"""Log-probabilities of a prompt's tokens that are kept for one request, the most probable ones included."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What the engine has to know about the model. `max_model_len` bounds prompt and output together;
-    `begin_token_id` stands for an empty prompt, if the model has one."""
+    `begin_token_id` stands for an empty prompt, if the model has one. `hidden_scale` is multiplied onto
+    pooled hidden states."""
 
     vocabulary_size: int
     max_model_len: int
     end_token_ids: frozenset[int] = frozenset()
     begin_token_id: int | None = None
+    hidden_scale: float = 1.0
 
 
 @dataclass(slots=True)
@@ -67,8 +71,8 @@ class StepTotals:
 
 @dataclass(slots=True)
 class EngineStats:
-    """Totals since the engine was made. `decode` counts the steps with one row per sequence, `prefill` all
-    others; steps that mix the two are among the latter."""
+    """Totals since the engine was made. `decode` counts the decoder's steps with one row per sequence,
+    `prefill` all others; steps that mix the two are among the latter."""
 
     prefill: StepTotals = field(default_factory=StepTotals)
     decode: StepTotals = field(default_factory=StepTotals)
@@ -76,6 +80,8 @@ class EngineStats:
 
 class Engine:
     """Runs requests on one executor. It owns the requests; the scheduler owns queues and pages.
+
+    `encoder` compiles the program that gives hidden states, when the first request to pool a prompt comes.
 
     `detokenizer(skip_special_tokens)` makes the text side of one sequence. With `seed`, requests without
     a seed of their own are repeatable: theirs is derived from it by their order of arrival.
@@ -89,17 +95,20 @@ class Engine:
         model: ModelFacts,
         detokenizer: Callable[[bool], Detokenizer],
         seed: int | None = None,
+        encoder: Callable[[], Any] | None = None,
     ) -> None:
         self.model = model
         self.scheduler = scheduler
         self.stats = EngineStats()
         self.executor = executor
         self.handle = handle
+        self._compile_encoder = encoder
+        self._encoder: Any = None
         self._detokenizer = detokenizer
         self._seed = seed
         self._sampler = Sampler()
-        self._requests: dict[str, _Request] = {}
-        self._owners: dict[int, tuple[_Request, _Choice]] = {}
+        self._requests: dict[str, RequestState] = {}
+        self._owners: dict[int, tuple[RequestState, Outcome]] = {}
         self._in_flight: deque[tuple[Plan, StepFuture]] = deque()
         self._launching = False
         self._requests_seen = 0
@@ -136,7 +145,7 @@ class Engine:
         if not plan.sequences:
             return False
         self._launching = True
-        future = self.executor.run(self.handle, plan.step)
+        future = self.executor.run(self._encoder if plan.pooled else self.handle, plan.step)
         self._in_flight.append((plan, future))
         self.scheduler.advance(plan)
         self._launching = False
@@ -150,7 +159,8 @@ class Engine:
         """Drop all requests and close the executor."""
         for request_id in list(self._requests):
             self.abort(request_id)
-        self.handle = None  # a compiled program keeps its weights alive
+        # A compiled program keeps its weights alive.
+        self.handle = self._encoder = self._compile_encoder = None
         self.executor.close()
 
     # ------------------------------------------------------------------------- requests come and go
@@ -167,24 +177,51 @@ class Engine:
             tokens = (self.model.begin_token_id,)
         params = request.params
         limit = self._check(tokens, params)
-        arrived_s = time.perf_counter()
+        state = RequestState(request.id, prompt, tokens, stream, time.perf_counter())
+        if isinstance(params, PoolingParams):
+            self._need_encoder()
+            state.choices.append(self._pooled(tokens, params, limit))
+        else:
+            state.choices += self._continued(tokens, params, limit)
+        self._requests[request.id] = state
+        self._requests_seen += 1
+        self._sequences_seen += len(state.choices)
+        for choice in state.choices:
+            self._owners[choice.sequence.arrival] = (state, choice)
+            self.scheduler.add(choice.sequence)
+
+    def _continued(self, tokens: tuple[int, ...], params: SamplingParams, limit: int) -> list[Choice]:
         seed = self._seed_of(params)
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= self.model.end_token_ids
-        state = _Request(request.id, prompt, tokens, stream, arrived_s)
+        choices = []
         for index in range(params.n):
             chooser = Chooser(params, seed, index, tokens, tuple(ends))
             pages = self.scheduler.cache.new_sequence()
             sequence = Sequence(self._sequences_seen + index, tokens, chooser, pages, limit)
             detokenizer = self._detokenizer(params.skip_special_tokens)
-            state.choices.append(_Choice(index, sequence, params, ends, limit, detokenizer))
-        self._requests[request.id] = state
-        self._requests_seen += 1
-        self._sequences_seen += params.n
-        for choice in state.choices:
-            self._owners[choice.sequence.arrival] = (state, choice)
-            self.scheduler.add(choice.sequence)
+            choices.append(Choice(index, sequence, params, ends, limit, detokenizer))
+        return choices
+
+    def _pooled(self, tokens: tuple[int, ...], params: PoolingParams, limit: int) -> PooledPrompt:
+        sequence = Sequence(
+            self._sequences_seen,
+            tokens,
+            Chooser(SamplingParams(), 0, 0, (), ()),  # never asked
+            self.scheduler.cache.new_sequence(),
+            limit,
+            pooled=True,
+        )
+        sequence.first_output = 0 if params.pooling == "mean" else len(tokens) - 1
+        return PooledPrompt(sequence, Pooler(self.model.hidden_scale, params.normalise))
+
+    def _need_encoder(self) -> None:
+        """Raises CapacityError when there is no memory for a second program's buffers."""
+        if self._encoder is None:
+            if self._compile_encoder is None:
+                raise RequestError("this engine gives no embeddings; accepted: prompts to continue")
+            self._encoder = self._compile_encoder()
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now and free what it holds; its last state, or None when there is none (any more)."""
@@ -201,18 +238,22 @@ class Engine:
         """Whether any row of a request that is under way has been planned."""
         return any(choice.sequence.computed for choice in self._requests[request_id].choices)
 
-    def _check(self, tokens: tuple[int, ...], params: SamplingParams) -> int:
-        """Refuse what cannot be served; returns the most tokens that a sequence of the request may have."""
+    def _check(self, tokens: tuple[int, ...], params: SamplingParams | PoolingParams) -> int:
+        """Refuse what cannot be served; returns the most tokens that a sequence of the request may have, one
+        more than are ever run."""
         context = self.model.max_model_len
         if not tokens:
             raise RequestError("prompt has 0 tokens; accepted: at least 1")
-        if len(tokens) >= context:
+        none_generated = isinstance(params, PoolingParams) or params.max_tokens == 0
+        longest = context if none_generated else context - 1
+        if len(tokens) > longest:
             seen = f"prompt has {len(tokens)} tokens"
-            raise RequestError(f"{seen}; this model's context of {context} takes at most {context - 1}")
+            raise RequestError(f"{seen}; this model's context of {context} takes at most {longest}")
         self._check_ids("prompt token", tokens)
-        self._check_ids("stop_token_ids token", params.stop_token_ids)
-        self._check_ids("logit_bias token", params.logit_bias or ())
-        limit = context if params.max_tokens is None else min(context, len(tokens) + params.max_tokens)
+        if isinstance(params, PoolingParams):
+            limit = len(tokens) + 1
+        else:
+            limit = self._check_sampling(len(tokens), params)
         capacity = self.scheduler.cache.max_sequence_tokens
         # The last token is never run, so it needs no slot.
         if capacity is not None and limit - 1 > capacity:
@@ -220,6 +261,20 @@ class Engine:
                 f"prompt and output may reach {limit} tokens; the KV cache holds at most {capacity + 1}"
             )
         return limit
+
+    def _check_sampling(self, length: int, params: SamplingParams) -> int:
+        context = self.model.max_model_len
+        self._check_ids("stop_token_ids token", params.stop_token_ids)
+        self._check_ids("logit_bias token", params.logit_bias or ())
+        if params.prompt_logprobs is not None:
+            scores, most = length * (1 + params.prompt_logprobs), MAX_PROMPT_SCORES
+            if scores > most:
+                seen = f"prompt_logprobs is {params.prompt_logprobs} for {length} tokens, {scores} in all"
+                raise RequestError(f"{seen}; accepted: up to {most} log-probabilities")
+        if params.max_tokens is None:
+            return context
+        # The row of a prompt's only token is run even where nothing is generated.
+        return max(min(context, length + params.max_tokens), 2)
 
     def _check_ids(self, name: str, ids: Iterable[int]) -> None:
         size = self.model.vocabulary_size
@@ -242,23 +297,24 @@ class Engine:
         A sequence that has ended meanwhile, or took its token on before an interrupt, is passed over.
         """
         now_s = time.perf_counter()
-        decode = len(plan.sequences) == plan.step.rows
+        decode = len(plan.sequences) == plan.step.rows and not plan.pooled
         (self.stats.decode if decode else self.stats.prefill).add(plan.step.rows, result)
-        advanced: dict[str, _Request] = {}
+        advanced: dict[str, RequestState] = {}
         for sequence, position, sample in zip(plan.sampled, plan.positions, sampled, strict=True):
             if sequence.arrival not in self._owners:
                 continue
             state, choice = self._owners[sequence.arrival]
-            if len(sequence.token_ids) == position:
-                choice.take(sample)
+            choice.take(sample, position)
             if choice.finish_reason is not None:
                 self._retire(choice)
-            if state.first_token_s is None and sample.error is None:
+            elif position < sequence.prompt_length:
+                continue  # the prompt's own token: nothing to tell yet
+            if state.first_token_s is None and sequence.generated:
                 state.first_token_s = now_s
             advanced[state.id] = state
         return self._tell(advanced.values())
 
-    def _tell(self, states: Iterable[_Request]) -> list[RequestOutput]:
+    def _tell(self, states: Iterable[RequestState]) -> list[RequestOutput]:
         """The state of requests that have ended, which are then forgotten, or that stream."""
         outputs = []
         for state in states:
@@ -268,126 +324,11 @@ class Engine:
                 outputs.append(state.output())
         return outputs
 
-    def _retire(self, choice: _Choice) -> None:
+    def _retire(self, choice: Outcome) -> None:
         self._owners.pop(choice.sequence.arrival, None)
         self.scheduler.remove(choice.sequence)
 
-    def _finish(self, state: _Request) -> RequestOutput:
+    def _finish(self, state: RequestState) -> RequestOutput:
         del self._requests[state.id]
         state.finished_s = time.perf_counter()
         return state.output()
-
-
-class _Choice:
-    """One of a request's continuations: its sequence, its text so far, and when it ends."""
-
-    __slots__ = (
-        "detokenizer", "ends", "finish_reason", "index", "limit", "logprobs", "params", "sequence",
-        "stop_reason", "stops", "text",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        index: int,
-        sequence: Sequence,
-        params: SamplingParams,
-        ends: frozenset[int],
-        limit: int,
-        detokenizer: Detokenizer,
-    ) -> None:
-        self.index = index
-        self.sequence = sequence
-        self.params = params
-        self.ends = ends
-        self.limit = limit
-        self.detokenizer = detokenizer
-        self.stops = (
-            StopMatcher(tuple(params.stop), params.include_stop_str_in_output) if params.stop else None
-        )
-        self.text = ""
-        self.logprobs: list[TokenLogprobs] = []
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: str | int | None = None
-
-    def take(self, sample: Sampled) -> None:
-        """Append a sampled token and its text, and see whether that ends the choice.
-
-        A token that could not be sampled or shown ends it with "error", and the cause as `stop_reason`.
-        """
-        try:
-            self._take(sample)
-        except Exception as error:  # what is wrong with one request must not end the others
-            self._fail(error)
-
-    def abort(self) -> None:
-        """End the choice where it stands."""
-        try:
-            self._end("abort")
-        except Exception as error:
-            self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        self.finish_reason, self.stop_reason = "error", f"text failed: {type(error).__name__}: {error}"
-
-    def _take(self, sample: Sampled) -> None:
-        if sample.error is not None:
-            self._end("error", sample.error)
-            return
-        token = sample.token_id
-        self.sequence.append(token)
-        if sample.logprobs is not None:
-            self.logprobs.append(sample.logprobs)
-        if token in self.ends:
-            named = token in self.params.stop_token_ids
-            if named and self.params.include_stop_str_in_output:
-                self._show(self.detokenizer.push(token))
-            self._end("stop", token if named else None)
-            return
-        self._show(self.detokenizer.push(token))
-        if self.finish_reason is None and len(self.sequence.token_ids) >= self.limit:
-            self._end("length")
-
-    def _end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
-        """Release the text that was held back and close the choice."""
-        self._show(self.detokenizer.finish())
-        if self.stops is not None:
-            self.text += self.stops.flush()
-        if self.finish_reason is None:
-            self.finish_reason, self.stop_reason = reason, stop_reason
-
-    def _show(self, piece: str) -> None:
-        # Stop strings are not looked for in the first min_tokens tokens.
-        if self.stops is not None and self.sequence.generated > self.params.min_tokens:
-            piece = self.stops.push(piece)
-            if self.stops.matched is not None and self.finish_reason is None:
-                self.finish_reason, self.stop_reason = "stop", self.stops.matched
-        self.text += piece
-
-    def output(self) -> CompletionOutput:
-        tokens = tuple(self.sequence.token_ids[self.sequence.prompt_length :])
-        logprobs = tuple(self.logprobs) if self.params.logprobs is not None else None
-        return CompletionOutput(self.index, self.text, tokens, self.finish_reason, self.stop_reason, logprobs)
-
-
-class _Request:
-    """A request under way."""
-
-    __slots__ = ("arrived_s", "choices", "finished_s", "first_token_s", "id", "prompt", "stream", "tokens")
-
-    def __init__(
-        self, request_id: str, prompt: str | None, tokens: tuple[int, ...], stream: bool, arrived_s: float
-    ) -> None:
-        self.id = request_id
-        self.prompt = prompt
-        self.tokens = tokens
-        self.stream = stream
-        self.arrived_s = arrived_s
-        self.first_token_s: float | None = None
-        self.finished_s: float | None = None
-        self.choices: list[_Choice] = []
-
-    def output(self) -> RequestOutput:
-        metrics = RequestMetrics(self.arrived_s, self.first_token_s, self.finished_s)
-        outputs = tuple(choice.output() for choice in self.choices)
-        finished = self.finished_s is not None
-        return RequestOutput(self.id, self.prompt, self.tokens, outputs, finished, metrics)

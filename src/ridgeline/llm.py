@@ -14,9 +14,20 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import numpy as np
+
 from ridgeline.config import EngineConfig
-from ridgeline.loading import LoadedFace, Message, Prompt, load_engine, text_of
-from ridgeline.types import EngineDeadError, Request, RequestError, RequestOutput, SamplingParams
+from ridgeline.loading import LoadedFace, Message, Prompt, embedding_of, load_engine, text_of
+from ridgeline.types import (
+    EngineDeadError,
+    Float32Array,
+    Pooling,
+    PoolingParams,
+    Request,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+)
 
 
 class LLM(LoadedFace):
@@ -46,7 +57,21 @@ class LLM(LoadedFace):
         RequestError when one of them cannot be served, before any is started.
         """
         several = _prompts(prompts)
-        return self._run([text_of(p) for p in several], [self._loaded.tokens_of(p) for p in several], params)
+        return self._run_prompts(several, self._params_for(params, len(several)))
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], pooling: Pooling = "mean", normalise: bool = True
+    ) -> Float32Array:
+        """A vector for one prompt, or for each of many: float32 (prompts, hidden size).
+
+        It is the mean of the final hidden states of the prompt's tokens, or those of the last token, divided
+        by its length where `normalise`. Raises RequestError when a prompt cannot be served, and CapacityError
+        when there is no memory for the buffers that the first call takes.
+        """
+        several = _prompts(prompts)
+        outputs = self._run_prompts(several, [PoolingParams(pooling, normalise)] * len(several))
+        vectors = [embedding_of(output) for output in outputs]
+        return np.array(vectors, np.float32).reshape(len(vectors), len(vectors[0]) if vectors else 0)
 
     def chat(
         self,
@@ -60,7 +85,7 @@ class LLM(LoadedFace):
         `continue_final_message`, and whatever else this model's takes, such as `enable_thinking`.
         """
         tokens = [self._loaded.chat_tokens(chat, **template) for chat in _chats(messages)]
-        return self._run([None] * len(tokens), tokens, params)
+        return self._run([None] * len(tokens), tokens, self._params_for(params, len(tokens)))
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None
@@ -92,14 +117,19 @@ class LLM(LoadedFace):
     ) -> None:
         self.close()
 
+    def _run_prompts(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | PoolingParams]
+    ) -> list[RequestOutput]:
+        tokens = [self._loaded.tokens_of(prompt) for prompt in prompts]
+        return self._run([text_of(prompt) for prompt in prompts], tokens, params)
+
     def _run(
         self,
         texts: Sequence[str | None],
         tokens: Sequence[tuple[int, ...]],
-        params: SamplingParams | Sequence[SamplingParams] | None,
+        params: Sequence[SamplingParams | PoolingParams],
     ) -> list[RequestOutput]:
-        each = self._params_for(params, len(tokens))
-        with self._requests(texts, tokens, each, stream=False) as ids:
+        with self._requests(texts, tokens, params, stream=False) as ids:
             results: list[RequestOutput] = []
             while len(results) < len(ids):
                 with self._turn():
@@ -155,7 +185,7 @@ class LLM(LoadedFace):
         self,
         texts: Sequence[str | None],
         tokens: Sequence[tuple[int, ...]],
-        params: Sequence[SamplingParams],
+        params: Sequence[SamplingParams | PoolingParams],
         stream: bool,
     ) -> Iterator[list[str]]:
         """Requests that live as long as the block; what is unfinished at its end is aborted."""

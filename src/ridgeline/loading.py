@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ridgeline.config import EngineConfig
-from ridgeline.types import CapacityError, ConfigError, RequestError, SamplingParams
+from ridgeline.types import CapacityError, ConfigError, RequestError, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from ridgeline.engine import Engine, EngineStats
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ridgeline.model.spec import ModelSpec
     from ridgeline.model.tokenizer import Tokenizer
     from ridgeline.model.weights import Weights
+    from ridgeline.precision.formats import Format
     from ridgeline.resources.memory import Ledger
 
 Prompt = str | Sequence[int]
@@ -95,6 +97,14 @@ def text_of(prompt: Prompt) -> str | None:
     return prompt if isinstance(prompt, str) else None
 
 
+def embedding_of(output: RequestOutput) -> tuple[float, ...]:
+    """The vector of a request to pool its prompt. Raises RequestError when it ended without one."""
+    if output.embedding is None:
+        (ended,) = output.outputs
+        raise RequestError(f"prompt was not embedded: {ended.stop_reason or ended.finish_reason}")
+    return output.embedding
+
+
 def load_engine(config: EngineConfig) -> LoadedModel:
     """Find the model that `config` names, load it, and put an engine around it.
 
@@ -137,10 +147,34 @@ def load_engine(config: EngineConfig) -> LoadedModel:
     cache = KVCache(tuple(group.window for group in program.groups), pages)
     scheduler = Scheduler(cache, config.max_num_seqs, config.max_num_batched_tokens)
     ends = frozenset(token for token in tokenizer.eos_ids if token < spec.vocabulary)
-    facts = ModelFacts(spec.vocabulary, config.max_model_len, ends, tokenizer.bos_id)
-    engine = Engine(executor, handle, scheduler, facts, tokenizer.detokenizer, config.seed)
+    facts = ModelFacts(spec.vocabulary, config.max_model_len, ends, tokenizer.bos_id, 1 / spec.logit_scale)
+    encode = partial(compile_encoder, executor, spec, config, weights.formats)
+    engine = Engine(executor, handle, scheduler, facts, tokenizer.detokenizer, config.seed, encode)
     formats = Counter(fmt.name for fmt in weights.formats.values())
     return LoadedModel(config, engine, tokenizer, template, defaults, formats)
+
+
+def compile_encoder(
+    executor: Executor, spec: ModelSpec, config: EngineConfig, formats: Mapping[str, Format]
+) -> Any:
+    """A handle for the model's hidden states, on an executor that holds its weights and decoder.
+
+    Raises CapacityError when there is too little memory for its buffers.
+    """
+    from ridgeline.model.build import encoder
+    from ridgeline.model.rewrite import with_precision
+    from ridgeline.resources.cuda import cuda_free_memory_bytes
+    from ridgeline.resources.machine import free_memory_bytes
+
+    program = with_precision(encoder(spec), formats)
+    wanted = _buffer_bytes(config, program)
+    free = cuda_free_memory_bytes() if config.device == "cuda" else free_memory_bytes()
+    if wanted > free:
+        raise CapacityError(
+            f"embeddings need {wanted / 2**20:.0f} MiB for buffers and {free / 2**20:.0f} MiB are free; "
+            "accepted: a smaller max_num_batched_tokens or KV cache"
+        )
+    return executor.compile(program)
 
 
 def settled(
@@ -186,11 +220,9 @@ def memory_ledger(config: EngineConfig, program: Program, weights: Weights) -> L
 
     assert config.max_model_len is not None
     widened = sum(4 * math.prod(weight.shape) for weight in program.weights())
-    row_bytes = 4 * max(op.out.width * op.out.experts for op in program.operations if not op.out.selected)
     demand = Demand(
         weights_bytes=widened if config.device == "reference" else weights.nbytes,
-        activation_bytes=_BUFFERS * row_bytes * config.max_num_batched_tokens
-        + 4 * program.output.width * config.max_num_seqs,
+        activation_bytes=_buffer_bytes(config, program) + 4 * program.output.width * config.max_num_seqs,
         groups=tuple(KVGroup(page_bytes(g, config.kv_format), g.window) for g in program.groups),
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
@@ -205,6 +237,12 @@ def memory_ledger(config: EngineConfig, program: Program, weights: Weights) -> L
             memory="GPU memory",
         )
     return plan_memory(demand, free_memory_bytes(), config.kv_cache_memory_bytes)
+
+
+def _buffer_bytes(config: EngineConfig, program: Program) -> int:
+    """What the values of a step may take, its outputs aside."""
+    widest = max(op.out.width * op.out.experts for op in program.operations if not op.out.selected)
+    return _BUFFERS * 4 * widest * config.max_num_batched_tokens
 
 
 def make_executor(config: EngineConfig, limits: Limits) -> Executor:

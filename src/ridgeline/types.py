@@ -121,7 +121,8 @@ class SequenceRows:
 
     A token is an id of the vocabulary, or a `drawn_token` of the step before. Row i is written to slot
     `start + i` and stands at rotary position `first_position + start + i` of the last segment. `outputs`
-    names the rows (ascending, counted from 0) whose logits, or a token drawn from them, are wanted.
+    names the rows (ascending, counted from 0) whose logits, or a token drawn from them, are wanted; of a
+    program that ends in hidden states, the rows whose hidden states are.
     """
 
     tokens: Sequence[int]
@@ -176,8 +177,9 @@ class StepResult:
     """What a step gave, in the order of its outputs.
 
     `logits` is float32 (outputs without a draw, vocabulary) and belongs to the executor: it is valid until
-    the second `run` after the step's own. `tokens` is int32 (outputs,): the token drawn, −1 where the step
-    has no draw for the output or where its logits have no largest finite value.
+    the second `run` after the step's own. A program that ends in hidden states gives those in its place,
+    (outputs, hidden). `tokens` is int32 (outputs,): the token drawn, −1 where the step has no draw for the
+    output or where its logits have no largest finite value.
     """
 
     logits: Float32Array
@@ -225,7 +227,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1, `min_p` 0 and the neutral penalties switch the
     processor off. `seed` None draws a fresh one. `max_tokens` None runs to the end of the context.
-    `logprobs` k also returns the k most probable tokens at each position.
+    `logprobs` k also returns the k most probable tokens at each position; `prompt_logprobs` k does the same
+    for the prompt, and only with it may `max_tokens` be 0: the prompt is scored and nothing generated.
 
     Raises RequestError when a value is out of range; whether token ids exist in the vocabulary is checked
     where the vocabulary is known.
@@ -247,6 +250,7 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -269,18 +273,20 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             _check(_is_real(getattr(self, name), -2, 2), name, getattr(self, name), "-2 to 2")
         _check(self.seed is None or _is_int(self.seed, -(2**63), 2**64 - 1), "seed", self.seed, "64 bits")
-        maximum = self.max_tokens
-        _check(maximum is None or _is_int(maximum, 1), "max_tokens", maximum, "a positive number or none")
-        _check(
-            _is_int(self.min_tokens, 0, maximum or math.inf), "min_tokens", self.min_tokens, "0 to max_tokens"
-        )
-        _check(
-            self.logprobs is None or _is_int(self.logprobs, 0, 100),
-            "logprobs",
-            self.logprobs,
-            "0 to 100 or none",
-        )
+        self._check_lengths()
+        for name, most in (("logprobs", 100), ("prompt_logprobs", 20)):
+            wanted = getattr(self, name)
+            _check(wanted is None or _is_int(wanted, 0, most), name, wanted, f"0 to {most} or none")
         self._check_lists()
+
+    def _check_lengths(self) -> None:
+        maximum = self.max_tokens
+        scores = self.prompt_logprobs is not None
+        accepted = "a positive number or none; 0 with prompt_logprobs"
+        _check(maximum is None or _is_int(maximum, 0 if scores else 1), "max_tokens", maximum, accepted)
+        _check(maximum != 0 or self.n == 1, "n", self.n, "1 with max_tokens 0")
+        most = math.inf if maximum is None else maximum
+        _check(_is_int(self.min_tokens, 0, most), "min_tokens", self.min_tokens, "0 to max_tokens")
 
     def _check_lists(self) -> None:
         for text in self.stop:
@@ -298,13 +304,32 @@ class SamplingParams:
 # ----------------------------------------------------------------------------- requests and results
 
 
+Pooling = Literal["mean", "last"]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingParams:
+    """How to make one vector of a prompt: the mean of its tokens' final hidden states, or the last token's;
+    divided by its length where `normalise`.
+
+    Raises RequestError when a value is out of range.
+    """
+
+    pooling: Pooling = "mean"
+    normalise: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self.pooling in ("mean", "last"), "pooling", self.pooling, "mean, last")
+        _check(isinstance(self.normalise, bool), "normalise", self.normalise, "true or false")
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt as token ids and how to continue it."""
+    """A prompt as token ids and how to continue it, or to pool it."""
 
     id: str
     prompt_token_ids: tuple[int, ...]
-    params: SamplingParams = field(default_factory=SamplingParams)
+    params: SamplingParams | PoolingParams = field(default_factory=SamplingParams)
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +371,11 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A request's continuations so far; `outputs` is ordered by their index."""
+    """A request's continuations so far; `outputs` is ordered by their index.
+
+    `prompt_logprobs` has an entry for each token of the prompt, None for the first, once all are known. A
+    request to pool its prompt has one output, without tokens, and at its end the `embedding`.
+    """
 
     request_id: str
     prompt: str | None
@@ -354,3 +383,5 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     finished: bool
     metrics: RequestMetrics
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    embedding: tuple[float, ...] | None = None

@@ -17,15 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ridgeline.config import pages_for
+from ridgeline.config import MAX_OUTPUT_ROWS, pages_for
 from ridgeline.execution.base import Executor
 from ridgeline.types import Float32Array, RequestError, Segment, SequenceRows, Step
 
 MIN_CONTEXT = 8
 """Fewest tokens in a chunk: three of them are scored, so that there is a spread to speak of."""
-
-MAX_OUTPUT_ROWS = 128
-"""Rows whose logits are asked for at once: bounds memory with large vocabularies."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ridgeline.config import PAGE_TOKENS
 from ridgeline.execution.base import FinishedStep, Limits, check_memory_kinds
-from ridgeline.execution.draw import Drawer, undrawn
+from ridgeline.execution.draw import NOT_DRAWN, Drawer, undrawn
 from ridgeline.execution.step_arrays import StepArrays, rope_tables
 from ridgeline.model.program import (
     Activate,
@@ -94,6 +94,7 @@ class ReferenceExecutor:
     def run(self, handle: Program, step: Step) -> FinishedStep:
         started = time.perf_counter()
         run = _Run(StepArrays.of(step, len(handle.groups), self._drawn))
+        self._drawn = np.full(step.outputs, NOT_DRAWN, np.int32)  # an encoder draws none
         for op in handle.operations:
             if isinstance(op, Sample):
                 self._drawn = self._drawer.rows(run.values[op.logits.name], step.draws)

@@ -1,4 +1,4 @@
-"""From a ModelSpec to the decoder's program, in canonical form: unfused, float32 activations."""
+"""From a ModelSpec to its programs, in canonical form: unfused, float32 activations."""
 
 from __future__ import annotations
 
@@ -91,18 +91,32 @@ def decoder(spec: ModelSpec) -> Program:
     """The program that turns tokens and positions into logits, over the memory of all layers."""
     build = _Builder(spec)
     groups = memory_groups(spec)
-    group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
-    stream = _embed(build)
-    for index, layer in enumerate(spec.layers):
-        stream = _layer(build, stream, layer, index, group_of[index])
-    selected = build.append(Select(Value("selected", "f32", spec.hidden, selected=True), stream))
-    final = build.norm(selected, "final_norm")
+    final = _final_states(build, groups)
     head = Weight("embed" if spec.tied_head else "head", (spec.vocabulary, spec.hidden))
     logits = build.append(Linear(Value("head", "logits", spec.vocabulary, selected=True), final, head))
     if spec.logit_softcap is not None:
         logits = build.append(Softcap(replace(logits, name="logits"), logits, spec.logit_softcap))
     build.append(Sample(Value("drawn", "drawn", 1, selected=True), logits))
     return Program("decoder", tuple(build.operations), groups, logits)
+
+
+def encoder(spec: ModelSpec) -> Program:
+    """The decoder up to its final norm, whose values are the output. It shares weights and memory with it."""
+    build = _Builder(spec)
+    groups = memory_groups(spec)
+    final = _final_states(build, groups)
+    return Program("encoder", tuple(build.operations), groups, final)
+
+
+def _final_states(build: _Builder, groups: tuple[MemoryGroup, ...]) -> Value:
+    """The normalised stream behind the last layer, of the rows that are wanted."""
+    spec = build.spec
+    group_of = {layer: g for g, group in enumerate(groups) for layer in group.layers}
+    stream = _embed(build)
+    for index, layer in enumerate(spec.layers):
+        stream = _layer(build, stream, layer, index, group_of[index])
+    selected = build.append(Select(Value("selected", "f32", spec.hidden, selected=True), stream))
+    return build.norm(selected, "final_norm")
 
 
 def _embed(build: _Builder) -> Value:

@@ -341,7 +341,7 @@ class Activate(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Select(Operation):
-    """Keep the rows whose logits the step wants."""
+    """Keep the rows whose output the step wants."""
 
     x: Value
 
@@ -375,8 +375,8 @@ class Sample(Operation):
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """An ordered, single-assignment list of operations. `output` is the logits; a value of kind "drawn" is
-    read by the host too."""
+    """An ordered, single-assignment list of operations. `output` is the logits, or of an encoder the final
+    hidden states (kind "f32", of the wanted rows); a value of kind "drawn" is read by the host too."""
 
     name: str
     operations: tuple[Operation, ...]

@@ -1,7 +1,9 @@
-"""From the result of a step to its tokens: those that the executor drew, and those chosen here."""
+"""From the result of a step to its tokens: those that the executor drew, and those chosen here; and to the
+scores of the prompt's."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,21 +20,25 @@ GREEDY_BELOW = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The token chosen for one row, or why there is none."""
+    """The token chosen for one row, or the prompt's own with its score, or why there is none.
+
+    `hidden` is the row's hidden state where that was asked for: memory of the step's result.
+    """
 
     token_id: int
     logprobs: TokenLogprobs | None = None
     error: str | None = None
+    hidden: Float32Array | None = None
 
 
 class Chooser:
     """How one sequence chooses: its adjusters, composed once, and how a token is drawn from what they leave.
 
     The sequence owns it and reports each generated token to `history` by `append`. Draws depend on
-    (seed, choice, position) alone.
+    (seed, choice, position) alone. The prompt that all choices share is scored by the first.
     """
 
-    __slots__ = ("_draw", "adjusters", "history", "logprobs")
+    __slots__ = ("_draw", "adjusters", "history", "logprobs", "prompt_logprobs")
 
     def __init__(
         self,
@@ -47,6 +53,7 @@ class Chooser:
         self._draw = (0.0 if greedy else float(params.temperature), *shape, seed % 2**64, choice)
         self.adjusters: tuple[Adjuster, ...] = compose_adjusters(params, end_token_ids)
         self.logprobs = params.logprobs
+        self.prompt_logprobs = params.prompt_logprobs if choice == 0 else None
         self.history = TokenHistory(prompt) if self.adjusters else None
 
     @property
@@ -72,23 +79,34 @@ class Chooser:
 
 
 class SampledRow(Protocol):
-    """A sequence whose next token is wanted; it will stand at position len(token_ids)."""
+    """A sequence one of whose rows has an output."""
 
     @property
     def chooser(self) -> Chooser: ...
+
+    @property
+    def prompt_length(self) -> int: ...
 
     @property
     def token_ids(self) -> Sequence[int]: ...
 
 
 class SamplingPlan(Protocol):
-    """A step, and the sequence of each of its outputs."""
+    """A step; for each of its outputs, the sequence and the position of the token behind the row. One inside
+    the prompt is known and scored, any other is sampled. The outputs of a `pooled` step are hidden states.
+    """
 
     @property
     def step(self) -> Step: ...
 
     @property
     def sampled(self) -> Sequence[SampledRow]: ...
+
+    @property
+    def positions(self) -> Sequence[int]: ...
+
+    @property
+    def pooled(self) -> bool: ...
 
 
 class Sampler:
@@ -105,25 +123,29 @@ class Sampler:
     def finish(self, future: StepFuture, plan: SamplingPlan) -> list[Sampled]:
         """Wait for the step and choose a token for each of `plan.sampled`, in their order."""
         result, rows = future.result(), plan.sampled
+        if plan.pooled:
+            return [Sampled(NOT_DRAWN, hidden=hidden) for hidden in result.logits]
         draws = plan.step.draws or (None,) * len(rows)
         if not len(rows) == len(draws) == len(result.tokens):
             raise ValueError(f"{len(result.tokens)} outputs and {len(draws)} draws for {len(rows)} sequences")
         kept = iter(result.logits)
         return [
-            self._chosen(next(kept), row) if draw is None else _drawn(token)
-            for row, draw, token in zip(rows, draws, result.tokens.tolist(), strict=True)
+            self._chosen(next(kept), row, position) if draw is None else _drawn(token)
+            for row, position, draw, token in zip(
+                rows, plan.positions, draws, result.tokens.tolist(), strict=True
+            )
         ]
 
-    def _chosen(self, logits: Float32Array, row: SampledRow) -> Sampled:
+    def _chosen(self, logits: Float32Array, row: SampledRow, position: int) -> Sampled:
         try:
-            return self._choose(logits, row)
+            if position < row.prompt_length:
+                return _scored(logits, row.token_ids[position], row.chooser.prompt_logprobs or 0)
+            return self._choose(logits, row.chooser, position)
         except Exception as error:  # what is wrong with one request must not end the others
             return Sampled(NOT_DRAWN, error=f"sampling failed: {type(error).__name__}: {error}")
 
-    def _choose(self, logits: Float32Array, row: SampledRow) -> Sampled:
-        chooser = row.chooser
-        draw = chooser.draw(len(row.token_ids))
-        sampled = _drawn(self._drawer.one(chooser.adjusted(logits), draw))
+    def _choose(self, logits: Float32Array, chooser: Chooser, position: int) -> Sampled:
+        sampled = _drawn(self._drawer.one(chooser.adjusted(logits), chooser.draw(position)))
         if chooser.logprobs is None or sampled.error is not None:
             return sampled
         return Sampled(sampled.token_id, token_logprobs(logits, sampled.token_id, chooser.logprobs))
@@ -133,6 +155,12 @@ def _drawn(token: int) -> Sampled:
     if token != NOT_DRAWN:
         return Sampled(token)
     return Sampled(token, error="the largest logit, over the temperature, is not a finite number")
+
+
+def _scored(logits: Float32Array, token: int, top: int) -> Sampled:
+    if math.isfinite(logits.max()):
+        return Sampled(token, token_logprobs(logits, token, top))
+    return Sampled(token, error="the largest logit of a prompt token is not a finite number")
 
 
 def token_logprobs(logits: Float32Array, token_id: int, top: int) -> TokenLogprobs:

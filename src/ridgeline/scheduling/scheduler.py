@@ -10,46 +10,69 @@ sequence is admitted from the front of `waiting` to the end of `running`, and pr
 `running` to the front of `waiting`. A preempted sequence loses its pages and keeps its tokens, and is
 recomputed. The oldest sequence is therefore never held up by a younger one for good, and since every
 sequence fits the pool alone, it always finishes: no starvation, no livelock.
+
+Where logits are wanted of many rows, a step has so few of them that their memory stays bounded: chunks are
+shortened, or wait. Sequences whose prompt is pooled run through another program than those that go on; where
+there are both, steps of the one and of the other take turns.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
 from ridgeline.cache.kv import KVCache
-from ridgeline.config import PAGE_TOKENS
+from ridgeline.config import MAX_OUTPUT_ROWS, PAGE_TOKENS
 from ridgeline.scheduling.sequence import Sequence
 from ridgeline.types import Draw, Segment, SequenceRows, Step, drawn_token
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A step, the sequences whose rows it holds, in its order, those whose next token it gives, and the
-    positions of those tokens."""
+    """A step and the sequences whose rows it holds, in its order. For each output, `sampled` has its sequence
+    and `positions` the position of the token behind its row: one that is to be sampled, or one of the prompt.
+
+    A `pooled` step is the encoder's, and its outputs are hidden states.
+    """
 
     step: Step
     sequences: tuple[Sequence, ...]
     sampled: tuple[Sequence, ...]
     positions: tuple[int, ...]
     planned_s: float
+    pooled: bool = False
+
+
+_Chunk = tuple[Sequence, int, list[int]]
+"""A sequence, how many of its next rows run, and which have an output."""
 
 
 class _Budget:
     """What one step may still take; made for one call of `schedule` and thrown away."""
 
-    __slots__ = ("chunks", "planned", "tokens")
+    __slots__ = ("chunks", "outputs", "planned", "pooled", "tokens")
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, pooled: bool) -> None:
         self.tokens = tokens
-        self.chunks: list[tuple[Sequence, int]] = []
+        self.pooled = pooled
+        self.outputs = MAX_OUTPUT_ROWS  # overdrawn by sequences that want only their last row's
+        self.chunks: list[_Chunk] = []
         self.planned: set[int] = set()
 
     def take(self, sequence: Sequence, tokens: int) -> None:
+        rows = sequence.outputs(sequence.computed, sequence.computed + tokens)
         self.tokens -= tokens
-        self.chunks.append((sequence, tokens))
+        self.outputs -= len(rows)
+        self.chunks.append((sequence, tokens, rows))
         self.planned.add(sequence.arrival)
+
+    def most_rows(self, sequence: Sequence) -> int:
+        """How many of the sequence's next rows tokens and outputs allow."""
+        rows = min(sequence.remaining, self.tokens)
+        if self.pooled or not sequence.asks_many:
+            return rows  # hidden states are small
+        before = max(sequence.first_output - sequence.computed, 0)
+        return min(rows, before + max(self.outputs, 0))
 
 
 class Scheduler:
@@ -67,17 +90,20 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
+        self._pooled_sequences = 0
+        self._pooled_last = False
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence behind all others; its tokens must fit the cache when it runs alone."""
         self.waiting.append(sequence)
+        self._pooled_sequences += sequence.pooled
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or aborted, and free its pages. Removing twice is harmless."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        queue = self.running if sequence in self.running else self.waiting
+        if sequence in queue:
+            queue.remove(sequence)
+            self._pooled_sequences -= sequence.pooled
         self.cache.release(sequence.pages)
 
     def schedule(self, now_s: float) -> Plan:
@@ -86,21 +112,30 @@ class Scheduler:
         The plan is empty only when there is no sequence, or every one awaits a token. Planning again before
         `advance`, as after an interrupt, is sound: the same tokens are simply run again.
         """
-        budget = _Budget(self.max_num_batched_tokens)
-        self._plan_decodes(budget)
-        if self._left_out(budget):
-            self._plan_prefills(budget)
-        if self.waiting:
-            self._admit(budget)
-        return _plan_of(budget.chunks, now_s)
+        kinds = (not self._pooled_last, self._pooled_last) if self._pooled_sequences else (False,)
+        for pooled in kinds:
+            budget = _Budget(self.max_num_batched_tokens, pooled)
+            self._plan_decodes(budget)
+            # However many decodes there are, who asks for many outputs gets on.
+            budget.outputs = max(budget.outputs, PAGE_TOKENS)
+            if self._left_out(budget):
+                self._plan_prefills(budget)
+            if self.waiting:
+                self._admit(budget)
+            if budget.chunks:
+                break
+        return _plan_of(budget, now_s)
 
     def advance(self, plan: Plan) -> None:
         """Note that the step is launched: its rows' keys and values are stored before any later step reads
         them, and its drawn tokens are there for the next one."""
         for sequence, rows in zip(plan.sequences, plan.step.sequences, strict=True):
             sequence.computed += len(rows.tokens)
-        for output, (sequence, draw) in enumerate(zip(plan.sampled, plan.step.draws, strict=True)):
-            sequence.drawn = None if draw is None else drawn_token(output)
+        self._pooled_last = plan.pooled
+        draws = plan.step.draws or (None,) * len(plan.sampled)
+        for output, (sequence, draw) in enumerate(zip(plan.sampled, draws, strict=True)):
+            if plan.positions[output] >= sequence.prompt_length:
+                sequence.drawn = None if draw is None else drawn_token(output)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues and pages agree."""
@@ -112,6 +147,7 @@ class Scheduler:
             "a sequence waits with pages"
         )
         assert all(s.computed <= s.pages.slots for s in self.running), "tokens were computed without pages"
+        assert self._pooled_sequences == sum(s.pooled for s in queue), "pooled sequences were miscounted"
         self.cache.check_integrity(sequence.pages for sequence in queue)
 
     def _plan_decodes(self, budget: _Budget) -> None:
@@ -119,7 +155,7 @@ class Scheduler:
         while place < len(self.running):
             sequence = self.running[place]
             place += 1
-            if sequence.remaining != 1:
+            if sequence.remaining != 1 or sequence.pooled is not budget.pooled:
                 continue
             self.cache.trim(sequence.pages, sequence.computed)
             # The victim is never one that is planned already: those are older than this sequence.
@@ -133,7 +169,7 @@ class Scheduler:
         while place < len(self.running) and budget.tokens > 0:
             sequence = self.running[place]
             place += 1
-            if sequence.arrival in budget.planned or not sequence.remaining:
+            if not self._may_run(sequence, budget):
                 continue
             while not self._take_chunk(sequence, budget):
                 youngest = self.running[-1]
@@ -142,9 +178,15 @@ class Scheduler:
                 self._preempt_youngest()
 
     def _take_chunk(self, sequence: Sequence, budget: _Budget) -> bool:
-        """Plan as many of the sequence's tokens as budget and pages allow; False when that is none."""
+        """Plan as many of the sequence's tokens as budget and pages allow; False when no page can be had.
+
+        A sequence for whose outputs this step has no room counts as planned.
+        """
         self.cache.trim(sequence.pages, sequence.computed)
-        count = min(sequence.remaining, budget.tokens)
+        count = budget.most_rows(sequence)
+        if count < 1:
+            budget.planned.add(sequence.arrival)
+            return True
         reachable = self.cache.reachable_slots(sequence.pages)
         if reachable is not None:
             count = min(count, reachable - sequence.computed)
@@ -157,7 +199,9 @@ class Scheduler:
     def _admit(self, budget: _Budget) -> None:
         # A running sequence that was left out is short of pages: whoever is younger has to wait.
         while self.waiting and budget.tokens > 0 and not self._left_out(budget):
-            if len(self.running) == self.max_num_seqs or not self._has_room(self.waiting[0]):
+            if len(self.running) == self.max_num_seqs or self.waiting[0].pooled is not budget.pooled:
+                return
+            if not self._has_room(self.waiting[0]):
                 return
             sequence = self.waiting.popleft()
             self.running.append(sequence)
@@ -167,7 +211,13 @@ class Scheduler:
         """Whether a running sequence could have rows in this step and has none."""
         if len(budget.chunks) == len(self.running):
             return False
-        return any(s.remaining and s.arrival not in budget.planned for s in self.running)
+        return any(self._may_run(s, budget) for s in self.running)
+
+    def _may_run(self, sequence: Sequence, budget: _Budget) -> bool:
+        """Whether a running sequence has rows for this kind of step and is not planned."""
+        if sequence.pooled is not budget.pooled or sequence.arrival in budget.planned:
+            return False
+        return sequence.remaining > 0
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Whether the sequence's known tokens would fit beside what the running ones need soon.
@@ -194,22 +244,21 @@ class Scheduler:
         return sequence
 
 
-def _plan_of(chunks: Ordered[tuple[Sequence, int]], now_s: float) -> Plan:
-    """The step for these chunks; a token is wanted only of a row that ends its sequence's known tokens."""
-    rows = []
-    sampled = []
-    positions = []
+def _plan_of(budget: _Budget, now_s: float) -> Plan:
+    """The step for what the budget was spent on."""
+    steps, sampled, positions = [], [], []
     draws: list[Draw | None] = []
-    for sequence, count in chunks:
+    for sequence, count, outputs in budget.chunks:
         start, end = sequence.computed, sequence.computed + count
-        outputs: tuple[int, ...] = ()
-        if end == sequence.length:
-            outputs = (count - 1,)
+        chooser = sequence.chooser
+        for row in outputs:
             sampled.append(sequence)
-            positions.append(end)
-            chooser = sequence.chooser
-            draws.append(None if chooser.needs_logits else chooser.draw(end))
+            positions.append(row + 1)
+            on_host = row < sequence.prompt_length - 1 or chooser.needs_logits
+            draws.append(None if on_host else chooser.draw(row + 1))
         segments = (Segment(sequence.pages.tables, end),)
-        rows.append(SequenceRows(sequence.tokens(start, end), start, segments, outputs))
-    planned = tuple(sequence for sequence, _ in chunks)
-    return Plan(Step(tuple(rows), tuple(draws)), planned, tuple(sampled), tuple(positions), now_s)
+        wanted = tuple(row - start for row in outputs)
+        steps.append(SequenceRows(sequence.tokens(start, end), start, segments, wanted))
+    step = Step(tuple(steps), () if budget.pooled else tuple(draws))
+    planned = tuple(sequence for sequence, *_ in budget.chunks)
+    return Plan(step, planned, tuple(sampled), tuple(positions), now_s, budget.pooled)

@@ -16,6 +16,10 @@ class Sequence:
     scheduler moves it on with a step and back to 0 when it takes the pages away. `drawn` stands for the
     token after `token_ids` while only the executor knows it. `arrival` numbers sequences in the order in
     which they came and is their name.
+
+    The row that completes the known tokens always has an output. Of the prompt's rows before its last, those
+    from `first_output` on have one too; the engine moves it on as it takes them in, so that rows that are run
+    again are not asked twice. `pooled` sequences run through the encoder, and only their prompt is run.
     """
 
     __slots__ = (
@@ -23,8 +27,10 @@ class Sequence:
         "chooser",
         "computed",
         "drawn",
+        "first_output",
         "limit",
         "pages",
+        "pooled",
         "preemptions",
         "prompt_length",
         "token_ids",
@@ -37,12 +43,15 @@ class Sequence:
         chooser: Chooser,
         pages: SequencePages,
         limit: int = sys.maxsize,
+        pooled: bool = False,
     ) -> None:
         self.arrival = arrival
         self.limit = limit
         self.drawn: int | None = None
         self.token_ids = list(prompt)
         self.prompt_length = len(prompt)
+        self.pooled = pooled
+        self.first_output = len(prompt) - 1
         self.chooser = chooser
         self.pages = pages
         self.computed = 0
@@ -63,6 +72,16 @@ class Sequence:
         """Some of the tokens, as a step wants them."""
         known = self.token_ids[begin:end]
         return [*known, self.drawn] if self.drawn is not None and end == self.length else known
+
+    @property
+    def asks_many(self) -> bool:
+        """Whether outputs are wanted of rows before the prompt's last."""
+        return self.first_output < self.prompt_length - 1
+
+    def outputs(self, begin: int, end: int) -> list[int]:
+        """Those of the rows from `begin` to `end` that have an output."""
+        rows = [*range(max(begin, self.first_output), min(end, self.prompt_length - 1))]
+        return [*rows, end - 1] if end == self.length else rows
 
     @property
     def generated(self) -> int:

@@ -30,6 +30,8 @@ from ridgeline.server.messages import (
     Abort,
     Add,
     Command,
+    Embed,
+    Embedded,
     Failed,
     FrameError,
     Hello,
@@ -86,8 +88,11 @@ class EngineWorker:
         self._step_began_s = None
         self._recent.append(time.monotonic() - began_s)
         self._steps += 1
-        if outputs:
-            self._tell(self._pieces(outputs))
+        pooled = [output for output in outputs if int(output.request_id) in self._pooled]
+        for output in pooled:
+            self._tell_pooled(output)
+        if len(outputs) > len(pooled):
+            self._tell(self._pieces([o for o in outputs if int(o.request_id) in self._told]))
 
     def pulse(self) -> Pulse:
         """How things stand; asked from another thread, so that its numbers may be of different moments."""

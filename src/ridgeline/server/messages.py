@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ridgeline.types import SamplingParams, TokenLogprobs
+from ridgeline.types import PoolingParams, SamplingParams, TokenLogprobs
 
 MAX_FRAME_BYTES = 64 << 20
 _LENGTH = struct.Struct("<I")
@@ -47,13 +47,22 @@ class Add(Message, frozen=True):
     deadline_s: float | None = None
 
 
+class Embed(Message, frozen=True):
+    """Pool a prompt; otherwise as `Add`. It ends with `Embedded`, or `Refused`."""
+
+    id: int
+    tokens: tuple[int, ...]
+    params: PoolingParams
+    deadline_s: float | None = None
+
+
 class Abort(Message, frozen=True):
     """End a request; nothing more is told of it. Ids that are not (or no longer) known are ignored."""
 
     id: int
 
 
-Command = Add | Abort
+Command = Add | Embed | Abort
 
 # ----------------------------------------------------------------------------- from the engine process
 
@@ -83,7 +92,10 @@ class Ready(Message, frozen=True):
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):
-    """What a choice of a request has gained: text, tokens, and at its end the reason."""
+    """What a choice of a request has gained: text, tokens, and at its end the reason.
+
+    `prompt_logprobs`, where they were asked for, come with the first piece of choice 0.
+    """
 
     id: int
     choice: int
@@ -92,6 +104,7 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
     logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 class Pieces(Message, frozen=True):
@@ -101,8 +114,16 @@ class Pieces(Message, frozen=True):
     ended: tuple[int, ...]
 
 
+class Embedded(Message, frozen=True):
+    """A prompt's vector, and the end of its request."""
+
+    id: int
+    embedding: tuple[float, ...]
+
+
 class Refused(Message, frozen=True):
-    """A request that was not begun. `expired`: its deadline passed while it waited."""
+    """A request that was not begun, or a prompt that could not be embedded. `expired`: its deadline passed
+    while it waited."""
 
     id: int
     message: str
@@ -132,7 +153,7 @@ class Failed(Message, frozen=True):
     startup: bool
 
 
-Event = Hello | Ready | Pieces | Refused | Pulse | Failed
+Event = Hello | Ready | Pieces | Embedded | Refused | Pulse | Failed
 
 # ------------------------------------------------------------------------------------------- the socket
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ridgeline.config import PAGE_TOKENS
 from ridgeline.execution.base import KV_VALUE_BYTES, FinishedStep, Limits, check_memory_kinds
 from ridgeline.execution.buffers import assign_buffers
-from ridgeline.execution.cpu.buffers import new_buffer, value_row_bytes
+from ridgeline.execution.cpu.buffers import Buffer, new_buffer, value_row_bytes
 from ridgeline.execution.cpu.launches import Binding, CpuLaunch
 from ridgeline.execution.cpu.lower import lower
 from ridgeline.execution.draw import Drawer, undrawn
@@ -29,16 +29,20 @@ from ridgeline.types import Float32Array, PageCopy, Step, StepResult
 
 _KV_DTYPES: dict[str, type[np.uint16] | type[np.float32]] = {"KV16": np.uint16, "KV32": np.float32}
 
+_NO_LOGITS = np.empty((0, 1), np.float32)
+
 
 @dataclass(frozen=True, slots=True)
 class CpuHandle:
-    """A program on its tape. The rope tables are buffers that every step fills before it runs."""
+    """A program on its tape. The rope tables are buffers that every step fills before it runs; `hidden` is
+    the buffer that an encoder leaves its output in, None where that is the step's logits."""
 
     program: Program
     launches: tuple[CpuLaunch, ...]
     tape: Tape
     ropes: dict[RopeSpec, tuple[Float32Array, Float32Array]]
     work: WorkModel
+    hidden: Buffer | None
 
 
 class CpuExecutor:
@@ -86,9 +90,8 @@ class CpuExecutor:
         )
         for launch in launches:
             launch.bind(binding)
-        return CpuHandle(
-            program, launches, tape, ropes, WorkModel.of(program, launches, self._footprint(program))
-        )
+        work = WorkModel.of(program, launches, self._footprint(program))
+        return CpuHandle(program, launches, tape, ropes, work, buffers.get(program.output.name))
 
     def run(self, handle: CpuHandle, step: Step) -> FinishedStep:
         started = time.perf_counter()
@@ -96,8 +99,11 @@ class CpuExecutor:
         for spec, buffers in handle.ropes.items():
             for buffer, table in zip(buffers, rope_tables(spec, arrays.positions), strict=True):
                 buffer[: len(table)] = table
-        logits = self._logits_for(len(arrays.output_rows), handle.program.output)
+        count, output = len(arrays.output_rows), handle.program.output
+        logits = self._logits_for(count, output) if handle.hidden is None else _NO_LOGITS
         handle.tape.run(_inputs(arrays, logits))
+        if handle.hidden is not None:
+            logits = handle.hidden[:count, : output.width].astype(np.float32)  # a copy: the buffer is reused
         self._drawn = self._drawer.rows(logits, step.draws)
         elapsed_s = time.perf_counter() - started
         work = handle.work.at(StepLoad.of(step, handle.program.groups))

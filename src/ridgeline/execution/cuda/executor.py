@@ -25,6 +25,7 @@ from ridgeline.execution.cuda.launches import CudaLaunch, Run
 from ridgeline.execution.cuda.lower import lower
 from ridgeline.execution.cuda.weights import DeviceWeights
 from ridgeline.execution.cuda.work_list import attention_work
+from ridgeline.execution.draw import NOT_DRAWN
 from ridgeline.execution.lowering import Footprint, WorkModel
 from ridgeline.execution.step_arrays import StepArrays
 from ridgeline.model.program import MemoryGroup, Program, StepLoad
@@ -99,6 +100,7 @@ class CudaExecutor:
         self._pools: dict[int, Tensor] = {}  # group -> (layers, pages, kv_heads, 2, PAGE_TOKENS, head_dim)
         self._capacity = max(limits.max_rows, limits.max_sequences)
         self._inputs: StepInputs | None = None
+        self._books: list[GraphBook] = []
         self._turns = [_Turn(device, self._capacity) for _ in range(2)]
 
     def load(self, weights: Weights) -> None:
@@ -124,6 +126,7 @@ class CudaExecutor:
         )
         runs = tuple((launch.bind(binding), _for_outputs(launch)) for launch in launches)
         book = GraphBook(self._limits.max_rows, self._limits.max_sequences, self._device.capture)
+        self._books.append(book)
         work = WorkModel.of(program, launches, self._footprint(program))
         return CudaHandle(program, launches, binding, runs, book, work)
 
@@ -140,7 +143,8 @@ class CudaExecutor:
         turn = self._turns[0]
         turn.started.record()
         if self._inputs.fill(arrays, draws, target, work):
-            handle.graphs.clear()
+            for book in self._books:  # all programs read the same inputs
+                book.clear()
         handle.binding.make_room(target)
         if bucket is not None:
             handle.graphs.run(bucket, handle.launch)
@@ -151,15 +155,19 @@ class CudaExecutor:
     def _results(
         self, handle: CudaHandle, turn: _Turn, draws: Sequence[Draw | None], load: StepLoad
     ) -> CudaFuture:
-        """Send home the tokens that were drawn, and the logits of the outputs for which none was."""
+        """Send home the tokens that were drawn, and the logits, or hidden states, of the outputs for which
+        none was."""
         assert self._inputs is not None
         outputs, left = len(draws), sum(draw is None for draw in draws)
         tokens = turn.tokens[:outputs]
-        logits = turn.logits(left, handle.program.output.width)
-        if outputs:
+        output = handle.program.output
+        logits = turn.logits(left, output.width)
+        if output.kind != "logits":
+            tokens.fill_(NOT_DRAWN)
+        elif outputs:
             tokens.copy_(self._inputs.drawn[:outputs], non_blocking=True)
         if left:
-            found = handle.binding.logits(outputs)
+            found = handle.binding.tensor(output, StepSize(load.rows, outputs, False))
             if left < outputs:
                 found = found.index_select(0, self._inputs.undrawn[:left])
             logits.copy_(found, non_blocking=True)
@@ -175,6 +183,7 @@ class CudaExecutor:
     def close(self) -> None:
         self._weights.clear()
         self._pools.clear()
+        self._books.clear()
         self._inputs = None
         self._turns.clear()
         if self._device.where.type == "cuda":

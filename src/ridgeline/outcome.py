@@ -1,0 +1,216 @@
+"""What has become of a request so far: its continuations, or its pooled prompt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ridgeline.sampling.pooling import Pooler
+from ridgeline.sampling.sampler import Sampled
+from ridgeline.sampling.stop import StopMatcher
+from ridgeline.scheduling.sequence import Sequence
+from ridgeline.types import (
+    CompletionOutput,
+    FinishReason,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
+
+if TYPE_CHECKING:
+    from ridgeline.model.detokenizer import Detokenizer
+
+
+class Outcome:
+    """What one sequence of a request came to. The engine hands it the outputs of the sequence's rows until
+    there is a `finish_reason`."""
+
+    __slots__ = ("embedding", "finish_reason", "index", "prompt_logprobs", "sequence", "stop_reason")
+
+    def __init__(self, index: int, sequence: Sequence) -> None:
+        self.index = index
+        self.sequence = sequence
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+        self.embedding: tuple[float, ...] | None = None
+
+    def take(self, sample: Sampled, position: int) -> None:
+        """Take in the output of the row before `position`."""
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """End it where it stands."""
+        self.finish_reason = "abort"
+
+    def output(self) -> CompletionOutput:
+        return CompletionOutput(self.index, "", (), self.finish_reason, self.stop_reason)
+
+    def _fail(self, what: str, error: Exception) -> None:
+        self.finish_reason, self.stop_reason = "error", f"{what} failed: {type(error).__name__}: {error}"
+
+
+class Choice(Outcome):
+    """One of a request's continuations: its sequence, its text so far, and when it ends."""
+
+    __slots__ = ("_scores", "detokenizer", "ends", "limit", "logprobs", "params", "stops", "text")
+
+    def __init__(
+        self,
+        index: int,
+        sequence: Sequence,
+        params: SamplingParams,
+        ends: frozenset[int],
+        limit: int,
+        detokenizer: Detokenizer,
+    ) -> None:
+        super().__init__(index, sequence)
+        self.params = params
+        self.ends = ends
+        self.limit = limit
+        self.detokenizer = detokenizer
+        self.stops = (
+            StopMatcher(tuple(params.stop), params.include_stop_str_in_output) if params.stop else None
+        )
+        self.text = ""
+        self.logprobs: list[TokenLogprobs] = []
+        self._scores: list[TokenLogprobs | None] = [None]  # of the prompt's tokens so far
+        self._note_scores()
+
+    def take(self, sample: Sampled, position: int) -> None:
+        """Append a sampled token and its text, and see whether that ends the choice; or take in the score of
+        a prompt token.
+
+        What has been taken already, before an interrupt or a preemption, is passed over. A token that could
+        not be sampled or shown ends the choice with "error", and the cause as `stop_reason`.
+        """
+        try:
+            if position < self.sequence.prompt_length:
+                self._score(sample, position)
+            elif position == len(self.sequence.token_ids):
+                self._take(sample)
+        except Exception as error:  # what is wrong with one request must not end the others
+            self._fail("text", error)
+
+    def abort(self) -> None:
+        """End the choice where it stands."""
+        try:
+            self._end("abort")
+        except Exception as error:
+            self._fail("text", error)
+
+    def _score(self, sample: Sampled, position: int) -> None:
+        if sample.error is not None:
+            self._end("error", sample.error)
+            return
+        if position == len(self._scores):
+            self._scores.append(sample.logprobs)
+        self._note_scores()
+        if self.prompt_logprobs is not None and self.params.max_tokens == 0:
+            self._end("length")
+
+    def _note_scores(self) -> None:
+        if self.sequence.chooser.prompt_logprobs is None:
+            return
+        self.sequence.first_output = len(self._scores) - 1
+        if len(self._scores) == self.sequence.prompt_length:
+            self.prompt_logprobs = tuple(self._scores)
+
+    def _take(self, sample: Sampled) -> None:
+        if sample.error is not None:
+            self._end("error", sample.error)
+            return
+        if self.params.max_tokens == 0:  # a prompt of one token has nothing to score, but its row is run
+            self._end("length")
+            return
+        token = sample.token_id
+        self.sequence.append(token)
+        if sample.logprobs is not None:
+            self.logprobs.append(sample.logprobs)
+        if token in self.ends:
+            named = token in self.params.stop_token_ids
+            if named and self.params.include_stop_str_in_output:
+                self._show(self.detokenizer.push(token))
+            self._end("stop", token if named else None)
+            return
+        self._show(self.detokenizer.push(token))
+        if self.finish_reason is None and len(self.sequence.token_ids) >= self.limit:
+            self._end("length")
+
+    def _end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        """Release the text that was held back and close the choice."""
+        self._show(self.detokenizer.finish())
+        if self.stops is not None:
+            self.text += self.stops.flush()
+        if self.finish_reason is None:
+            self.finish_reason, self.stop_reason = reason, stop_reason
+
+    def _show(self, piece: str) -> None:
+        # Stop strings are not looked for in the first min_tokens tokens.
+        if self.stops is not None and self.sequence.generated > self.params.min_tokens:
+            piece = self.stops.push(piece)
+            if self.stops.matched is not None and self.finish_reason is None:
+                self.finish_reason, self.stop_reason = "stop", self.stops.matched
+        self.text += piece
+
+    def output(self) -> CompletionOutput:
+        tokens = tuple(self.sequence.token_ids[self.sequence.prompt_length :])
+        logprobs = tuple(self.logprobs) if self.params.logprobs is not None else None
+        return CompletionOutput(self.index, self.text, tokens, self.finish_reason, self.stop_reason, logprobs)
+
+
+class PooledPrompt(Outcome):
+    """A prompt whose hidden states are pooled: the rows from the sequence's `first_output` on."""
+
+    __slots__ = ("_first_row", "_pooler")
+
+    def __init__(self, sequence: Sequence, pooler: Pooler) -> None:
+        super().__init__(0, sequence)
+        self._first_row = sequence.first_output
+        self._pooler = pooler
+
+    def take(self, sample: Sampled, position: int) -> None:
+        try:
+            self._take(sample, position)
+        except Exception as error:  # what is wrong with one request must not end the others
+            self._fail("pooling", error)
+
+    def _take(self, sample: Sampled, position: int) -> None:
+        assert sample.hidden is not None
+        if position - 1 == self._first_row + self._pooler.rows:
+            self._pooler.add(sample.hidden)
+        self.sequence.first_output = self._first_row + self._pooler.rows
+        if self.sequence.first_output == self.sequence.prompt_length:
+            self.embedding = self._pooler.vector()
+            self.finish_reason = "stop"
+
+
+class RequestState:
+    """A request under way."""
+
+    __slots__ = ("arrived_s", "choices", "finished_s", "first_token_s", "id", "prompt", "stream", "tokens")
+
+    def __init__(
+        self, request_id: str, prompt: str | None, tokens: tuple[int, ...], stream: bool, arrived_s: float
+    ) -> None:
+        self.id = request_id
+        self.prompt = prompt
+        self.tokens = tokens
+        self.stream = stream
+        self.arrived_s = arrived_s
+        self.first_token_s: float | None = None
+        self.finished_s: float | None = None
+        self.choices: list[Outcome] = []
+
+    def output(self) -> RequestOutput:
+        first = self.choices[0]
+        return RequestOutput(
+            self.id,
+            self.prompt,
+            self.tokens,
+            tuple(choice.output() for choice in self.choices),
+            self.finished_s is not None,
+            RequestMetrics(self.arrived_s, self.first_token_s, self.finished_s),
+            first.prompt_logprobs,
+            first.embedding,
+        )
