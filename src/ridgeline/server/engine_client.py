@@ -26,6 +26,8 @@ from ridgeline.server.messages import (
     EVENTS,
     Abort,
     Add,
+    Embed,
+    Embedded,
     Event,
     Failed,
     FrameError,
@@ -41,7 +43,14 @@ from ridgeline.server.messages import (
     frame,
     read_frame,
 )
-from ridgeline.types import CapacityError, EngineDeadError, RequestError, SamplingParams
+from ridgeline.types import (
+    CapacityError,
+    EngineDeadError,
+    Pooling,
+    PoolingParams,
+    RequestError,
+    SamplingParams,
+)
 
 logger = logging.getLogger("ridgeline.server")
 
@@ -118,6 +127,18 @@ class EngineStream:
         self._arrived.set()
 
 
+class EngineAnswer:
+    """The vector that the engine makes of one prompt, once it is there."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.embedding: asyncio.Future[tuple[float, ...]] = asyncio.get_running_loop().create_future()
+
+    def fail(self, error: Exception) -> None:
+        if not self.embedding.done():
+            self.embedding.set_exception(error)
+
+
 class EngineClient:
     """Owns the engine process and the folder with its socket. Belongs to one event loop.
 
@@ -142,6 +163,7 @@ class EngineClient:
         self._on_event = on_event
         self._numbers = itertools.count()
         self._streams: dict[int, EngineStream] = {}
+        self._answers: dict[int, EngineAnswer] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._heard_s = 0.0
@@ -152,7 +174,7 @@ class EngineClient:
 
     @property
     def open_requests(self) -> int:
-        return len(self._streams)
+        return len(self._streams) + len(self._answers)
 
     def submit(
         self,
@@ -162,12 +184,35 @@ class EngineClient:
         deadline_s: float | None = None,
     ) -> EngineStream:
         """Begin a request. Raises EngineDeadError while there is no engine to begin it on."""
-        if self.state not in ("ready", "stuck"):
-            raise EngineDeadError(f"the engine is {self.state}; accepted: requests once it is ready")
+        self._check_ready()
         held = EngineStream(self, next(self._numbers), self._pieces_limit)
         self._streams[held.number] = held
         self._send(Add(held.number, tuple(tokens), params, stream, deadline_s))
         return held
+
+    async def embed(
+        self,
+        tokens: Sequence[int],
+        pooling: Pooling = "mean",
+        normalise: bool = True,
+        deadline_s: float | None = None,
+    ) -> tuple[float, ...]:
+        """The vector of a prompt. Raises RequestError, ExpiredError and EngineDeadError; cancelling it aborts
+        the request."""
+        self._check_ready()
+        params = PoolingParams(pooling, normalise)
+        answer = EngineAnswer(next(self._numbers))
+        self._answers[answer.number] = answer
+        self._send(Embed(answer.number, tuple(tokens), params, deadline_s))
+        try:
+            return await answer.embedding
+        finally:
+            if self._answers.pop(answer.number, None) is not None:
+                self._send(Abort(answer.number))
+
+    def _check_ready(self) -> None:
+        if self.state not in ("ready", "stuck"):
+            raise EngineDeadError(f"the engine is {self.state}; accepted: requests once it is ready")
 
     def forget(self, stream: EngineStream) -> None:
         """Abort a request that is still open, and tell its stream nothing more."""
@@ -294,9 +339,13 @@ class EngineClient:
             for number in event.ended:
                 if (stream := self._streams.pop(number, None)) is not None:
                     stream.end()
+        elif isinstance(event, Embedded):
+            if (answer := self._answers.pop(event.id, None)) is not None and not answer.embedding.done():
+                answer.embedding.set_result(event.embedding)
         elif isinstance(event, Refused):
-            if (stream := self._streams.pop(event.id, None)) is not None:
-                stream.fail((ExpiredError if event.expired else RequestError)(event.message))
+            waiting = self._streams.pop(event.id, None) or self._answers.pop(event.id, None)
+            if waiting is not None:
+                waiting.fail((ExpiredError if event.expired else RequestError)(event.message))
         elif isinstance(event, Pulse):
             self.pulse = event
         elif isinstance(event, Ready):
@@ -317,15 +366,16 @@ class EngineClient:
                 continue
             if self.state == "ready":
                 self.state, stuck_since_s = "stuck", time.monotonic()
-                requests = sorted(self._streams) if pulse is None else pulse.in_step
+                requests = sorted((*self._streams, *self._answers)) if pulse is None else pulse.in_step
                 logger.error("engine makes no progress; requests in its step: %s", list(requests))
             elif time.monotonic() - stuck_since_s > patience.kill_s:
                 process.kill()
 
     def _end_streams(self, cause: str) -> None:
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.fail(EngineDeadError(f"engine stopped: {cause}"))
+        held: list[EngineStream | EngineAnswer] = [*self._streams.values(), *self._answers.values()]
+        self._streams, self._answers = {}, {}
+        for each in held:
+            each.fail(EngineDeadError(f"engine stopped: {cause}"))
 
 
 def _doorkeeper(

@@ -23,7 +23,7 @@ from setproctitle import setproctitle
 
 from ridgeline.config import EngineConfig
 from ridgeline.engine import Engine
-from ridgeline.loading import LoadedModel, load_engine
+from ridgeline.loading import LoadedModel, embedding_of, load_engine
 from ridgeline.server.messages import (
     COMMANDS,
     START,
@@ -46,7 +46,7 @@ from ridgeline.server.messages import (
     frame,
     receive_frame,
 )
-from ridgeline.types import Request, RequestOutput, RidgelineError
+from ridgeline.types import Request, RequestError, RequestOutput, RidgelineError
 
 PULSE_S = 0.2
 _RECENT_STEPS = 64
@@ -64,7 +64,7 @@ class EngineWorker:
         self._commands = commands
         self._engine = engine
         self._tell = tell
-        self._told: dict[int, list[tuple[int, int]]] = {}  # characters and tokens of each choice
+        self._told: dict[int, list[tuple[int, int]]] = {}  # characters and tokens of each choice, if any
         self._deadlines: dict[int, float] = {}  # of requests that have not begun
         self._step_began_s: float | None = None
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
@@ -88,11 +88,14 @@ class EngineWorker:
         self._step_began_s = None
         self._recent.append(time.monotonic() - began_s)
         self._steps += 1
-        pooled = [output for output in outputs if int(output.request_id) in self._pooled]
-        for output in pooled:
-            self._tell_pooled(output)
-        if len(outputs) > len(pooled):
-            self._tell(self._pieces([o for o in outputs if int(o.request_id) in self._told]))
+        continued = []
+        for output in outputs:
+            if self._told[int(output.request_id)]:
+                continued.append(output)
+            else:
+                self._end_embedding(output)
+        if continued:
+            self._tell(self._pieces(continued))
 
     def pulse(self) -> Pulse:
         """How things stand; asked from another thread, so that its numbers may be of different moments."""
@@ -110,19 +113,20 @@ class EngineWorker:
         )
 
     def _obey(self, command: Command) -> None:
-        if isinstance(command, Add):
-            self._add(command)
+        if isinstance(command, Add | Embed):
+            self._begin(command)
         elif isinstance(command, Abort) and command.id in self._told:
             self._forget(command.id)
             self._engine.abort(str(command.id))
 
-    def _add(self, command: Add) -> None:
+    def _begin(self, command: Add | Embed) -> None:
+        stream = isinstance(command, Add) and command.stream
         try:
-            self._engine.add(Request(str(command.id), command.tokens, command.params), stream=command.stream)
+            self._engine.add(Request(str(command.id), command.tokens, command.params), stream=stream)
         except Exception as error:  # what is wrong with one request must not end the others
             self._tell(Refused(command.id, str(error)))
             return
-        self._told[command.id] = [(0, 0)] * command.params.n
+        self._told[command.id] = [(0, 0)] * command.params.n if isinstance(command, Add) else []
         if command.deadline_s is not None:
             self._deadlines[command.id] = command.deadline_s
 
@@ -139,6 +143,14 @@ class EngineWorker:
         del self._told[request]
         self._deadlines.pop(request, None)
 
+    def _end_embedding(self, output: RequestOutput) -> None:
+        request = int(output.request_id)
+        self._forget(request)
+        try:
+            self._tell(Embedded(request, embedding_of(output)))
+        except RequestError as error:
+            self._tell(Refused(request, str(error)))
+
     def _pieces(self, outputs: Sequence[RequestOutput]) -> Pieces:
         """What is new in each request's state."""
         pieces, ended = [], []
@@ -152,9 +164,9 @@ class EngineWorker:
                 told[choice.index] = (len(choice.text), len(choice.token_ids))
                 logprobs = choice.logprobs[tokens:] if choice.logprobs is not None else None
                 text, new = choice.text[characters:], choice.token_ids[tokens:]
-                piece = Piece(
-                    request, choice.index, text, new, logprobs, choice.finish_reason, choice.stop_reason
-                )
+                reasons = (choice.finish_reason, choice.stop_reason)
+                scores = output.prompt_logprobs if choice.index == tokens == 0 else None
+                piece = Piece(request, choice.index, text, new, logprobs, *reasons, scores)
                 pieces.append(piece)
             if output.finished:
                 ended.append(request)
