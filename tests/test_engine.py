@@ -74,6 +74,7 @@ PARAMS = [
     {"temperature": 1.4, "top_k": 9, "min_p": 0.02, "n": 2},
     {"temperature": 0.9, "repetition_penalty": 1.3, "presence_penalty": 0.5, "logprobs": 2},
     {"temperature": 0.0, "frequency_penalty": 1.5, "min_tokens": 5, "n": 2},
+    {"temperature": 0.7, "prompt_logprobs": 2, "n": 2},
 ]
 
 requests = st.builds(
@@ -90,7 +91,8 @@ def build(drawn: Sequence[tuple[tuple[int, ...], dict[str, Any]]]) -> list[Reque
 
 
 def contents(output: RequestOutput) -> list[tuple[Any, ...]]:
-    return [(o.token_ids, o.text, o.finish_reason, o.logprobs) for o in output.outputs]
+    each = [(o.token_ids, o.text, o.finish_reason, o.logprobs) for o in output.outputs]
+    return [*each, (output.prompt_logprobs,)]
 
 
 def executor_for(window: int | None, pages: int) -> FakeExecutor:
