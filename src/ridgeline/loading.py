@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -169,12 +169,13 @@ def compile_encoder(
     program = with_precision(encoder(spec), formats)
     wanted = _buffer_bytes(config, program)
     free = cuda_free_memory_bytes() if config.device == "cuda" else free_memory_bytes()
-    if wanted > free:
-        raise CapacityError(
-            f"embeddings need {wanted / 2**20:.0f} MiB for buffers and {free / 2**20:.0f} MiB are free; "
-            "accepted: a smaller max_num_batched_tokens or KV cache"
-        )
-    return executor.compile(program)
+    with suppress(MemoryError):
+        if wanted <= free:
+            return executor.compile(program)
+    raise CapacityError(
+        f"embeddings need {wanted / 2**20:.0f} MiB for buffers and {free / 2**20:.0f} MiB are free; "
+        "accepted: a smaller max_num_batched_tokens or KV cache"
+    )
 
 
 def settled(
