@@ -149,6 +149,48 @@ def test_echo_stops_and_limits(client: openai.OpenAI) -> None:
     assert token.choices[0].finish_reason == "stop"
 
 
+def test_a_prompt_is_scored_by_echo_with_logprobs(client: openai.OpenAI) -> None:
+    """As a completion of its beginning scores the same tokens; without an answer too, as evaluations ask."""
+    whole = complete(client, "The ridge", echo=True, logprobs=2).choices[0]
+    text = complete(client, "The ridge").choices[0].text
+    assert whole.text == "The ridge" + text
+    scores = whole.logprobs
+    assert scores.token_logprobs[0] is None
+    assert scores.top_logprobs[0] is None
+    assert "".join(scores.tokens).startswith("The ridge")
+    assert scores.text_offset[:3] == sorted(scores.text_offset[:3])
+    silent = complete(client, "The ridge", echo=True, logprobs=2, max_tokens=0).choices[0]
+    count = len(silent.logprobs.tokens)
+    assert (silent.text, silent.finish_reason) == ("The ridge", "length")
+    assert silent.logprobs.token_logprobs == scores.token_logprobs[:count]
+    answered = complete(client, "The ridge", logprobs=2).choices[0].logprobs
+    assert answered.token_logprobs == scores.token_logprobs[count:]
+    assert scores.text_offset[count] == len("The ridge")
+    with pytest.raises(openai.BadRequestError, match="echo"):
+        complete(client, "The ridge", echo=True, logprobs=1, stream=True)
+
+
+def test_embeddings(client: openai.OpenAI) -> None:
+    texts = ["The ridge", "of the roofline", "The ridge"]
+    plain = client.embeddings.create(model="tiny", input=texts, encoding_format="float")
+    coded = client.embeddings.create(model="tiny", input=texts)  # the client asks for base64 by itself
+    vectors = [each.embedding for each in plain.data]
+    assert [each.index for each in plain.data] == [0, 1, 2]
+    assert vectors[0] == vectors[2] != vectors[1]
+    assert sum(x * x for x in vectors[0]) == pytest.approx(1, abs=1e-5)
+    for one, other in zip(vectors, coded.data, strict=True):
+        assert one == pytest.approx(other.embedding, abs=1e-7)
+    last = client.embeddings.create(
+        model="tiny", input=texts[0], encoding_format="float", extra_body={"pooling": "last"}
+    )
+    assert last.data[0].embedding != vectors[0]
+    assert plain.usage.prompt_tokens == plain.usage.total_tokens > 0
+    with pytest.raises(openai.BadRequestError, match="dimensions"):
+        client.embeddings.create(model="tiny", input="x", dimensions=3)
+    with pytest.raises(openai.BadRequestError, match="input"):
+        client.embeddings.create(model="tiny", input=[])
+
+
 def test_logprobs(client: openai.OpenAI) -> None:
     choice = chat(client, logprobs=True, top_logprobs=3).choices[0]
     entries = choice.logprobs.content

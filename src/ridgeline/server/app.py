@@ -17,29 +17,38 @@ from starlette.types import ASGIApp
 from ridgeline.server.body import ClientGoneError
 from ridgeline.server.errors import HttpError, http_error_of
 from ridgeline.server.gate import Gate
-from ridgeline.server.routes import chat, completions, status, tokenizer
+from ridgeline.server.routes import chat, completions, embeddings, status, tokenizer
 from ridgeline.server.service import Service
 from ridgeline.server.wire import responses
 from ridgeline.server.wire.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     TokenizeRequest,
 )
 from ridgeline.types import RidgelineError
 
-ROUTERS: Sequence[APIRouter] = (chat.router, completions.router, tokenizer.router, status.router)
+ROUTERS: Sequence[APIRouter] = (
+    chat.router,
+    completions.router,
+    embeddings.router,
+    tokenizer.router,
+    status.router,
+)
 """Every endpoint. A new one is a module in `routes/` and its router here."""
 CLIENT_GONE = 499
 """For the log: nobody is there to read it."""
 DESCRIBED: Sequence[type[BaseModel]] = (
     ChatRequest,
     CompletionRequest,
+    EmbeddingRequest,
     TokenizeRequest,
     DetokenizeRequest,
     responses.ChatCompletion,
     responses.ChatCompletionChunk,
     responses.Completion,
+    responses.Embeddings,
     responses.ServedModel,
     responses.ModelList,
     responses.Tokenized,

@@ -56,12 +56,13 @@ async def completions(request: Request) -> Response:
         usage = Usage(sum(map(len, prompts)))
         record_of(request)["usage"] = usage
         echoed = await service.in_thread(_texts, service, body) if body.echo else [""] * len(prompts)
-        answer = CompletionAnswer(service, new_head(service, "cmpl", model), params, echoed, usage)
-        if body.max_tokens != 0:
+        scored = [prompt[0] for prompt in prompts] if body.scores_prompt else None
+        answer = CompletionAnswer(service, new_head(service, "cmpl", model), params, echoed, usage, scored)
+        if not body.only_echo:
             ticket.submit(prompts, params, body.stream)
         if not body.stream:
-            return json_answer(await answer.whole(ticket, body.max_tokens == 0))
-        chunks = answer.stream(ticket, body.max_tokens == 0, body.wants_usage)
+            return json_answer(await answer.whole(ticket, body.only_echo))
+        chunks = answer.stream(ticket, body.only_echo, body.wants_usage)
         return EventStream(await anext(chunks), chunks, ticket.close)
 
     return await answer_with(request, ticket, work())
@@ -81,20 +82,30 @@ def _texts(service: Service, body: CompletionRequest) -> list[str]:
 
 class CompletionAnswer:
     """Turns what the engine gives into choices, or into chunks of them. A choice's index counts through the
-    prompts, `n` for each; `echoed` are the texts that stand before the prompts' answers."""
+    prompts, `n` for each; `echoed` are the texts that stand before the prompts' answers. Where the prompts
+    are scored too, `scored` has the first token of each, which has no score."""
 
     def __init__(
-        self, service: Service, head: Head, params: SamplingParams, echoed: Sequence[str], usage: Usage
+        self,
+        service: Service,
+        head: Head,
+        params: SamplingParams,
+        echoed: Sequence[str],
+        usage: Usage,
+        scored: Sequence[int] | None = None,
     ) -> None:
         self._head = head
         self._usage = usage
         self._n = params.n
         self._echoed = [text for text in echoed for _ in range(params.n)]
+        self._scored = scored
+        self._scores: dict[int, list[TokenLogprobs]] = {}  # of each prompt's tokens but the first
         self._begun: set[int] = set()
         self._logprobs: list[CompletionLogprobs] | None = None
         if params.logprobs is not None:
             tokenizer, skip = service.text.tokenizer, params.skip_special_tokens
-            self._logprobs = [CompletionLogprobs(tokenizer, skip, len(text)) for text in self._echoed]
+            starts = [0 if scored else len(text) for text in self._echoed]
+            self._logprobs = [CompletionLogprobs(tokenizer, skip, start) for start in starts]
 
     async def stream(self, ticket: Ticket, only_echo: bool, usage: bool) -> AsyncGenerator[bytes, None]:
         chunks = CompletionChunks(self._head, usage)
@@ -134,6 +145,10 @@ class CompletionAnswer:
                     for piece in pieces:
                         index = prompt * self._n + piece.choice
                         self._usage.completion_tokens += len(piece.tokens)
+                        if piece.prompt_logprobs is not None:
+                            self._scores[prompt] = [
+                                each for each in piece.prompt_logprobs if each is not None
+                            ]
                         texts[index].append(piece.text)
                         logprobs[index] += piece.logprobs or ()
                         if piece.finish_reason is not None:
@@ -147,7 +162,10 @@ class CompletionAnswer:
     def _fields(self, index: int, logprobs: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
         if self._logprobs is None:
             return None
-        return self._logprobs[index].fields(logprobs or ())
+        if self._scored is None:
+            return self._logprobs[index].fields(logprobs or ())
+        prompt = index // self._n
+        return self._logprobs[index].fields([*self._scores[prompt], *(logprobs or ())], self._scored[prompt])
 
     def _reason(self, piece: Piece) -> str:
         if piece.finish_reason not in STOPS:

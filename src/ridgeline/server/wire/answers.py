@@ -177,23 +177,35 @@ class CompletionLogprobs:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._at = start
 
-    def fields(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        """Those of the next tokens."""
-        offsets, tokens, tops = [], [], []
+    def fields(self, logprobs: Sequence[TokenLogprobs], first: int | None = None) -> dict[str, Any]:
+        """Those of the next tokens; a `first` one before them has nothing before it, and no score."""
+        offsets: list[int] = []
+        tokens: list[str] = []
+        tops: list[dict[str, float] | None] = []
+        if first is not None:
+            offsets.append(self._pass(first))
+            tokens.append(self._name(first))
+            tops.append(None)
         for each in logprobs:
             name = self._name(each.token_id)
-            shown = b"" if each.token_id in self._skipped else self._tokenizer.token_bytes(each.token_id)
-            if shown and shown[0] & 0xC0 != 0x80:  # what is held back will not become a character
-                self._at += len(self._utf8.decode(b"", final=True))
-            offsets.append(self._at)
+            offsets.append(self._pass(each.token_id))
             tokens.append(name)
             tops.append(
                 {self._name(token): _finite(value) for token, value in each.top}
                 | {name: _finite(each.logprob)}
             )
-            self._at += len(self._utf8.decode(shown))
-        values = [_finite(each.logprob) for each in logprobs]
+        unscored = [] if first is None else [None]
+        values = [*unscored, *(_finite(each.logprob) for each in logprobs)]
         return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}
+
+    def _pass(self, token_id: int) -> int:
+        """Where a token begins in the text; the next one is looked for behind it."""
+        shown = b"" if token_id in self._skipped else self._tokenizer.token_bytes(token_id)
+        if shown and shown[0] & 0xC0 != 0x80:  # what is held back will not become a character
+            self._at += len(self._utf8.decode(b"", final=True))
+        begin = self._at
+        self._at += len(self._utf8.decode(shown))
+        return begin
 
     def _name(self, token_id: int) -> str:
         data = self._tokenizer.token_bytes(token_id)

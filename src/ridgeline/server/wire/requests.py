@@ -130,7 +130,8 @@ class Sampled(Body):
     def sampling(self, defaults: SamplingParams, **fixed: Any) -> SamplingParams:
         """Parameters for the engine: the model's own, changed by what was sent and by `fixed`. Raises
         RequestError for a value out of range."""
-        names = set(SamplingParams.__dataclass_fields__) - {"logit_bias", "logprobs", "max_tokens"}
+        own = {"logit_bias", "logprobs", "prompt_logprobs", "max_tokens"}
+        names = set(SamplingParams.__dataclass_fields__) - own
         sent = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.logit_bias:
             sent["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
@@ -219,7 +220,7 @@ class ChatRequest(ChatTemplateFields, Sampled):
 
 def _prompts(value: Any) -> list[str | list[int]]:
     """A text, texts, token ids, or lists of token ids, as a list of prompts."""
-    accepted = "prompt should be a string, token ids, or a list of either"
+    accepted = "it should be a string, token ids, or a list of either"
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
@@ -261,8 +262,12 @@ class CompletionRequest(Sampled):
                 "best_of",
                 "unsupported_parameter",
             )
-        if self.echo and self.logprobs is not None:
-            raise bad_request("echo is not supported together with logprobs", "echo", "unsupported_parameter")
+        if self.scores_prompt and self.stream:
+            raise bad_request(
+                "echo together with logprobs is not supported for stream: true",
+                "echo",
+                "unsupported_parameter",
+            )
         if self.max_tokens == 0 and not self.echo:
             raise bad_request("max_tokens is 0; accepted: a positive number", "max_tokens")
         if len(self.prompt) * max(self.n, 1) > MAX_SEQUENCES:
@@ -270,11 +275,43 @@ class CompletionRequest(Sampled):
                 f"{len(self.prompt)} prompts with n {self.n}; accepted: at most {MAX_SEQUENCES} answers", "n"
             )
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's tokens come back with their log-probabilities."""
+        return self.echo and self.logprobs is not None
+
+    @property
+    def only_echo(self) -> bool:
+        """Whether the answer is the prompt, and the model need not be asked."""
+        return self.max_tokens == 0 and not self.scores_prompt
+
     def params(self, defaults: SamplingParams) -> SamplingParams:
-        limit = COMPLETION_TOKENS if self.max_tokens is None else max(self.max_tokens, 1)
-        if self.max_tokens is not None and self.max_tokens < 0:
-            limit = self.max_tokens
-        return self.sampling(defaults, max_tokens=limit, logprobs=self.logprobs)
+        limit = COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        if self.only_echo:
+            limit = 1  # of parameters that nobody will use
+        scores = self.logprobs if self.scores_prompt else None
+        return self.sampling(defaults, max_tokens=limit, logprobs=self.logprobs, prompt_logprobs=scores)
+
+
+# ------------------------------------------------------------------------------------------ embeddings
+
+
+class EmbeddingRequest(Body):
+    """`pooling` and `normalize` are ours: the mean of the final hidden states or the last, of length 1."""
+
+    model: str | None = None
+    input: Annotated[list[str | list[int]], BeforeValidator(_prompts, json_schema_input_type=Prompt)]
+    encoding_format: Literal["float", "base64"] = "float"
+    pooling: Literal["mean", "last"] = "mean"
+    normalize: bool = True
+    add_special_tokens: bool = True
+
+    unsupported: ClassVar[Mapping[str, Accepts]] = {
+        "user": anything,
+        "dimensions": only(),
+        "truncate_prompt_tokens": only(),
+        "priority": number(0),
+    }
 
 
 # -------------------------------------------------------------------------------------------- tokenizer

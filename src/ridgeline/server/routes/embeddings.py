@@ -1,0 +1,83 @@
+"""`/v1/embeddings`: a vector for each text, by pooling the final hidden states of any loaded model."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ridgeline.server.routes.common import (
+    answer_with,
+    gives,
+    json_answer,
+    key_of,
+    record_of,
+    service_of,
+    takes,
+)
+from ridgeline.server.service import Service
+from ridgeline.server.wire.answers import Usage
+from ridgeline.server.wire.requests import EmbeddingRequest
+from ridgeline.server.wire.responses import Embeddings
+
+router = APIRouter()
+T = TypeVar("T")
+
+
+@router.post("/v1/embeddings", openapi_extra=takes(EmbeddingRequest), responses=gives(Embeddings))
+async def embeddings(request: Request) -> Response:
+    """Pool one text, or several."""
+    service, key = service_of(request), key_of(request)
+    service.check_ready(key)
+    body = await service.bodies.read(request, EmbeddingRequest)
+    model = service.model_name(body.model)
+    ticket = service.admit(key, len(body.input))
+    service.log_prompt(request.scope["ridgeline.id"], body.input)
+
+    async def work() -> Response:
+        prompts = await service.in_thread(_tokens, service, body)
+        for prompt in prompts:
+            service.check_tokens(prompt, "input")
+        usage = Usage(sum(map(len, prompts)))
+        record_of(request)["usage"] = usage
+        deadline_s = time.monotonic() + service.config.queue_timeout_s
+        vectors = await _all(
+            [service.client.embed(each, body.pooling, body.normalize, deadline_s) for each in prompts]
+        )
+        fields = usage.fields()
+        del fields["completion_tokens"]
+        data = [
+            {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
+            for index, vector in enumerate(vectors)
+        ]
+        return json_answer({"object": "list", "data": data, "model": model, "usage": fields})
+
+    return await answer_with(request, ticket, work())
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all of `work`; the first error ends the rest, and is raised itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(each) for each in work]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def _tokens(service: Service, body: EmbeddingRequest) -> list[tuple[int, ...]]:
+    return [service.text.prompt_tokens(prompt, body.add_special_tokens) for prompt in body.input]
+
+
+def _encoded(vector: Sequence[float], encoding: str) -> Sequence[float] | str:
+    """In base64 the vector is float32, little-endian: what OpenAI's client asks for."""
+    if encoding == "float":
+        return vector
+    return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
