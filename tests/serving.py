@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from ridgeline.config import EngineConfig
 from ridgeline.server.config import ServerConfig
@@ -29,11 +31,27 @@ from ridgeline.types import SamplingParams
 
 @dataclass
 class ServerProcess:
-    """`ridgeline serve`, listening. `log` grows as it logs."""
+    """`ridgeline serve`, listening. `log` grows as it logs, some time after what is logged happened."""
 
     process: subprocess.Popen[str]
     url: str
     log: list[str]
+
+    @property
+    def engine(self) -> psutil.Process:
+        """The engine process, the server's only child."""
+        (engine,) = psutil.Process(self.process.pid).children()
+        return engine
+
+    def await_log(self, *parts: str, limit_s: float = 30) -> str:
+        """The first line of the log that has all these parts, once it is there."""
+        end_s = time.monotonic() + limit_s
+        while True:
+            found = [line for line in self.log if all(part in line for part in parts)]
+            if found:
+                return found[0]
+            assert time.monotonic() < end_s, f"{parts} is not in the log: {self.log[-20:]}"
+            time.sleep(0.01)
 
     def end(self, number: signal.Signals = signal.SIGTERM, limit_s: float = 30) -> int:
         """Send a signal and wait; the exit code."""

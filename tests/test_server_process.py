@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 from command_line import Cli, command_line
 from serving import ServerProcess, server_process
@@ -83,11 +82,6 @@ def begin(server: ServerProcess, **headers: str) -> tuple[threading.Thread, list
     return reading, lines
 
 
-def engine_of(server: ServerProcess) -> psutil.Process:
-    (engine,) = psutil.Process(server.process.pid).children()
-    return engine
-
-
 def test_a_signal_drains_and_environment_twins_count(tiny_llama: Path) -> None:
     twins = {
         "RIDGELINE_API_KEY": "sk-one,sk-two",
@@ -99,7 +93,7 @@ def test_a_signal_drains_and_environment_twins_count(tiny_llama: Path) -> None:
         key = {"Authorization": "Bearer sk-two"}
         models = httpx.get(f"{server.url}/v1/models", headers=key).json()
         assert models["data"][0]["id"] == "env"
-        engine = engine_of(server)
+        engine = server.engine
         reading, lines = begin(server, **key)
         assert server.end(signal.SIGTERM) == 0
         reading.join(30)
@@ -111,7 +105,7 @@ def test_a_signal_drains_and_environment_twins_count(tiny_llama: Path) -> None:
 def test_a_second_signal_ends_at_once(tiny_llama: Path) -> None:
     one_only = ("--max-num-seqs", 1, "--max-queue", 0, "--max-num-batched-tokens", 64)
     with server_process(tiny_llama, "--drain-timeout", 300, *one_only) as server:
-        engine = engine_of(server)
+        engine = server.engine
         engine.suspend()  # nothing will ever end
         outcome: list[object] = []
 
@@ -126,8 +120,7 @@ def test_a_second_signal_ends_at_once(tiny_llama: Path) -> None:
         while httpx.post(f"{server.url}/v1/completions", json={}).status_code != 429:  # until it is in
             time.sleep(0.02)
         server.process.send_signal(signal.SIGINT)
-        while not any("open_requests=1" in line for line in server.log):
-            time.sleep(0.02)
+        server.await_log("open_requests=1")
         assert server.process.poll() is None
         assert server.end(signal.SIGINT) == 0
         asking.join(30)
@@ -143,7 +136,7 @@ def test_a_killed_engine_comes_back_and_a_killed_server_takes_it_along(tiny_llam
             return httpx.post(f"{server.url}/v1/completions", json=ask, timeout=60)
 
         before = answer().json()["choices"][0]["text"]
-        first = engine_of(server)
+        first = server.engine
         reading, lines = begin(server)
         first.kill()
         reading.join(30)
@@ -153,6 +146,6 @@ def test_a_killed_engine_comes_back_and_a_killed_server_takes_it_along(tiny_llam
             assert server.process.poll() is None
             time.sleep(0.02)
         assert answer().json()["choices"][0]["text"] == before
-        second = engine_of(server)
+        second = server.engine
         server.process.kill()
         second.wait(30)
