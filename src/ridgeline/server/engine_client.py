@@ -26,6 +26,7 @@ from ridgeline.server.messages import (
     EVENTS,
     Abort,
     Add,
+    Command,
     Embed,
     Embedded,
     Event,
@@ -142,7 +143,8 @@ class EngineAnswer:
 class EngineClient:
     """Owns the engine process and the folder with its socket. Belongs to one event loop.
 
-    `pieces_limit` bounds what waits for a slow reader. `on_event` hears of every event, for metrics.
+    `pieces_limit` bounds what waits for a slow reader. `on_event` hears of every command and every event, for
+    metrics; Failed, too, whenever requests end with their engine.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class EngineClient:
         config: EngineConfig,
         patience: Patience | None = None,
         pieces_limit: int = 4096,
-        on_event: Callable[[Event], None] = lambda event: None,
+        on_event: Callable[[Event | Command], None] = lambda event: None,
     ) -> None:
         self.state: State = "loading"
         self.card: ModelCard | None = None
@@ -160,7 +162,7 @@ class EngineClient:
         self._config = config
         self._patience = patience or Patience()
         self._pieces_limit = pieces_limit
-        self._on_event = on_event
+        self.on_event = on_event
         self._numbers = itertools.count()
         self._streams: dict[int, EngineStream] = {}
         self._answers: dict[int, EngineAnswer] = {}
@@ -176,18 +178,26 @@ class EngineClient:
     def open_requests(self) -> int:
         return len(self._streams) + len(self._answers)
 
+    @property
+    def pid(self) -> int | None:
+        """The engine process, if there is one."""
+        return self._process.pid if self._process is not None else None
+
     def submit(
         self,
         tokens: Sequence[int],
         params: SamplingParams,
         stream: bool = True,
         deadline_s: float | None = None,
+        arrived_s: float | None = None,
     ) -> EngineStream:
-        """Begin a request. Raises EngineDeadError while there is no engine to begin it on."""
+        """Begin a request, which arrived just now unless it is said when. Raises EngineDeadError while there
+        is no engine to begin it on."""
         self._check_ready()
         held = EngineStream(self, next(self._numbers), self._pieces_limit)
         self._streams[held.number] = held
-        self._send(Add(held.number, tuple(tokens), params, stream, deadline_s))
+        arrived_s = time.monotonic() if arrived_s is None else arrived_s
+        self._say(Add(held.number, tuple(tokens), params, stream, deadline_s, arrived_s))
         return held
 
     async def embed(
@@ -196,19 +206,21 @@ class EngineClient:
         pooling: Pooling = "mean",
         normalise: bool = True,
         deadline_s: float | None = None,
+        arrived_s: float | None = None,
     ) -> tuple[float, ...]:
-        """The vector of a prompt. Raises RequestError, ExpiredError and EngineDeadError; cancelling it aborts
-        the request."""
+        """The vector of a prompt; otherwise as `submit`. Raises RequestError, ExpiredError and
+        EngineDeadError; cancelling it aborts the request."""
         self._check_ready()
         params = PoolingParams(pooling, normalise)
         answer = EngineAnswer(next(self._numbers))
         self._answers[answer.number] = answer
-        self._send(Embed(answer.number, tuple(tokens), params, deadline_s))
+        arrived_s = time.monotonic() if arrived_s is None else arrived_s
+        self._say(Embed(answer.number, tuple(tokens), params, deadline_s, arrived_s))
         try:
             return await answer.embedding
         finally:
             if self._answers.pop(answer.number, None) is not None:
-                self._send(Abort(answer.number))
+                self._say(Abort(answer.number))
 
     def _check_ready(self) -> None:
         if self.state not in ("ready", "stuck"):
@@ -217,7 +229,11 @@ class EngineClient:
     def forget(self, stream: EngineStream) -> None:
         """Abort a request that is still open, and tell its stream nothing more."""
         if self._streams.pop(stream.number, None) is not None:
-            self._send(Abort(stream.number))
+            self._say(Abort(stream.number))
+
+    def _say(self, command: Command) -> None:
+        self.on_event(command)
+        self._send(command)
 
     def _send(self, message: Message) -> None:
         if self._writer is not None and not self._writer.is_closing():
@@ -331,7 +347,7 @@ class EngineClient:
         return last_words
 
     def _hear(self, event: Event) -> None:
-        self._on_event(event)
+        self.on_event(event)
         if isinstance(event, Pieces):
             for piece in event.pieces:
                 if (stream := self._streams.get(piece.id)) is not None:
@@ -373,7 +389,8 @@ class EngineClient:
 
     def _end_streams(self, cause: str) -> None:
         held: list[EngineStream | EngineAnswer] = [*self._streams.values(), *self._answers.values()]
-        self._streams, self._answers = {}, {}
+        self._streams, self._answers, self.pulse = {}, {}, None
+        self.on_event(Failed(cause, startup=False))
         for each in held:
             each.fail(EngineDeadError(f"engine stopped: {cause}"))
 

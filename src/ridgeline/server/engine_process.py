@@ -29,6 +29,7 @@ from ridgeline.server.messages import (
     START,
     Abort,
     Add,
+    Begun,
     Command,
     Embed,
     Embedded,
@@ -81,13 +82,14 @@ class EngineWorker:
 
     def step(self) -> None:
         """One step of the engine, and its outcome to the server."""
-        if self._deadlines:
-            self._expire(time.monotonic())
+        self._expire(time.monotonic())
         self._step_began_s = began_s = time.monotonic()
         outputs = self._engine.step()
         self._step_began_s = None
         self._recent.append(time.monotonic() - began_s)
         self._steps += 1
+        if self._deadlines:
+            self._tell_begun(outputs, began_s)
         continued = []
         for output in outputs:
             if self._told[int(output.request_id)]:
@@ -131,13 +133,19 @@ class EngineWorker:
             self._deadlines[command.id] = command.deadline_s
 
     def _expire(self, now_s: float) -> None:
-        for request, deadline_s in list(self._deadlines.items()):
-            if self._engine.has_begun(str(request)):
+        for request in [number for number, deadline_s in self._deadlines.items() if now_s > deadline_s]:
+            self._forget(request)
+            self._engine.abort(str(request))
+            self._tell(Refused(request, "the request waited longer than it may", expired=True))
+
+    def _tell_begun(self, outputs: Sequence[RequestOutput], began_s: float) -> None:
+        """After a step: which requests need not be waited for any longer."""
+        given = {int(output.request_id) for output in outputs}  # the engine may have forgotten them already
+        begun = [each for each in self._deadlines if each in given or self._engine.has_begun(str(each))]
+        if begun:
+            for request in begun:
                 del self._deadlines[request]
-            elif now_s > deadline_s:
-                self._forget(request)
-                self._engine.abort(str(request))
-                self._tell(Refused(request, "the request waited longer than it may", expired=True))
+            self._tell(Begun(tuple(begun), began_s))
 
     def _forget(self, request: int) -> None:
         del self._told[request]

@@ -38,13 +38,14 @@ class Start(Message, frozen=True):
 
 class Add(Message, frozen=True):
     """Begin a request. `id` is the server's own, never used twice. A request that has not begun by
-    `deadline_s`, on `time.monotonic`'s clock, is dropped."""
+    `deadline_s` is dropped; `arrived_s` is when it came to the server. Both on `time.monotonic`'s clock."""
 
     id: int
     tokens: tuple[int, ...]
     params: SamplingParams
     stream: bool = True
     deadline_s: float | None = None
+    arrived_s: float = 0.0
 
 
 class Embed(Message, frozen=True):
@@ -54,6 +55,7 @@ class Embed(Message, frozen=True):
     tokens: tuple[int, ...]
     params: PoolingParams
     deadline_s: float | None = None
+    arrived_s: float = 0.0
 
 
 class Abort(Message, frozen=True):
@@ -89,6 +91,13 @@ class Ready(Message, frozen=True):
     """The model is loaded."""
 
     card: ModelCard
+
+
+class Begun(Message, frozen=True):
+    """Requests, of those with a deadline, whose first step began at `at_s` on `time.monotonic`'s clock."""
+
+    ids: tuple[int, ...]
+    at_s: float
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):
@@ -153,7 +162,7 @@ class Failed(Message, frozen=True):
     startup: bool
 
 
-Event = Hello | Ready | Pieces | Embedded | Refused | Pulse | Failed
+Event = Hello | Ready | Begun | Pieces | Embedded | Refused | Pulse | Failed
 
 # ------------------------------------------------------------------------------------------- the socket
 

@@ -54,7 +54,7 @@ class Server:
         self.service = Service(self._client, text, config)
         self._http = _Http(
             uvicorn.Config(
-                create_app(self.service),
+                create_app(self.service, self.service.metrics.answered),
                 http=protocol_for(config),
                 ws="none",
                 lifespan="off",

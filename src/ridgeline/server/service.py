@@ -26,7 +26,9 @@ from ridgeline.server.config import ApiKey, ServerConfig
 from ridgeline.server.engine_client import EngineClient, EngineStream
 from ridgeline.server.errors import RETRY_AFTER, HttpError, bad_request, unavailable
 from ridgeline.server.messages import ModelCard, Piece
+from ridgeline.server.metrics import Metrics
 from ridgeline.server.text import TextSide
+from ridgeline.server.version import package_version
 from ridgeline.types import CheckpointError, SamplingParams
 
 T = TypeVar("T")
@@ -43,6 +45,8 @@ class Service:
         self.text = text
         self.config = config
         self.bodies = BodyReader(config)
+        self.metrics = Metrics(client, text.names[0], package_version())
+        client.on_event = self.metrics.hear
         self.draining = False
         self.created_s = int(time.time())
         self.open_sequences = 0
@@ -180,6 +184,7 @@ class Ticket:
         self.sequences = sequences
         self.tokens = 0
         self.begun = False  # something of an answer has come
+        self.arrived_s = time.monotonic()
         self._service = service
         self._key = key
         self._streams: list[EngineStream] = []
@@ -195,7 +200,8 @@ class Ticket:
             raise _overloaded(f"{waiting} prompt tokens are waiting already")
         deadline_s = time.monotonic() + service.config.queue_timeout_s
         for prompt in prompts:
-            self._streams.append(service.client.submit(prompt, params, stream, deadline_s))
+            begun = service.client.submit(prompt, params, stream, deadline_s, self.arrived_s)
+            self._streams.append(begun)
 
     async def pieces(self) -> AsyncIterator[tuple[int, list[Piece]]]:
         """What the prompts' answers gain, with the prompt's index. Raises what EngineStream raises."""

@@ -78,9 +78,13 @@ def gives(kind: type[Answer], events: bool = False) -> dict[int | str, dict[str,
     content: dict[str, Any] = {"application/json": {"schema": _schema(kind)}}
     if events:
         content["text/event-stream"] = {}
+    return {200: {"description": "The answer.", "content": content}, **failures()}
+
+
+def failures() -> dict[int | str, dict[str, Any]]:
+    """An endpoint's description of its errors."""
     errors = {"application/json": {"schema": _schema(Error)}}
     return {
-        200: {"description": "The answer.", "content": content},
         "4XX": {"description": "The request cannot be served as it is.", "content": errors},
         "5XX": {"description": "The server cannot serve now.", "content": errors},
     }

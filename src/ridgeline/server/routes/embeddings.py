@@ -49,7 +49,10 @@ async def embeddings(request: Request) -> Response:
         record_of(request)["usage"] = usage
         deadline_s = time.monotonic() + service.config.queue_timeout_s
         vectors = await _all(
-            [service.client.embed(each, body.pooling, body.normalize, deadline_s) for each in prompts]
+            [
+                service.client.embed(each, body.pooling, body.normalize, deadline_s, ticket.arrived_s)
+                for each in prompts
+            ]
         )
         fields = usage.fields()
         del fields["completion_tokens"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import APIRouter
@@ -12,6 +11,7 @@ from starlette.responses import Response
 from ridgeline.server.errors import unavailable
 from ridgeline.server.routes.common import gives, json_answer, service_of
 from ridgeline.server.service import Service
+from ridgeline.server.version import package_version
 from ridgeline.server.wire.responses import ModelList, ServedModel, Status, Version
 
 router = APIRouter()
@@ -62,10 +62,3 @@ async def health(request: Request) -> Response:
 async def version_(request: Request) -> Response:
     """The version of this server."""
     return json_answer({"version": package_version()})
-
-
-def package_version() -> str:
-    try:
-        return version("ridgeline")
-    except PackageNotFoundError:
-        return "unknown"

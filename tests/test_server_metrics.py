@@ -1,0 +1,278 @@
+"""`/metrics`: what is counted, and that it is counted once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+from serving import (
+    CHAT,
+    FakeEngine,
+    FakeServer,
+    ServerProcess,
+    fake_server,
+    server_process,
+    until,
+    with_server,
+)
+
+from ridgeline.server.config import keys_of
+from ridgeline.server.messages import Add, Begun, Piece, Pieces, Pulse, Refused
+from ridgeline.server.metrics import Metrics
+from ridgeline.server.version import package_version
+from ridgeline.types import SamplingParams
+
+PROMPT = {"prompt": [5, 6, 7, 8], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+
+
+class Told(dict[tuple[str, tuple[str, ...]], float]):
+    """Samples by their name and the values of their labels, in the labels' alphabetical order."""
+
+    @classmethod
+    def of(cls, text: str) -> Told:
+        samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
+        told = cls()
+        for each in samples:
+            key = (each.name, tuple(value for _, value in sorted(each.labels.items())))
+            assert key not in told, f"{key} is told twice"
+            told[key] = each.value
+        return told
+
+    def of_ours(self, name: str, *labels: str) -> float:
+        return self[f"ridgeline_{name}", labels]
+
+    def each(self, name: str) -> dict[Sequence[str], float]:
+        """What is not 0, by the values of its labels."""
+        return {
+            labels: value for (own, labels), value in self.items() if own == f"ridgeline_{name}" and value
+        }
+
+
+async def scrape(server: FakeServer) -> Told:
+    async with server.client() as client:
+        answer = await client.get("/metrics")
+    assert answer.status_code == 200
+    return Told.of(answer.text)
+
+
+def test_what_was_asked_is_counted(tiny_llama: Path) -> None:
+    async def scenario(server: FakeServer) -> None:
+        async with server.client() as client:
+            await client.post("/v1/completions", json={**PROMPT, "stream": True})
+            await client.post("/v1/completions", json={**PROMPT, "prompt": [[1, 2], [3]], "n": 2})
+            await client.post("/v1/completions", json={"nonsense": 1})
+        told = await scrape(server)
+        assert told.each("request_success_total") == {("length",): 3}
+        assert told.each("request_failure_total") == {}
+        assert told.of_ours("prompt_tokens_total") == 4 + 2 + 1
+        assert told.of_ours("generation_tokens_total") == 6 + 2 * 2 * 6
+        assert told.of_ours("time_to_first_token_seconds_count") == 1
+        assert told.of_ours("inter_token_latency_seconds_count") == 5
+        assert told.of_ours("e2e_request_latency_seconds_count") == 3
+        assert told.of_ours("request_prompt_tokens_sum") == 7
+        assert told.of_ours("request_generation_tokens_sum") == 30
+        assert told.of_ours("request_generation_tokens_bucket", "10.0") == 1
+        assert told.of_ours("http_requests_total", "/v1/completions", "200") == 2
+        assert told.of_ours("http_requests_total", "/v1/completions", "400") == 1
+        assert told.of_ours("http_request_duration_seconds_count", "/v1/completions") == 3
+        assert told.each("engine_state") == {("ready",): 1}
+        assert told.each("build_info").keys() == {("cpu", "tiny", package_version())}
+
+    with_server(tiny_llama, scenario)
+
+
+def test_failures_are_counted_once(tiny_llama: Path) -> None:
+    async def scenario(server: FakeServer) -> None:
+        engine = server.engine
+
+        def refuse(add: Add) -> Refused | None:
+            expired = add.tokens == (9,)
+            return Refused(add.id, "no", expired) if expired or add.tokens == (8,) else None
+
+        engine.refuse = refuse
+        async with server.client() as client:
+            for prompt in ([8], [9]):
+                assert (await client.post("/v1/completions", json={"prompt": prompt})).status_code >= 400
+            engine.reason = "error"
+            assert (await client.post("/v1/completions", json=PROMPT)).status_code == 500
+            engine.reason = "length"
+            for stream in (True, False):
+                engine.running.clear()
+                with contextlib.suppress(httpx.TimeoutException):
+                    await client.post("/v1/completions", json={**PROMPT, "stream": stream}, timeout=0.2)
+                await until(lambda: not engine.streams)
+            asking = asyncio.create_task(client.post("/v1/completions", json=PROMPT))
+            await until(lambda: bool(engine.streams))
+            engine.die()
+            assert (await asking).status_code == 503
+        told = await scrape(server)
+        reasons = {("refused",): 1, ("expired",): 1, ("error",): 1, ("aborted",): 2, ("engine_stopped",): 1}
+        assert told.each("request_failure_total") == reasons
+        assert told.each("request_success_total") == {}
+        assert told.of_ours("e2e_request_latency_seconds_count") == 0
+        assert told.of_ours("http_requests_total", "/v1/completions", "499") == 2
+
+    with_server(tiny_llama, scenario)
+
+
+def test_labels_stay_few_whatever_is_asked_for(tiny_llama: Path) -> None:
+    async def scenario(server: FakeServer) -> None:
+        async with server.client() as client:
+            for number in range(50):
+                for path in (
+                    f"/{number}",
+                    f"/v1/models/{number}",
+                    f"/metrics/{number}",
+                    f"/v1/{number}%0a%22",
+                ):
+                    await client.get(path)
+                await client.request(f"M{number}", "/v1/completions")
+            await client.get("/v1/models")
+        paths = {labels[0] for labels in (await scrape(server)).each("http_requests_total")}
+        assert paths == {"other", "/v1/models/{model:path}", "/v1/models", "/v1/completions"}
+
+    with_server(tiny_llama, scenario)
+
+
+def test_a_key_is_needed_where_there_are_keys(tiny_llama: Path) -> None:
+    async def scenario(server: FakeServer) -> None:
+        async with server.client() as client:
+            assert (await client.get("/metrics")).status_code == 401
+            answer = await client.get("/metrics", headers={"authorization": "Bearer sk-1"})
+            told = Told.of(answer.text)
+            assert told.of_ours("http_requests_total", "/metrics", "401") == 1
+            assert "sk-1" not in answer.text
+
+    with_server(tiny_llama, scenario, api_keys=keys_of(["sk-1"]))
+
+
+def test_openmetrics_where_it_is_accepted(tiny_llama: Path) -> None:
+    async def scenario(server: FakeServer) -> None:
+        async with server.client() as client:
+            await client.post("/v1/chat/completions", json=CHAT)
+            for version in ("1.0.0", "nonsense"):
+                accept = f"application/openmetrics-text;version={version};escaping=x,text/plain;q=0.1"
+                answer = await client.get("/metrics", headers={"accept": accept})
+                assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1")
+                names = {family.name for family in openmetrics.text_string_to_metric_families(answer.text)}
+                assert {"ridgeline_prompt_tokens", "ridgeline_build", "process_cpu_seconds"} <= names
+            plain = await client.get("/metrics")
+            assert plain.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+    with_server(tiny_llama, scenario)
+
+
+def test_two_servers_count_for_themselves(tiny_llama: Path) -> None:
+    async def run() -> None:
+        async with fake_server(tiny_llama) as one, fake_server(tiny_llama) as two:
+            async with one.client() as client:
+                await client.post("/v1/chat/completions", json=CHAT)
+            assert (await scrape(one)).each("request_success_total") == {("length",): 1}
+            assert (await scrape(two)).each("request_success_total") == {}
+
+    asyncio.run(run())
+
+
+def test_gauges_are_those_of_the_engine_that_lives(tiny_llama: Path) -> None:
+    def pulse(steps: int) -> Pulse:
+        return Pulse(0.0, 0.1, (), steps, running=3, waiting=2, kv_used=0.5)
+
+    async def scenario(server: FakeServer) -> None:
+        engine = server.engine
+        engine._hear(pulse(10))
+        engine._hear(pulse(15))
+        told = await scrape(server)
+        assert told.of_ours("num_requests_running") == 3
+        assert told.of_ours("num_requests_waiting") == 2
+        assert told.of_ours("kv_cache_usage_perc") == 0.5
+        assert told.of_ours("engine_steps_total") == 15
+        engine.die()
+        told = await scrape(server)
+        for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "engine_up"):
+            assert told.of_ours(name) == 0
+        assert told.each("engine_state") == {("restarting",): 1}
+        engine._hear(pulse(4))
+        assert (await scrape(server)).of_ours("engine_steps_total") == 19
+
+    with_server(tiny_llama, scenario)
+
+
+def test_latencies_are_those_of_each_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics, now_s = Metrics(FakeEngine(), "tiny", "1"), 0.0
+    monkeypatch.setattr("ridgeline.server.metrics.time", SimpleNamespace(monotonic=lambda: now_s))
+    metrics.hear(Add(70, (1, 2, 3), SamplingParams(n=2), True, None, 1000.0))
+    metrics.hear(Begun((70, 71), 1000.25))
+    for now_s, choice, reason in (
+        (1000.5, 0, None),
+        (1001.0, 1, None),  # no gap: the first token of its choice
+        (1001.5, 0, "length"),
+        (1003.0, 1, "stop"),
+    ):
+        ended = (70,) if reason == "stop" else ()
+        metrics.hear(Pieces((Piece(70, choice, "a", (5,), None, reason),), ended))
+    told = Told.of(generate_latest(metrics.registry).decode())
+    assert told.of_ours("request_queue_time_seconds_sum") == 0.25
+    assert told.of_ours("request_queue_time_seconds_count") == 1
+    assert told.of_ours("time_to_first_token_seconds_sum") == 0.5
+    assert told.of_ours("inter_token_latency_seconds_sum") == 3.0
+    assert told.of_ours("inter_token_latency_seconds_count") == 2
+    assert told.of_ours("e2e_request_latency_seconds_sum") == 3.0
+    assert told.each("request_success_total") == {("stop",): 1}
+
+
+# ------------------------------------------------------------------------------------- a real engine
+
+
+def ask(server: ServerProcess, path: str, body: dict[str, object]) -> httpx.Response:
+    answer = httpx.post(f"{server.url}{path}", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def test_a_real_server_and_its_engine_s_death(tiny_llama: Path) -> None:
+    with server_process(tiny_llama, "--max-num-seqs", 2) as server:
+
+        def told() -> Told:
+            return Told.of(httpx.get(f"{server.url}/metrics").text)
+
+        async def emptied() -> None:
+            await until(
+                lambda: (
+                    not any(
+                        told().of_ours(name)
+                        for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+                    )
+                )
+            )
+
+        ask(server, "/v1/completions", {**PROMPT, "prompt": [[5, 6, 7]] * 5, "stream": True})
+        ask(server, "/v1/embeddings", {"input": [[5, 6, 7, 8]]})
+        asyncio.run(emptied())
+        asyncio.run(until(lambda: told().of_ours("engine_steps_total") >= 6 * 3))
+        before = told()
+        assert before.each("request_success_total") == {("length",): 5, ("embedded",): 1}
+        assert before.of_ours("prompt_tokens_total") == 5 * 3 + 4
+        assert before.of_ours("generation_tokens_total") == 5 * 6
+        assert before.of_ours("request_queue_time_seconds_count") == 6
+        assert before.of_ours("engine_resident_memory_bytes") > 1 << 20
+        assert before["process_resident_memory_bytes", ()] > 1 << 20
+        with httpx.stream("POST", f"{server.url}/v1/completions", json={**PROMPT, "max_tokens": 200}) as _:
+            server.engine.kill()
+        server.await_log("engine died")
+        asyncio.run(emptied())
+        asyncio.run(until(lambda: told().of_ours("engine_up") == 1))
+        ask(server, "/v1/completions", PROMPT)
+        after = told()
+        assert after.of_ours("engine_restarts_total") == 1
+        for (name, labels), value in before.items():
+            if name.endswith(("_total", "_count", "_bucket")):
+                assert after[name, labels] >= value, name
+        assert sum(after.each("request_success_total").values()) >= 7
