@@ -210,13 +210,13 @@ def test_latencies_are_those_of_each_choice(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("ridgeline.server.metrics.time", SimpleNamespace(monotonic=lambda: now_s))
     metrics.hear(Add(70, (1, 2, 3), SamplingParams(n=2), True, None, 1000.0))
     metrics.hear(Begun((70, 71), 1000.25))
-    for now_s, choice, reason in (
+    for at_s, choice, reason in (
         (1000.5, 0, None),
         (1001.0, 1, None),  # no gap: the first token of its choice
         (1001.5, 0, "length"),
         (1003.0, 1, "stop"),
     ):
-        ended = (70,) if reason == "stop" else ()
+        now_s, ended = at_s, (70,) if reason == "stop" else ()
         metrics.hear(Pieces((Piece(70, choice, "a", (5,), None, reason),), ended))
     told = Told.of(generate_latest(metrics.registry).decode())
     assert told.of_ours("request_queue_time_seconds_sum") == 0.25
