@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,6 +228,56 @@ def test_latencies_are_those_of_each_choice(monkeypatch: pytest.MonkeyPatch) -> 
     assert told.of_ours("inter_token_latency_seconds_count") == 2
     assert told.of_ours("e2e_request_latency_seconds_sum") == 3.0
     assert told.each("request_success_total") == {("stop",): 1}
+
+
+# ------------------------------------------------------------------------- the dashboard and the docs
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def everything() -> Metrics:
+    """With a sample of each metric."""
+    metrics = Metrics(FakeEngine(), "tiny", "1")
+    metrics.answered("/metrics", 200, 0.1)
+    return metrics
+
+
+def test_the_dashboard_asks_for_what_there_is() -> None:
+    samples = [each for family in everything().registry.collect() for each in family.samples]
+    names = {each.name for each in samples}
+    labels = {label for each in samples for label in each.labels} | {"job", "instance"}
+    board = json.loads((DOCS / "grafana.json").read_text())
+    panels = [panel for panel in board["panels"] if panel["type"] != "row"]
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    asked: set[str] = set()
+    for panel in panels:
+        assert panel["datasource"]["uid"] == "${datasource}"
+        for target in panel["targets"]:
+            expression = target["expr"]
+            found = set(re.findall(r"([a-z_:][a-z0-9_:]*)\{", expression))
+            assert found >= set(re.findall(r"\b(?:ridgeline|process)_\w+", expression)), expression
+            assert found, expression
+            asked |= found
+            grouped = re.findall(r"by \(([^)]*)\)", expression)
+            shown = re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])
+            filtered = re.findall(r"(\w+)=~", expression)
+            assert labels >= {name for names in grouped for name in names.split(", ")} | {*shown, *filtered}
+    if not any(name.startswith("process_") for name in names):  # told on Linux alone
+        asked = {name for name in asked if not name.startswith("process_")}
+    assert asked <= names
+    variables = {variable["name"]: variable for variable in board["templating"]["list"]}
+    assert variables["datasource"]["type"] == "datasource"
+    assert variables.keys() >= set(re.findall(r'"\$(\w+)"', json.dumps(panels).replace("\\", "")))
+
+
+def test_every_metric_is_described() -> None:
+    described = (DOCS / "server.md").read_text()
+    for family in everything().registry.collect():
+        if family.name.startswith("ridgeline_"):
+            name = family.name.removeprefix("ridgeline_")
+            suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
+            assert f"`{name}{suffix}`" in described
+            assert family.documentation.endswith(".")
 
 
 # ------------------------------------------------------------------------------------- a real engine
