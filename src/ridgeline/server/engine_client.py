@@ -152,7 +152,6 @@ class EngineClient:
         config: EngineConfig,
         patience: Patience | None = None,
         pieces_limit: int = 4096,
-        on_event: Callable[[Event | Command], None] = lambda event: None,
     ) -> None:
         self.state: State = "loading"
         self.card: ModelCard | None = None
@@ -162,7 +161,7 @@ class EngineClient:
         self._config = config
         self._patience = patience or Patience()
         self._pieces_limit = pieces_limit
-        self.on_event = on_event
+        self.on_event: Callable[[Event | Command], None] = lambda event: None
         self._numbers = itertools.count()
         self._streams: dict[int, EngineStream] = {}
         self._answers: dict[int, EngineAnswer] = {}
