@@ -87,7 +87,7 @@ class House:
         return {"text": choice["text"], "logprobs": choice["logprobs"]}
 
     def check(self) -> None:
-        """The canary sings as before; no request, page, process, descriptor, thread or memory is left over."""
+        """The canary sings as before; no request, page, process, descriptor, thread or memory is left."""
         until(self.is_ready, "ready again")
         until(self.is_empty, "without requests and pages")
         assert self.sing() == self.canary

@@ -18,6 +18,9 @@ PromptTokens = Annotated[int, flag("prompt-tokens", "Tokens of each prompt.", "-
 OutputTokens = Annotated[int, flag("output-tokens", "Tokens to decode for each sequence.", "-n")]
 Batch = Annotated[int, flag("batch", "Sequences at once.", "-b")]
 Repeats = Annotated[int, flag("repeats", "Rounds; the median counts.", "-r")]
+Operations = Annotated[
+    bool, flag("ops", "Time each operation of the steps, beside its ceiling; this slows them a little.")
+]
 
 
 def bench(
@@ -26,6 +29,7 @@ def bench(
     output_tokens: OutputTokens = 128,
     batch: Batch = 1,
     repeats: Repeats = 5,
+    ops: Operations = False,
     weights: options.WeightFormat = None,
     threads: options.Threads = None,
     device: options.Device = None,
@@ -33,6 +37,7 @@ def bench(
 ) -> None:
     """Measure prefill and decode, as shares of the ceilings. The last line of --json is one JSON object."""
     from ridgeline.apps.benchmark import Workload, measure, summary
+    from ridgeline.apps.operations import by_phase, measure_operations
     from ridgeline.config import EngineConfig
     from ridgeline.loading import load_engine
     from ridgeline.types import CapacityError
@@ -46,12 +51,16 @@ def bench(
     )
     fetch(model)
     loaded = load_engine(config)
-    before = None
+    before, profiling = None, None
+    limit = loaded.config.max_num_batched_tokens
     try:
         # Other tenants share the memory: what the machine gives now counts, not what it gave some day.
         with suppress(CapacityError):  # the engine may have left a GPU too little memory to measure with
             before = _ceilings_now(loaded.config)
-        rounds = measure(loaded.engine, workload, loaded.config.max_num_batched_tokens, repeats)
+        if ops:
+            rounds, profiling = measure_operations(loaded.engine, workload, limit, repeats)
+        else:
+            rounds = measure(loaded.engine, workload, limit, repeats)
     finally:
         loaded.engine.close()
     after = _ceilings_now(loaded.config)
@@ -62,10 +71,14 @@ def bench(
         "weights": settled.weights,
         **summary(rounds, workload, ceilings),
     }
+    if profiling is not None:
+        result["operations"] = by_phase(profiling, ceilings)
     if json:
         print_json(result)
     else:
         _show(result, ceilings)
+        for phase, rows in result.get("operations", {}).items():
+            _show_operations(phase, rows)
 
 
 def _ceilings_now(config: EngineConfig) -> Ceilings:
@@ -96,3 +109,23 @@ def _show(result: dict[str, Any], ceilings: Ceilings) -> None:
         style="dim",
         soft_wrap=True,
     )
+
+
+def _show_operations(phase: str, rows: list[dict[str, Any]]) -> None:
+    """An average step's operations, the longest first."""
+    columns = ("launches", "time", "of step", "bytes", "ops", "memory", "arithmetic")
+    shown = table(phase, *columns, right=columns)
+    for row in sorted(rows, key=lambda row: -row["step_s"]):
+        work = (
+            (
+                f"{row['bytes'] / 1e6:.2f} MB",
+                f"{row['ops'] / 1e9:.3f} G",
+                f"{row['mbu']:.0%}",
+                f"{row['mfu']:.0%}",
+            )
+            if row["bound"]
+            else ("", "", "", "")
+        )
+        time = f"{row['step_s'] * 1e3:.3f} ms"
+        shown.add_row(row["operation"], f"{row['launches']:.0f}", time, f"{row['share']:.1%}", *work)
+    console().print(shown)

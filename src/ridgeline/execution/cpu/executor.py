@@ -18,6 +18,7 @@ from ridgeline.execution.cpu.launches import Binding, CpuLaunch
 from ridgeline.execution.cpu.lower import lower
 from ridgeline.execution.draw import Drawer, undrawn
 from ridgeline.execution.lowering import Footprint, WorkModel
+from ridgeline.execution.profiling import LaunchTime, label_of, launch_works
 from ridgeline.execution.step_arrays import StepArrays, rope_tables
 from ridgeline.model.program import MemoryGroup, Program, Rope, StepLoad, Value, Weight
 from ridgeline.model.spec import RopeSpec
@@ -94,18 +95,46 @@ class CpuExecutor:
         return CpuHandle(program, launches, tape, ropes, work, buffers.get(program.output.name))
 
     def run(self, handle: CpuHandle, step: Step) -> FinishedStep:
-        started = time.perf_counter()
+        started_s = time.perf_counter()
+        inputs, logits = self._prepare(handle, step)
+        handle.tape.run(inputs)
+        return self._finish(handle, step, logits, started_s)
+
+    def profile(self, handle: CpuHandle, step: Step) -> tuple[FinishedStep, list[LaunchTime]]:
+        """As `run`, with the time of each launch as the team's first thread saw it."""
+        started_s = time.perf_counter()
+        inputs, logits = self._prepare(handle, step)
+        prepared_s = time.perf_counter()
+        elapsed = handle.tape.profile(inputs)
+        ran_s = time.perf_counter()
+        finished = self._finish(handle, step, logits, started_s)
+        load, footprint = StepLoad.of(step, handle.program.groups), self._footprint(handle.program)
+        works = launch_works(handle.program, handle.launches, load, footprint)
+        drawn_s = started_s + finished.step_result.elapsed_s
+        elapsed_s = [*elapsed, drawn_s - ran_s]  # the last launch of a decoder draws, outside the tape
+        parts = zip(handle.launches, elapsed_s, works, strict=False)
+        return finished, [
+            LaunchTime("inputs", prepared_s - started_s),
+            *(LaunchTime(label_of(launch), seconds, work) for launch, seconds, work in parts),
+            LaunchTime("wait for the team", ran_s - prepared_s - sum(elapsed)),
+        ]
+
+    def _prepare(self, handle: CpuHandle, step: Step) -> tuple[StepInputs, Float32Array]:
+        """What the tape reads in a step, and the logits that it will write."""
         arrays = StepArrays.of(step, len(handle.program.groups), self._drawn)
         for spec, buffers in handle.ropes.items():
             for buffer, table in zip(buffers, rope_tables(spec, arrays.positions), strict=True):
                 buffer[: len(table)] = table
-        count, output = len(arrays.output_rows), handle.program.output
-        logits = self._logits_for(count, output) if handle.hidden is None else _NO_LOGITS
-        handle.tape.run(_inputs(arrays, logits))
+        outputs = len(arrays.output_rows)
+        logits = self._logits_for(outputs, handle.program.output) if handle.hidden is None else _NO_LOGITS
+        return _inputs(arrays, logits), logits
+
+    def _finish(self, handle: CpuHandle, step: Step, logits: Float32Array, started_s: float) -> FinishedStep:
         if handle.hidden is not None:
-            logits = handle.hidden[:count, : output.width].astype(np.float32)  # a copy: the buffer is reused
+            output = handle.hidden[: step.outputs, : handle.program.output.width]
+            logits = output.astype(np.float32)  # a copy: the buffer is reused
         self._drawn = self._drawer.rows(logits, step.draws)
-        elapsed_s = time.perf_counter() - started
+        elapsed_s = time.perf_counter() - started_s
         work = handle.work.at(StepLoad.of(step, handle.program.groups))
         return FinishedStep(StepResult(undrawn(logits, step.draws), self._drawn, elapsed_s, work))
 
