@@ -51,12 +51,17 @@ class ChatTemplate:
     def from_checkpoint(checkpoint: TokenizerSource, tokenizer: Tokenizer) -> ChatTemplate | None:
         """The templates that come with a model, None when there are none.
 
-        Raises CheckpointError when one is not text. A template that does not compile is found out when it is
-        first used.
+        Raises CheckpointError when one is not text. A template that does not compile is found out by `check`,
+        or when it is first used.
         """
         named = template_sources(checkpoint)
         source = _plain_chats(named)
         return None if source is None else ChatTemplate(source, tokenizer, checkpoint.path, named)
+
+    def check(self) -> None:
+        """Raise CheckpointError when one of the templates does not compile."""
+        for source in self.sources:
+            self._template(source)
 
     def render(
         self,

@@ -40,7 +40,9 @@ class TextSide:
             template = ChatTemplate.from_checkpoint(checkpoint, tokenizer)
             defaults = SamplingParams(**generation_defaults(checkpoint))
         if config.chat_template is not None:
-            template = ChatTemplate(_template_text(config.chat_template), tokenizer, path)
+            template = ChatTemplate(_template_text(config.chat_template), tokenizer, Path("--chat-template"))
+        if template is not None:
+            template.check()  # now, and not at the first chat
         names = config.served_model_names or (_name_of(model),)
         special = {tokenizer.token_text(index): index for index in tokenizer.special_ids}
         return cls(names, tokenizer, template, defaults, special)
