@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import command_line
 
+from faults.commands import Command
 from faults.house import House
 
 
@@ -26,3 +28,10 @@ def house(shared_house: House) -> Iterator[House]:
     """A server, checked when the test is over."""
     yield shared_house
     shared_house.check()
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """The command line, with an empty cache and no network."""
+    cache = tmp_path / "cache"
+    return Command(command_line(monkeypatch, capfd, cache), cache)
