@@ -182,8 +182,8 @@ def test_row_57_others_are_served_meanwhile(evil_house: House) -> None:
             assert web.get("/health").status_code == 200
             body = {**CANARY, "prompt": [5, 6, 7]}  # of tokens, which no thread for text need look at
             assert web.post("/v1/completions", json=body).status_code == 200
-            served += 1
-    assert served > 2
+            served += any(thread.is_alive() for thread in asking)
+    assert served
 
 
 # ------------------------------------------------------------------------ 58: what a request may set
