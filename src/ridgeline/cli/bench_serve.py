@@ -39,7 +39,7 @@ OutputTokens = Annotated[
     int | None, flag("output-tokens", "Tokens to ask for (default: the file's, or 128).", "-n")
 ]
 Spread = Annotated[float, flag("spread", "How far random lengths differ: 0.5 is half to one and a half.")]
-Temperature = Annotated[float, flag("temperature", "0 takes the likeliest token; negative: the server's.")]
+Temperature = Annotated[float, flag("temperature", "0 takes the likeliest token.")]
 IgnoreEos = Annotated[bool, flag("ignore-eos", "Ask for answers of full length, where the server can.")]
 Seed = Annotated[int, flag("seed", "Of random prompts and arrivals.")]
 Warmup = Annotated[int, flag("warmup", "Requests before what is measured, besides a first one.")]
@@ -91,7 +91,7 @@ def bench_serve(
         asking=Asking(
             model or "",
             endpoint,
-            None if temperature < 0 else temperature,
+            temperature,
             ignore_eos,
             timeout_s=timeout,
         ),

@@ -24,7 +24,7 @@ class Asking:
 
     model: str
     endpoint: str = "chat"
-    temperature: float | None = 0.0
+    temperature: float = 0.0
     ignore_eos: bool = False
     include_usage: bool = True
     timeout_s: float = 600.0
@@ -34,13 +34,13 @@ class Asking:
             raise ConfigError(f"endpoint is {self.endpoint!r}; accepted: {', '.join(PATHS)}")
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout is {self.timeout_s:g} s; accepted: above 0")
+        if not 0 <= self.temperature <= 2:
+            raise ConfigError(f"temperature is {self.temperature:g}; accepted: 0 to 2")
 
     def body(self, sample: Sample) -> bytes:
         fields: dict[str, Any] = {"model": self.model, **sample.body(self.endpoint)}
         fields["max_tokens"] = sample.output_tokens or DEFAULT_OUTPUT_TOKENS
-        fields["stream"] = True
-        if self.temperature is not None:
-            fields["temperature"] = self.temperature
+        fields |= {"stream": True, "temperature": self.temperature}
         if self.include_usage:
             fields["stream_options"] = {"include_usage": True}
         if self.ignore_eos:

@@ -7,6 +7,7 @@ it about 60 µs of CPU, with all that happens to it; over httpx twice that befor
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 import time
 from collections.abc import Callable
@@ -170,5 +171,6 @@ class Connections:
         try:
             _, made = await loop.create_connection(_Connection, self._host, self._port, ssl=self._tls)
         except OSError as error:
-            raise FailureError(UNREACHED, error.strerror or str(error)) from None
+            said = os.strerror(error.errno) if isinstance(error, ConnectionError) and error.errno else None
+            raise FailureError(UNREACHED, said or error.strerror or str(error)) from None
         return made
