@@ -19,6 +19,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -38,7 +39,7 @@ def cpu_s(process: psutil.Process) -> float:
 
 
 def cpu_per_token(command: Sequence[str], sizes: Sizes, rounds: int) -> dict[str, Any]:
-    """CPU time of the HTTP process, per token that the clients received. The clients' warm-up is in both."""
+    """CPU time of the HTTP process, per token that the clients received, those of the warm-up included."""
     per_token, tokens, clients_s = [], 0, 0.0
     with running(command) as (url, started):
         http = psutil.Process(started.pid)
@@ -55,7 +56,7 @@ def cpu_per_token(command: Sequence[str], sizes: Sizes, rounds: int) -> dict[str
             per_token.append(used_s / tokens * 1e6)
             clients_s = run.cpu_s
     return {
-        "cpu_us_per_token": min(per_token),
+        "cpu_us_per_token": median(per_token),
         "cpu_us_per_token_of_rounds": per_token,
         "tokens_of_a_round": tokens,
         "client_cpu_us_per_token": clients_s / (sizes.requests * sizes.output_tokens) * 1e6,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -35,6 +36,7 @@ class Sizes:
 @contextmanager
 def running(command: Sequence[str]) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Start a server on a free port, wait until its /health is 200, and stop it afterwards."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not without `stop`
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ridgeline.apps.load.failures import BROKEN, FailureError
 
-MAX_EVENT_BYTES = 4 << 20
+MAX_EVENT_BYTES = 1 << 20
 
 
 class Event(NamedTuple):
@@ -29,7 +29,7 @@ class EventParser:
         self._held_bytes = 0
 
     def feed(self, data: bytes) -> list[Event]:
-        """The events that these bytes complete. Raises FailureError for one that is longer than 4 MiB."""
+        """The events that these bytes complete. Raises FailureError for one that is longer than 1 MiB."""
         if self._after_cr and data[:1] == b"\n":
             data = data[1:]
             self._after_cr = False
