@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from server_runs import Sizes, closed_loop, running
+from server_runs import Sizes, closed_loop, leave_on_sigterm, running
 
 from ridgeline.apps.load.report import figures
 from ridgeline.types import RidgelineError
@@ -35,7 +35,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "-fa on": ("-fa", "on"),
     "-fa off": ("-fa", "off"),
     "no cache": ("--no-cache-prompt", "--cache-ram", "0"),
-    "no unified kv": ("--no-kv-unified",),
+    "unified kv": ("--kv-unified",),
 }
 OURS = "ridgeline"
 
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--flags", choices=sorted(FLAGS), action="append", help="only these sets of flags")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     chosen = parser.parse_args()
+    leave_on_sigterm()
     requests = chosen.requests or 4 * chosen.clients
     sizes = Sizes(chosen.clients, chosen.prompt_tokens, chosen.output_tokens, requests)
     if min(*vars(sizes).values(), chosen.threads, chosen.rounds, chosen.keep) < 1:

@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 import psutil
-from server_runs import Sizes, asking_of, closed_loop, running
+from server_runs import Sizes, asking_of, closed_loop, leave_on_sigterm, running
 
 from ridgeline.apps.load.client import Answer, ask
 from ridgeline.apps.load.connections import Connections
@@ -73,12 +73,20 @@ def gauge(url: str, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"ridgeline_{name}"))
 
 
-async def until_gauge(url: str, name: str, least: int) -> None:
+async def until_gauge(url: str, name: str, least: int, tasks: Sequence[asyncio.Task[Answer]]) -> None:
+    """Wait until a gauge is at least so high. None of the streams may end meanwhile."""
     end_s = time.monotonic() + WAIT_S
     while await asyncio.to_thread(gauge, url, name) < least:
+        check_open(tasks)
         if time.monotonic() > end_s:
             raise SystemExit(f"error: {name} does not reach {least} within {WAIT_S:.0f} s")
         await asyncio.sleep(0.5)
+
+
+def check_open(tasks: Sequence[asyncio.Task[Answer]]) -> None:
+    ended = [task.result() for task in tasks if task.done()]
+    if ended:
+        raise SystemExit(f"error: {len(ended)} streams ended early: {ended[0].cause}: {ended[0].detail}")
 
 
 async def open_streams(url: str, count: int, begun: bool, http: psutil.Process) -> int:
@@ -92,20 +100,18 @@ async def open_streams(url: str, count: int, begun: bool, http: psutil.Process) 
             tasks.append(
                 asyncio.create_task(ask(connections, asking, next(random_samples(Lengths(8, 4000), 0))))
             )
-            await until_gauge(url, "num_requests_running", 1)
+            await until_gauge(url, "num_requests_running", 1, tasks)
         before_bytes = http.memory_info().rss
         tasks += [asyncio.create_task(ask(connections, asking, next(samples))) for _ in range(count)]
         if begun:
-            await until_gauge(url, "num_requests_running", count)
+            await until_gauge(url, "num_requests_running", count, tasks)
             (engine,) = http.children()
             engine.send_signal(signal.SIGSTOP)
         else:
-            await until_gauge(url, "num_requests_waiting", count)
+            await until_gauge(url, "num_requests_waiting", count, tasks)
         await asyncio.sleep(2)
         after_bytes = http.memory_info().rss
-        ended = [task.result() for task in tasks if task.done()]
-        if ended:
-            raise SystemExit(f"error: {len(ended)} streams ended early: {ended[0].cause}: {ended[0].detail}")
+        check_open(tasks)
         return int(after_bytes - before_bytes)
     finally:
         if begun:
@@ -134,6 +140,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, default=512, help="idle ones; 0 measures none")
     chosen = parser.parse_args()
+    leave_on_sigterm()
     if not Path(chosen.model).exists():
         raise SystemExit(f"error: {chosen.model} does not exist; accepted: a model file or folder")
     command = [sys.executable, "-m", "ridgeline.cli.main", "serve", chosen.model]

@@ -33,10 +33,14 @@ class Sizes:
     requests: int
 
 
+def leave_on_sigterm() -> None:
+    """Let SIGTERM end this process as an exception does: the server that runs is stopped first."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 @contextmanager
 def running(command: Sequence[str]) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Start a server on a free port, wait until its /health is 200, and stop it afterwards."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # not without `stop`
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
