@@ -146,7 +146,8 @@ def test_lines_of_json_are_asked_in_order_and_again(tmp_path: Path) -> None:
     assert [sample.output_tokens for sample in take(file_samples(file, 2, output_tokens=8), 3)] == [8, 8, 8]
     assert found[0].body("chat") == {"messages": [{"role": "user", "content": "a"}]}
     with pytest.raises(ConfigError, match="has messages"):
-        found[1].body("completions")
+        file_samples(file, 99, endpoint="completions")
+    assert take(file_samples(file, 1, endpoint="completions"), 1)[0].prompt == "a"
 
 
 def test_sharegpt_gives_first_turns(tmp_path: Path) -> None:
@@ -511,7 +512,17 @@ def test_models_and_urls_that_are_not_known_are_refused() -> None:
         chosen_model(["a", "b"], "c")
     with pytest.raises(ConfigError, match="none is served"):
         chosen_model([], None)
-    for url in ("", "localhost:8000", "ftp://x", "http://", "http://x:99999", "http://[x", "http://é"):
+    for url in (
+        "",
+        "localhost:8000",
+        "ftp://x",
+        "http://",
+        "http://x:99999",
+        "http://[x",
+        "http://é",
+        "http://x y",
+        "http://x/?a=b",
+    ):
         with pytest.raises(ConfigError, match="accepted: http://host:port"):
             Connections(url)
     with pytest.raises(ConfigError, match="API key"):
@@ -624,6 +635,7 @@ def test_keys_are_sent(ridgeline: Cli, tiny_llama: Path, monkeypatch: pytest.Mon
     [
         (["serve", "--url", "nowhere"], "url is 'nowhere'; accepted: http://host:port"),
         (["serve", "--url", "http://127.0.0.1:1"], "no connection: Connection refused"),
+        (["serve", "--url", "http://" + "a" * 64], "is no name of a host"),
         (["serve", "--concurrency", "1,x"], "concurrency is '1,x'; accepted: a number, or several"),
         (["serve", "--concurrency", "0"], "concurrency is 0; accepted: 1 to 65536"),
         (["serve", "--num-prompts", "0"], "num_prompts is 0; accepted: 1 to"),
@@ -632,7 +644,7 @@ def test_keys_are_sent(ridgeline: Cli, tiny_llama: Path, monkeypatch: pytest.Mon
         (["serve", "--goodput", "x=1"], "goodput is 'x=1'; accepted: milliseconds of"),
         (["serve", "--request-rate", "0"], "request_rate is 0; accepted: above 0"),
         (["serve", "--timeout", "0"], "timeout is 0 s; accepted: above 0"),
-        (["serve", "--temperature", "-1"], "temperature is -1; accepted: 0 to 2"),
+        (["serve", "--temperature", "-1"], "temperature is -1; accepted: 0 to 100"),
         (["serve", "--prompt-tokens", "0"], "prompt_tokens is 0; accepted: 1 to"),
         (["serve", "--warmup", "-1"], "warmup is -1; accepted: at least 0"),
         (["serve", "--spread", "1"], "spread is 1; accepted: 0 up to less than 1"),
@@ -645,6 +657,17 @@ def test_mistakes_are_one_line(ridgeline: Cli, arguments: list[str], said: str) 
     assert (outcome.code, outcome.out) == (1, "")
     assert said in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+def test_flags_have_environment_twins_and_clients_know_openais(
+    ridgeline: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
+    assert ridgeline("bench", "serve").err.startswith("error: http://127.0.0.1:1/v1: no connection")
+    monkeypatch.setenv("RIDGELINE_URL", "http://127.0.0.2:1")
+    assert ridgeline("bench", "serve").err.startswith("error: http://127.0.0.2:1: no connection")
+    monkeypatch.setenv("RIDGELINE_NUM_PROMPTS", "0")
+    assert "num_prompts is 0" in ridgeline("bench", "serve").err
 
 
 def test_plain_bench_has_its_own_help_and_names_the_sub_verb(ridgeline: Cli) -> None:

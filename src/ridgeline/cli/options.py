@@ -9,7 +9,8 @@ import typer
 
 def flag(name: str, text: str, *short: str, also: str | None = None, **more: Any) -> Any:
     """A typer option `--name` with the environment twin RIDGELINE_NAME, and after it `also`."""
-    variables = ["RIDGELINE_" + name.upper().replace("-", "_"), *([also] if also else [])]
+    variable = "RIDGELINE_" + name.upper().replace("-", "_")
+    variables = [variable, also] if also else variable
     return typer.Option(f"--{name}", *short, envvar=variables, show_envvar=False, help=text, **more)
 
 

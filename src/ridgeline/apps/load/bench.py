@@ -44,7 +44,7 @@ class Benchmark:
         if self.dataset == RANDOM:
             return random_samples(self.lengths, self.seed)
         needed = 1 + self.warmup + sum(load.requests for load in self.loads)
-        return file_samples(Path(self.dataset), needed, self.output_tokens)
+        return file_samples(Path(self.dataset), needed, self.output_tokens, self.asking.endpoint)
 
 
 @dataclass(frozen=True, slots=True)

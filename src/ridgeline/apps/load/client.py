@@ -34,8 +34,8 @@ class Asking:
             raise ConfigError(f"endpoint is {self.endpoint!r}; accepted: {', '.join(PATHS)}")
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout is {self.timeout_s:g} s; accepted: above 0")
-        if not 0 <= self.temperature <= 2:
-            raise ConfigError(f"temperature is {self.temperature:g}; accepted: 0 to 2")
+        if not 0 <= self.temperature <= 100:
+            raise ConfigError(f"temperature is {self.temperature:g}; accepted: 0 to 100")
 
     def body(self, sample: Sample) -> bytes:
         fields: dict[str, Any] = {"model": self.model, **sample.body(self.endpoint)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import ssl
 import time
 from collections.abc import Callable
@@ -113,22 +114,24 @@ class Connections:
     """Connections to one server, kept open and used again. `url` may have a path; a final /v1 is left out."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
+        url = url.strip()
         try:
-            parts = urlsplit(url.strip())
+            parts = urlsplit(url)
             port = parts.port
         except ValueError:
             parts, port = urlsplit(""), None
-        if parts.scheme not in ("http", "https") or not parts.hostname or not url.isascii():
+        odd = not re.fullmatch(r"[!-~]+", url) or parts.query or parts.fragment or "@" in parts.netloc
+        if parts.scheme not in ("http", "https") or not parts.hostname or odd:
             raise ConfigError(f"url is {url!r}; accepted: http://host:port or https://host")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ConfigError("the API key has characters that a header cannot carry")
-        self.url = url.strip()
+        self.url = url
         self._host = parts.hostname
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._port = port or (443 if self._tls else 80)
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = [
-            ("Host", parts.netloc.rpartition("@")[2]),
+            ("Host", parts.netloc),
             ("Accept", "text/event-stream, application/json"),
             ("User-Agent", "ridgeline-bench"),
         ]
@@ -170,6 +173,8 @@ class Connections:
         loop = asyncio.get_running_loop()
         try:
             _, made = await loop.create_connection(_Connection, self._host, self._port, ssl=self._tls)
+        except UnicodeError:
+            raise FailureError(UNREACHED, f"{self._host[:80]!r} is no name of a host") from None
         except OSError as error:
             said = os.strerror(error.errno) if isinstance(error, ConnectionError) and error.errno else None
             raise FailureError(UNREACHED, said or error.strerror or str(error)) from None

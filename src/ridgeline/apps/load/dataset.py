@@ -79,11 +79,14 @@ def random_samples(lengths: Lengths, seed: int) -> Iterator[Sample]:
         yield Sample(" ".join(words), output_tokens=near(lengths.output_tokens))
 
 
-def file_samples(path: Path, limit: int, output_tokens: int | None = None) -> Iterator[Sample]:
+def file_samples(
+    path: Path, limit: int, output_tokens: int | None = None, endpoint: str = "chat"
+) -> Iterator[Sample]:
     """The requests of a file in its order, from its start again when they run out, without end.
 
     A file that begins with "[" is ShareGPT's; any other has a JSON object on each line. At most `limit` are
-    read. `output_tokens` overrides what the file says. Raises ConfigError that names the line, OSError.
+    read. `output_tokens` overrides what the file says. Raises OSError, and ConfigError for what cannot be
+    read, or cannot be asked at the endpoint.
     """
     size_bytes = path.stat().st_size
     if size_bytes > MAX_FILE_BYTES:
@@ -93,6 +96,8 @@ def file_samples(path: Path, limit: int, output_tokens: int | None = None) -> It
     found = list(itertools.islice(_sharegpt(path) if start == b"[" else _lines(path), limit))
     if not found:
         raise ConfigError(f"{path} has no prompts; accepted: JSON lines with prompt or messages, or ShareGPT")
+    for sample in found:
+        sample.body(endpoint)
     if output_tokens is not None:
         found = [replace(sample, output_tokens=output_tokens) for sample in found]
     return itertools.cycle(found)
