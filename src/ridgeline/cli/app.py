@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ridgeline.cli import bench, chat, perplexity, probe, pull, rm, run, serve, show
+from ridgeline.cli import bench, bench_serve, chat, perplexity, probe, pull, rm, run, serve, show
 from ridgeline.cli import list as list_verb
 
 app = typer.Typer(
@@ -27,7 +27,10 @@ app.command()(show.show)
 app.command()(rm.rm)
 app.command()(perplexity.perplexity)
 app.command()(probe.probe)
-app.command()(bench.bench)
+_bench = typer.Typer(rich_markup_mode=None)
+_bench.callback(invoke_without_command=True)(bench.bench)
+_bench.command("serve")(bench_serve.bench_serve)
+app.add_typer(_bench, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

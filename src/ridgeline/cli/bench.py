@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
 from ridgeline.cli import options
 from ridgeline.cli.options import flag, given
 from ridgeline.cli.output import console, print_json, table
@@ -24,6 +26,7 @@ Operations = Annotated[
 
 
 def bench(
+    context: typer.Context,
     model: options.Model = None,
     prompt_tokens: PromptTokens = 512,
     output_tokens: OutputTokens = 128,
@@ -36,6 +39,9 @@ def bench(
     json: options.Json = False,
 ) -> None:
     """Measure prefill and decode, as shares of the ceilings. The last line of --json is one JSON object."""
+    if context.invoked_subcommand is not None:
+        _refuse_flags(context)
+        return
     from ridgeline.apps.benchmark import Workload, measure, summary
     from ridgeline.apps.operations import by_phase, measure_operations
     from ridgeline.config import EngineConfig
@@ -79,6 +85,16 @@ def bench(
         _show(result, ceilings)
         for phase, rows in result.get("operations", {}).items():
             _show_operations(phase, rows)
+
+
+def _refuse_flags(context: typer.Context) -> None:
+    """Flags before the sub-verb are this verb's, and would be lost."""
+    verb = context.invoked_subcommand
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            flag_ = parameter.opts[0]
+            raise typer.BadParameter(f"{flag_} stands before {verb}; accepted: {verb} {flag_} …", context)
 
 
 def _ceilings_now(config: EngineConfig) -> Ceilings:

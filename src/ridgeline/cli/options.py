@@ -7,10 +7,11 @@ from typing import Annotated, Any
 import typer
 
 
-def flag(name: str, text: str, *short: str, **more: Any) -> Any:
-    """A typer option `--name` with the environment twin RIDGELINE_NAME."""
+def flag(name: str, text: str, *short: str, also: str | None = None, **more: Any) -> Any:
+    """A typer option `--name` with the environment twin RIDGELINE_NAME, and after it `also`."""
     variable = "RIDGELINE_" + name.upper().replace("-", "_")
-    return typer.Option(f"--{name}", *short, envvar=variable, show_envvar=False, help=text, **more)
+    variables = [variable, also] if also else variable
+    return typer.Option(f"--{name}", *short, envvar=variables, show_envvar=False, help=text, **more)
 
 
 Model = Annotated[

@@ -1,0 +1,87 @@
+"""The benchmarks of the server outside the package: what they choose, what they say when nothing starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import compare_server  # noqa: E402
+import server_runs  # noqa: E402
+
+
+def round_of(*values: float) -> dict[str, Any]:
+    return dict(zip(compare_server.FIGURES, values, strict=True))
+
+
+def test_ratios_are_to_the_best_of_the_others_figure_by_figure() -> None:
+    ours = compare_server.Side("ridgeline", [], [round_of(300, 10, 20, 3, 4), round_of(200, 10, 30, 3, 4)])
+    quick = compare_server.Side("quick", [], [round_of(100, 90, 90, 9, 9), round_of(50, 90, 90, 9, 9)])
+    prompt = compare_server.Side("prompt", [], [round_of(60, 40, 80, 9, 9), round_of(60, 50, 40, 9, 9)])
+    found = compare_server.ratios(ours, [quick, prompt])
+    speed = found["output_tokens_per_s"]
+    assert (speed["to"], speed["of_medians"], speed["least"], speed["most"]) == ("quick", 250 / 75, 3, 4)
+    assert (found["ttft_p99_ms"]["to"], found["ttft_p99_ms"]["of_medians"]) == ("prompt", 25 / 60)
+    assert ours.medians()["ttft_p99_ms"] == [25, 20, 30]
+
+
+def test_sides_take_turns_and_the_first_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+
+    def measured(side: compare_server.Side, settings: Any, seed: int) -> dict[str, Any]:
+        order.append((side.name, seed))
+        return round_of(*([len(side.name)] * 5))
+
+    monkeypatch.setattr(compare_server, "measure", measured)
+    sides = [compare_server.Side(name, []) for name in ("a", "bb", "ccc")]
+    kept, swept = compare_server.screen(sides, None, keep=2)  # type: ignore[arg-type]
+    assert [side.name for side in kept] == ["ccc", "bb"]
+    assert set(swept) == {"a", "bb", "ccc"}
+    order.clear()
+    compare_server.alternate(sides[:2], None, rounds=2)  # type: ignore[arg-type]
+    assert order == [("a", 1), ("bb", 1), ("bb", 2), ("a", 2)]
+
+
+def test_a_server_that_does_not_start_is_named_with_its_last_words() -> None:
+    command = [sys.executable, "-c", "print('one'); raise SystemExit('no such model')"]
+    with (
+        pytest.raises(SystemExit, match=r"error: \S+ does not start: no such model"),
+        server_runs.running(command),
+    ):
+        pass
+
+
+def run(script: str, *arguments: object) -> dict[str, Any]:
+    command = [sys.executable, str(BENCH / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+SIZES = ("--threads", 1, "--clients", 3, "--requests", 6, "--prompt-tokens", 9, "--output-tokens", 5)
+
+
+@pytest.mark.full
+def test_ridgeline_alone_is_measured_where_llama_server_is_absent(default_model_path: Path) -> None:
+    found = run(
+        "compare_server.py", "--model", default_model_path, *SIZES, "--rounds", 1, "--llama-server", "/no"
+    )
+    assert found["absent"] == "/no is not a file"
+    assert (found["ratios"], list(found["sides"])) == ({}, ["ridgeline"])
+    assert found["sides"]["ridgeline"]["output_tokens_per_s"][0] > 0
+
+
+@pytest.mark.full
+def test_the_cost_of_the_server(default_model_path: Path) -> None:
+    found = run("server_cost.py", "--model", default_model_path, *SIZES, "--rounds", 2, "--streams", 20)
+    assert found["tokens_of_a_round"] == 6 * 5 + 3 * 5
+    assert found["cpu_us_per_token"] > 0
+    assert {"waiting_streams_bytes", "begun_streams_bytes"} < set(found)
