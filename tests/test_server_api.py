@@ -500,13 +500,20 @@ def test_wrong_values_are_a_400(web: httpx.Client, name: str, value: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    "prompt", [5, [], [""] * 2000, [[]], [[-1]], [-1], [288], ["a", 5], [True], {"a": 1}, [["a"]], ""]
+    "prompt", [5, [], [""] * 2000, [[]], [[-1]], [-1], [288], ["a", 5], [True], {"a": 1}, [["a"]]]
 )
 def test_wrong_prompts_are_a_400(web: httpx.Client, prompt: Any) -> None:
     answer = web.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1})
     error_of(answer, 400)
     scored = {"prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 1, "prompt_logprobs": 1}
     error_of(web.post("/v1/completions", json=scored), 400)
+
+
+def test_the_begin_token_stands_for_an_empty_prompt(web: httpx.Client) -> None:
+    scored = {"max_tokens": 2, "echo": True, "logprobs": 1, "prompt_logprobs": 1, "ignore_eos": True}
+    (choice,) = web.post("/v1/completions", json={"prompt": "", **scored}).json()["choices"]
+    assert len(choice["logprobs"]["tokens"]) == 2
+    assert choice["prompt_logprobs"] == [None]
 
 
 def test_a_prompt_over_the_context_says_both_numbers(client: openai.OpenAI) -> None:

@@ -196,10 +196,11 @@ class CompletionAnswer:
         most = self._prompt_logprobs
         wanted = {} if most is None else {"prompt_logprobs": prompt_logprobs(self._tokenizer, scores, most)}
         if self._logprobs is not None and self._echo_logprobs is not None:
-            top = self._echo_logprobs
+            top, tokens = self._echo_logprobs, self._prompts[prompt]
+            first = tokens[0] if tokens else None  # an empty prompt has nothing to show
             known = [replace(each, top=each.top[:top]) for each in scores if each is not None]
             for index in range(prompt * self._n, (prompt + 1) * self._n):
-                self._echoes[index] = self._logprobs[index].fields(known, self._prompts[prompt][0])
+                self._echoes[index] = self._logprobs[index].fields(known, first)
         self._scores[prompt] = wanted
 
     def _fields(self, index: int, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
