@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from ridgeline.server.errors import bad_request
-from ridgeline.server.wire.base import Accepts, Body, anything, number, only
+from ridgeline.server.wire.base import Accepts, Body, anything, only
 from ridgeline.types import SamplingParams
 
 MAX_PROMPTS = 1024
@@ -101,7 +101,7 @@ class Sampled(Body):
         "service_tier": only("auto", "default"),
         "moderation": only(),
         "use_beam_search": only(False),
-        "length_penalty": number(1),
+        "length_penalty": only(1),
         "best_of": only(),
         "allowed_token_ids": only([]),
         "bad_words": only([]),
@@ -109,7 +109,7 @@ class Sampled(Body):
         "spaces_between_special_tokens": only(True),
         "return_tokens_as_token_ids": only(False),
         "return_token_ids": only(False),
-        "priority": number(0),
+        "priority": only(0),
         "cache_salt": only(),
         "request_id": only(),
         "guided_json": only(),
@@ -257,7 +257,7 @@ def _prompts(value: Any) -> list[str | list[int]]:
     return value
 
 
-Prompt = str | list[str] | list[int] | list[list[int]]
+Prompt = str | list[int] | list[str | list[int]]
 
 
 class CompletionRequest(Sampled):
@@ -333,7 +333,7 @@ class EmbeddingRequest(Body):
         "user": anything,
         "dimensions": only(),
         "truncate_prompt_tokens": only(),
-        "priority": number(0),
+        "priority": only(0),
     }
 
 
