@@ -12,7 +12,8 @@ def openai_conformance(
     ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
 ) -> None:
     kind = response.headers.get("content-type", [""])[0]
+    whole, text = not response.stream_cut_short, response.content.decode()
     try:
-        validate_response(case.path, response.status_code, kind, response.content.decode())
+        validate_response(case.path, response.status_code, kind, text, whole)
     except ValidationError as error:
         raise AssertionError(f"not as OpenAI describes it: {error.message}") from None
