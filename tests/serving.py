@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import psutil
+from openai_schemas import checked_async
 
 from ridgeline.config import EngineConfig
 from ridgeline.server.config import ServerConfig
@@ -170,7 +171,9 @@ class FakeServer:
         return f"http://{self.host}:{self.port}"
 
     def client(self, **options: Any) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, timeout=20, **options)
+        """Its answers, but for streams, are checked against OpenAI's description."""
+        hooks = {"response": [checked_async]}
+        return httpx.AsyncClient(base_url=self.url, timeout=20, event_hooks=hooks, **options)
 
 
 @asynccontextmanager

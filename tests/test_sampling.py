@@ -481,6 +481,7 @@ def test_logprobs_are_those_of_the_raw_model() -> None:
     assert sampled.logprobs is not None
     assert sampled.logprobs.logprob == pytest.approx(expected[sampled.token_id], abs=1e-5)
     assert [token for token, _ in sampled.logprobs.top] == ranked(logits)[:5].tolist()
+    assert sampled.logprobs.rank == 1 + ranked(logits).tolist().index(sampled.token_id)
     assert [p for _, p in sampled.logprobs.top] == pytest.approx(
         expected[ranked(logits)[:5]].tolist(), abs=1e-5
     )

@@ -12,13 +12,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from openai.types import Completion, Model
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from jsonschema import ValidationError
+from openai_schemas import checked, events, validate
 from serving import ServerProcess, server_process
 
 from ridgeline import LLM, SamplingParams
 from ridgeline.model.tokenizer import Tokenizer
 from ridgeline.server.wire import responses
+from ridgeline.types import RequestOutput
 
 QUESTION = [{"role": "user", "content": "What is the ridge?"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
@@ -33,13 +34,16 @@ def server(tiny_llama: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="module")
 def client(server: ServerProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+    checking = openai.DefaultHttpxClient(event_hooks={"response": [checked]})
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=checking
+    ) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def web(server: ServerProcess) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=30) as made:
+    with httpx.Client(base_url=server.url, timeout=30, event_hooks={"response": [checked]}) as made:
         yield made
 
 
@@ -166,8 +170,77 @@ def test_a_prompt_is_scored_by_echo_with_logprobs(client: openai.OpenAI) -> None
     answered = complete(client, "The ridge", logprobs=2).choices[0].logprobs
     assert answered.token_logprobs == scores.token_logprobs[count:]
     assert scores.text_offset[count] == len("The ridge")
-    with pytest.raises(openai.BadRequestError, match="echo"):
-        complete(client, "The ridge", echo=True, logprobs=1, stream=True)
+
+
+def test_a_stream_of_scored_prompts_adds_up_to_the_answer(client: openai.OpenAI) -> None:
+    extra = {**GREEDY["extra_body"], "prompt_logprobs": 1}
+    for options in (
+        {"echo": True, "logprobs": 2},
+        {"echo": True, "logprobs": 2, "extra_body": extra, "n": 2},
+        {"extra_body": extra},
+        {"echo": True, "logprobs": 0, "max_tokens": 0, "extra_body": extra},
+        {"echo": True, "max_tokens": 0, "extra_body": extra},
+    ):
+        whole = complete(client, ["The ridge", "of"], **options)
+        streamed: list[dict[str, Any]] = [{} for _ in whole.choices]
+        for chunk in complete(client, ["The ridge", "of"], **options, stream=True):
+            for part in chunk.to_dict()["choices"]:
+                choice = streamed[part["index"]]
+                choice["text"] = choice.get("text", "") + part["text"]
+                assert not (choice.keys() & part.keys() & {"prompt_logprobs"})
+                choice.update({k: v for k, v in part.items() if k not in ("text", "logprobs")})
+                for name, values in (part["logprobs"] or {}).items():
+                    lists = choice.setdefault("logprobs", {})
+                    lists[name] = lists.get(name, []) + values
+                choice.setdefault("logprobs", None)
+        assert streamed == [choice.to_dict() for choice in whole.choices]
+
+
+def test_prompt_logprobs_are_the_engines(client: openai.OpenAI, web: httpx.Client, tiny_llama: Path) -> None:
+    """In vLLM's form: at the top of a chat, and in each choice of a completion."""
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=3, ignore_eos=True)
+    with LLM(str(tiny_llama), threads=1) as llm:
+        (chatted,) = llm.chat(QUESTION, params)
+        (continued,) = llm.generate(["The ridge"], params)
+    base = {"temperature": 0, "ignore_eos": True, "prompt_logprobs": 3}
+    body = {"messages": QUESTION, **base}
+    for maximum in (2, 0):
+        answer = web.post("/v1/chat/completions", json={**body, "max_tokens": maximum}).json()
+        assert_scores(answer["prompt_logprobs"], chatted)
+        assert answer["usage"]["completion_tokens"] == maximum
+        text = {"prompt": "The ridge", **base, "max_tokens": maximum}
+        (choice,) = web.post("/v1/completions", json=text).json()["choices"]
+        assert_scores(choice["prompt_logprobs"], continued)
+        assert choice["text"] == (continued.outputs[0].text if maximum else "")
+    sent = events(web.post("/v1/chat/completions", json={**body, "max_tokens": 2, "stream": True}).text)
+    assert_scores(sent[0]["prompt_logprobs"], chatted)
+    assert not any("prompt_logprobs" in chunk for chunk in sent[1:])
+    # Asked for with fewer, beside an echo with more.
+    echo = {"prompt": "The ridge", **base, "prompt_logprobs": 0, "echo": True, "logprobs": 3, "max_tokens": 1}
+    (choice,) = web.post("/v1/completions", json=echo).json()["choices"]
+    assert [len(scores) for scores in choice["prompt_logprobs"][1:]] == [1] * (
+        len(continued.prompt_token_ids) - 1
+    )
+    assert all(len(top) >= 3 for top in choice["logprobs"]["top_logprobs"][1:])
+
+
+def assert_scores(sent: list[dict[str, Any] | None], output: RequestOutput) -> None:
+    assert output.prompt_logprobs is not None
+    assert len(sent) == len(output.prompt_logprobs)
+    assert sent[0] is output.prompt_logprobs[0] is None
+    for entry, token, score in zip(
+        sent[1:], output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
+    ):
+        assert entry is not None
+        assert score is not None
+        assert next(iter(entry)) == str(token)
+        assert entry[str(token)]["logprob"] == pytest.approx(score.logprob)
+        assert {int(each): value["logprob"] for each, value in entry.items()} == pytest.approx(
+            {token: score.logprob, **dict(score.top)}
+        )
+        by_rank = sorted(entry.values(), key=lambda value: -value["logprob"])
+        assert [value["rank"] for value in by_rank[:3]] == [1, 2, 3]
+        assert all(set(value) == {"logprob", "rank", "decoded_token"} for value in entry.values())
 
 
 def test_embeddings(client: openai.OpenAI) -> None:
@@ -240,38 +313,72 @@ def test_tokenize_and_detokenize(web: httpx.Client, tokenizer: Tokenizer) -> Non
 # ----------------------------------------------------------------------------------------------- shape
 
 
-def test_answers_and_chunks_are_openais(web: httpx.Client) -> None:
-    """Field by field, without conversions."""
-    base = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
-    for more in ({}, {"logprobs": True, "top_logprobs": 2, "n": 2}):
-        body = {"messages": QUESTION, **base, **more}
-        answer = web.post("/v1/chat/completions", json=body)
-        made = ChatCompletion.model_validate_json(answer.content, strict=True)
-        responses.ChatCompletion.model_validate_json(answer.content)
-        assert made.usage is not None
-        assert set(answer.json()["choices"][0]) == {"index", "message", "logprobs", "finish_reason"}
-        options = {"stream": True, "stream_options": {"include_usage": True}}
-        events = web.post("/v1/chat/completions", json={**body, **options}).text.split("\n\n")
-        assert events[-2:] == ["data: [DONE]", ""]
-        for event in events[:-2]:
-            chunk = ChatCompletionChunk.model_validate_json(event.removeprefix("data: "), strict=True)
-            assert "usage" in chunk.model_fields_set
-            responses.ChatCompletionChunk.model_validate_json(event.removeprefix("data: "))
-        assert chunk.usage is not None
-    for more in ({}, {"logprobs": 2, "echo": False, "n": 2}):
-        body = {"prompt": "The ridge", **base, **more}
-        content = web.post("/v1/completions", json=body).content
-        Completion.model_validate_json(content, strict=True)
-        responses.Completion.model_validate_json(content)
-        events = web.post("/v1/completions", json={**body, "stream": True}).text.split("\n\n")
-        for event in events[:-2]:
-            fields = json.loads(event.removeprefix("data: "))
-            responses.Completion.model_validate(fields)
-            # OpenAI's own chunks have a null here before the last, which its description forgets.
-            fields["choices"][0]["finish_reason"] = fields["choices"][0]["finish_reason"] or "length"
-            Completion.model_validate(fields, strict=True)
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
+CHATS: list[dict[str, Any]] = [
+    {},
+    {"logprobs": True, "top_logprobs": 2, "n": 2},
+    {"prompt_logprobs": 2, "n": 2},
+    {"tools": TOOLS},
+    {"stop_token_ids": list(range(288))},
+    {"logprobs": True, "prompt_logprobs": 0, "max_tokens": 0},
+]
+COMPLETIONS: list[dict[str, Any]] = [
+    {},
+    {"logprobs": 2, "n": 2},
+    {"logprobs": 2, "echo": True, "prompt": ["The ridge", [5, 6, 7]]},
+    {"echo": True, "max_tokens": 0},
+    {"prompt_logprobs": 2, "stop_token_ids": list(range(288))},
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        *[("/v1/chat/completions", more) for more in CHATS],
+        *[("/v1/completions", more) for more in COMPLETIONS],
+    ],
+)
+def test_answers_and_chunks_are_as_described(web: httpx.Client, path: str, more: dict[str, Any]) -> None:
+    """By OpenAI, which `web` checks of all that it gets, and field by field by our own description."""
+    chat = "chat" in path
+    body = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    body |= {"messages": QUESTION} if chat else {"prompt": "The ridge"}
+    answer = web.post(path, json=body | more)
+    assert answer.status_code == 200
+    (responses.ChatCompletion if chat else responses.Completion).model_validate_json(answer.content)
+    for usage in (True, False):
+        options = {"stream": True, "stream_options": {"include_usage": usage}}
+        sent = events(web.post(path, json=body | more | options).text)
+        for chunk in sent:
+            (responses.ChatCompletionChunk if chat else responses.Completion).model_validate(chunk)
+            assert ("usage" in chunk) is (usage and (chat or chunk is sent[-1]))
+        if usage:
+            assert sent[-1]["usage"] == answer.json()["usage"]
+
+
+def test_the_check_against_openais_description_can_fail() -> None:
+    good = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": []}
+    validate("CreateChatCompletionResponse", good)
+    wrong: list[Any] = [
+        {name: value for name, value in good.items() if name != "model"},
+        {**good, "created": "now"},
+        {**good, "object": "chat.completion.chunk"},
+        {**good, "choices": [{"index": 0, "message": {"role": "assistant"}}]},
+        {**good, "usage": None},
+    ]
+    for value in wrong:
+        with pytest.raises(ValidationError):
+            validate("CreateChatCompletionResponse", value)
+    with pytest.raises(ValidationError):
+        validate("ErrorResponse", {"error": {"message": "x", "type": "y", "param": None}})
+
+
+def test_embeddings_and_models_are_as_described(web: httpx.Client) -> None:
+    for encoding in ("float", "base64"):
+        body = {"input": ["a", [5, 6]], "encoding_format": encoding}
+        responses.Embeddings.model_validate_json(web.post("/v1/embeddings", json=body).content)
     responses.ModelList.model_validate_json(web.get("/v1/models").content)
-    assert Model.model_validate(web.get("/v1/models").json()["data"][0], strict=True).id == "tiny"
+    responses.ServedModel.model_validate_json(web.get("/v1/models/alias").content)
 
 
 def test_models_health_and_version(client: openai.OpenAI, web: httpx.Client) -> None:
@@ -339,7 +446,6 @@ def test_fields_that_change_nothing_pass(web: httpx.Client) -> None:
         ("response_format", {"type": "json_object"}),
         ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
-        ("prompt_logprobs", 1),
         ("store", True),
         ("modalities", ["text", "audio"]),
         ("web_search_options", {}),
@@ -372,6 +478,7 @@ WRONG: list[tuple[str, Any]] = [
     *[("messages", value) for value in ([], [1], [{}], [{"role": "user", "content": 5}], {})],
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
     ("top_logprobs", 10**6),
+    *[("prompt_logprobs", value) for value in (-1, 21, True, 1.0)],
     ("min_tokens", 10**6),
     ("max_tokens", 0),
     ("max_tokens", -1),
@@ -393,14 +500,20 @@ def test_wrong_values_are_a_400(web: httpx.Client, name: str, value: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    "prompt", [5, [], [""] * 2000, [[]], [[-1]], [-1], [288], ["a", 5], [True], {"a": 1}, [["a"]], ""]
+    "prompt", [5, [], [""] * 2000, [[]], [[-1]], [-1], [288], ["a", 5], [True], {"a": 1}, [["a"]]]
 )
 def test_wrong_prompts_are_a_400(web: httpx.Client, prompt: Any) -> None:
     answer = web.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1})
-    if prompt == "":  # the model's begin token stands for it
-        assert answer.status_code in (200, 400)
-    else:
-        error_of(answer, 400)
+    error_of(answer, 400)
+    scored = {"prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 1, "prompt_logprobs": 1}
+    error_of(web.post("/v1/completions", json=scored), 400)
+
+
+def test_the_begin_token_stands_for_an_empty_prompt(web: httpx.Client) -> None:
+    scored = {"max_tokens": 2, "echo": True, "logprobs": 1, "prompt_logprobs": 1, "ignore_eos": True}
+    (choice,) = web.post("/v1/completions", json={"prompt": "", **scored}).json()["choices"]
+    assert len(choice["logprobs"]["tokens"]) == 2
+    assert choice["prompt_logprobs"] == [None]
 
 
 def test_a_prompt_over_the_context_says_both_numbers(client: openai.OpenAI) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
-from serving import CHAT, FakeServer, with_server
+from openai_schemas import events, validate
+from serving import CHAT, FakeEngine, FakeServer, fake_server, with_server
 
+from ridgeline.server.messages import Piece, Pieces
 from ridgeline.server.parsers import Delta, ToolCallDelta
 from ridgeline.server.text import TextSide
+from ridgeline.server.wire import responses
+from ridgeline.types import TokenLogprobs
 
 # --------------------------------------------------------------------------------------------- parsers
 
@@ -86,19 +92,70 @@ def test_calls_and_reasoning_are_parsed_as_the_template_tells(tiny_llama: Path) 
         tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
         async with server.client() as client:
             body = {**CHAT, "max_tokens": len(script)}
-            (choice,) = (await client.post("/v1/chat/completions", json={**body, "tools": tools})).json()[
-                "choices"
-            ]
+            answer = await _post(client, {**body, "tools": tools})
+            responses.ChatCompletion.model_validate_json(answer.content)
+            (choice,) = answer.json()["choices"]
             assert choice["finish_reason"] == "tool_calls"
             assert choice["message"]["reasoning_content"] == "hm"
             assert choice["message"]["content"] is None
             function = choice["message"]["tool_calls"][0]["function"]
             assert (function["name"], json.loads(function["arguments"])) == ("find", {"a": 1})
+            streamed = events((await _post(client, {**body, "tools": tools, "stream": True})).text)
+            assert [c for c in streamed if c["choices"][0]["delta"].get("tool_calls")]
+            for chunk in streamed:
+                validate("CreateChatCompletionStreamResponse", chunk)
+                responses.ChatCompletionChunk.model_validate(chunk)
             without = {**body, "tools": tools, "tool_choice": "none"}
-            (choice,) = (await client.post("/v1/chat/completions", json=without)).json()["choices"]
+            (choice,) = (await _post(client, without)).json()["choices"]
             assert choice["finish_reason"] == "stop"
             assert call in choice["message"]["content"]
-        with_tools, without_tools = server.engine.adds.values()
+        with_tools, _, without_tools = server.engine.adds.values()
         assert len(with_tools.tokens) > len(without_tools.tokens)
 
     with_server(tiny_llama, scenario, chat_template=template)
+
+
+async def _post(client: httpx.AsyncClient, body: dict[str, Any]) -> httpx.Response:
+    return await client.post("/v1/chat/completions", json=body)
+
+
+# -------------------------------------------------------------------------------------------- prompts
+
+
+class Racing(FakeEngine):
+    """Its second choice is done before the first has begun, which brings the prompt's scores or fails."""
+
+    fails = False
+
+    def _pieces(self, number: int) -> Pieces:
+        self.given[number] += 1
+        end = (TokenLogprobs(3, -0.5),)
+        if self.given[number] == 1:
+            return Pieces((Piece(number, 1, "b", (3,), end, "length"),), ())
+        if self.fails:
+            return Pieces((Piece(number, 0, "", (), None, "error", "broken"),), (number,))
+        scores = (None, TokenLogprobs(4, -1.5, ((6, -0.25), (4, -1.5)), 2))
+        return Pieces((Piece(number, 0, "a", (3,), end, "length", None, scores),), (number,))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_choice_is_sent_before_the_scores_of_its_prompt(tiny_llama: Path, fails: bool) -> None:
+    async def run() -> None:
+        engine = Racing()
+        engine.fails = fails
+        async with fake_server(tiny_llama, engine) as server, server.client() as client:
+            body = {"prompt": [[5, 4]], "n": 2, "echo": True, "logprobs": 1, "prompt_logprobs": 2}
+            answer = await client.post("/v1/completions", json={**body, "stream": True, "max_tokens": 1})
+            if fails:
+                assert answer.status_code == 500
+                return
+            chunks = [chunk["choices"][0] for chunk in events(answer.text)]
+            assert [choice["index"] for choice in chunks] == [1, 0]
+            for choice in chunks:
+                assert choice["logprobs"]["token_logprobs"] == [None, -1.5, -0.5]
+                assert [len(top or {}) for top in choice["logprobs"]["top_logprobs"]] == [0, 2, 1]
+                first, second = choice["prompt_logprobs"]
+                assert first is None
+                assert {token: score["rank"] for token, score in second.items()} == {"4": 2, "6": 1}
+
+    asyncio.run(asyncio.wait_for(run(), 60))

@@ -336,12 +336,14 @@ class Request:
 class TokenLogprobs:
     """Log-probability of the token that was chosen, and of the most probable ones, best first.
 
-    They are those of the model's own distribution, before temperature, penalties and filters.
+    They are those of the model's own distribution, before temperature, penalties and filters. `rank` is 1 for
+    the most probable token, and None where nobody counted.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,10 +164,11 @@ def _scored(logits: Float32Array, token: int, top: int) -> Sampled:
 
 
 def token_logprobs(logits: Float32Array, token_id: int, top: int) -> TokenLogprobs:
-    """Log-softmax of a raw row at `token_id` and at its `top` most probable tokens."""
+    """Log-softmax of a raw row at `token_id` and at its `top` most probable tokens, and its rank."""
     highest = float(logits.max())
     normaliser = highest + float(np.log(np.exp(logits - np.float32(highest)).sum(dtype=np.float64)))
     best = largest(logits, top) if top else np.empty(0, np.int64)
     ranked = best[np.argsort(-logits[best], kind="stable")]
     pairs = tuple((int(i), float(logits[i]) - normaliser) for i in ranked)
-    return TokenLogprobs(token_id, float(logits[token_id]) - normaliser, pairs)
+    rank = 1 + int(np.count_nonzero(logits > logits[token_id]))
+    return TokenLogprobs(token_id, float(logits[token_id]) - normaliser, pairs, rank)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -14,24 +14,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ridgeline.model.tokenizer import Tokenizer
-from ridgeline.server import logs
 from ridgeline.server.errors import bad_request
 from ridgeline.server.messages import Piece
 from ridgeline.server.parsers import Delta, OutputParser, PlainParser
 from ridgeline.server.routes.common import (
-    STOPS,
+    Admitted,
+    admitted,
     answer_with,
-    broken_off,
+    generated,
     gives,
-    json_answer,
-    key_of,
     new_head,
-    record_of,
-    service_of,
+    reason_of,
     takes,
 )
 from ridgeline.server.service import Ticket
-from ridgeline.server.streaming import DONE, EventStream
+from ridgeline.server.streaming import DONE
 from ridgeline.server.text import TextSide
 from ridgeline.server.wire.answers import (
     ChatChunks,
@@ -40,6 +37,7 @@ from ridgeline.server.wire.answers import (
     chat_logprobs,
     delta_fields,
     message_fields,
+    prompt_logprobs,
 )
 from ridgeline.server.wire.requests import ChatRequest, ChatTemplateFields, TokenizeRequest
 from ridgeline.server.wire.responses import ChatCompletion
@@ -53,32 +51,21 @@ router = APIRouter()
 )
 async def chat_completions(request: Request) -> Response:
     """Answer a chat."""
-    service, key = service_of(request), key_of(request)
-    service.check_ready(key)
-    body = await service.bodies.read(request, ChatRequest)
-    model = service.model_name(body.model)
-    body.check()
-    params = body.params(service.text.sampling_defaults)
-    ticket = service.admit(key, params.n)
-    service.log_prompt(request.scope["ridgeline.id"], body.messages)
+    asked = await admitted(request, ChatRequest)
+    return await answer_with(request, asked.ticket, _answer(asked))
 
-    async def work() -> Response:
-        tokens = await service.in_thread(chat_tokens, service.text, body, body.tool_choice != "none")
-        service.check_tokens(tokens, "messages")
-        usage = Usage(len(tokens))
-        record_of(request)["usage"] = usage
-        with_tools = bool(body.tools) and body.tool_choice != "none"
-        skip = params.skip_special_tokens
-        parsers = [service.text.new_parser(tokens, with_tools, skip) for _ in range(params.n)]
-        head = new_head(service, "chatcmpl", model)
-        answer = ChatAnswer(service.text.tokenizer, head, body, parsers, usage)
-        ticket.submit([tokens], answer.as_read(params), body.stream)
-        if not body.stream:
-            return json_answer(await answer.whole(ticket))
-        chunks = answer.stream(ticket)
-        return EventStream(await anext(chunks), chunks, ticket.close)
 
-    return await answer_with(request, ticket, work())
+async def _answer(asked: Admitted[ChatRequest]) -> Response:
+    service, body, params = asked.service, asked.body, asked.params
+    tokens = await service.in_thread(chat_tokens, service.text, body, body.tool_choice != "none")
+    usage = asked.count([tokens], "messages")
+    with_tools = bool(body.tools) and body.tool_choice != "none"
+    skip = params.skip_special_tokens
+    parsers = [service.text.new_parser(tokens, with_tools, skip) for _ in range(params.n)]
+    head = new_head(service, "chatcmpl", asked.model)
+    answer = ChatAnswer(service.text.tokenizer, head, body, parsers, usage)
+    asked.ticket.submit([tokens], answer.as_read(params), body.stream)
+    return await generated(asked, answer)
 
 
 def chat_tokens(
@@ -155,9 +142,11 @@ class ChatAnswer:
         self._usage = usage
         self._wants_usage = body.wants_usage
         self._wants_logprobs = body.logprobs
+        self._prompt_logprobs = body.prompt_logprobs
         self._chunks = ChatChunks(head, body.wants_usage)
         self._parsers = parsers  # one for each choice
         self._begun: set[int] = set()
+        self._scores: list[Any] | None = None  # of the prompt, as they are sent
 
     def as_read(self, params: SamplingParams) -> SamplingParams:
         """The parameters with which the text is what the parser reads."""
@@ -170,6 +159,7 @@ class ChatAnswer:
     async def stream(self, ticket: Ticket) -> AsyncGenerator[bytes, None]:
         async with aclosing(ticket.pieces()) as arriving:  # type: ignore[type-var]
             async for _, pieces in arriving:
+                await self._note_scores(pieces)
                 parts: list[bytes] = []
                 for piece in pieces:
                     self._add(piece, parts)
@@ -183,7 +173,7 @@ class ChatAnswer:
         self._usage.completion_tokens += len(piece.tokens)
         if index not in self._begun:
             self._begun.add(index)
-            parts.append(chunks.role(index))
+            parts.append(chunks.role(index, self._scores if index == 0 else None))
         parser = self._parsers[index]
         if piece.logprobs is None and piece.finish_reason is None and type(parser) is PlainParser:
             if piece.text:
@@ -208,6 +198,7 @@ class ChatAnswer:
         last: list[Piece | None] = [None] * len(self._parsers)
         async with aclosing(ticket.pieces()) as arriving:  # type: ignore[type-var]
             async for _, pieces in arriving:
+                await self._note_scores(pieces)
                 for piece in pieces:
                     self._usage.completion_tokens += len(piece.tokens)
                     deltas[piece.choice] += self._deltas(piece)
@@ -218,8 +209,8 @@ class ChatAnswer:
             for index, piece in enumerate(last)
             if piece is not None
         ]
-        fields = self._head.fields("chat.completion")
-        return {**fields, "choices": choices, "usage": self._usage.fields()}
+        fields = {**self._head.fields("chat.completion"), "choices": choices, "usage": self._usage.fields()}
+        return fields if self._scores is None else {**fields, "prompt_logprobs": self._scores}
 
     def _choice(
         self, index: int, deltas: list[Delta], logprobs: list[TokenLogprobs], last: Piece
@@ -243,11 +234,17 @@ class ChatAnswer:
             deltas += parser.finish()
         return deltas
 
+    async def _note_scores(self, pieces: Sequence[Piece]) -> None:
+        """Take in the scores of the prompt, which come with choice 0's first piece. They may be many, so they
+        are written outside of the loop."""
+        if self._prompt_logprobs is None or self._scores is not None:
+            return
+        for piece in pieces:
+            if piece.prompt_logprobs is not None:
+                scores, most = piece.prompt_logprobs, self._prompt_logprobs
+                self._scores = await asyncio.to_thread(prompt_logprobs, self._tokenizer, scores, most)
+
     def _reason(self, piece: Piece) -> str:
-        """Why a choice ended. Raises HttpError for one that ended in an error."""
-        reason = piece.finish_reason
-        if reason not in STOPS:
-            logs.event("answer broke off", logging.ERROR, id=self._head.id, cause=piece.stop_reason)
-            raise broken_off()
+        reason = reason_of(piece, self._head)
         called = self._parsers[piece.choice].called_tools
-        return "tool_calls" if reason == "stop" and called else str(reason)
+        return "tool_calls" if reason == "stop" and called else reason

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ridgeline.server import logs
 from ridgeline.server.config import ApiKey
 from ridgeline.server.errors import HttpError
+from ridgeline.server.messages import Piece
 from ridgeline.server.service import Service, Ticket, while_connected
 from ridgeline.server.streaming import EventStream
-from ridgeline.server.wire.answers import Head
+from ridgeline.server.wire.answers import Head, Usage
 from ridgeline.server.wire.base import Body
+from ridgeline.server.wire.requests import Sampled
 from ridgeline.server.wire.responses import Answer, Error
+from ridgeline.types import SamplingParams
+
+B = TypeVar("B", bound=Sampled)
 
 STOPS = frozenset({"stop", "length"})
 """Reasons for which an answer ends well."""
@@ -62,9 +70,68 @@ async def answer_with(request: Request, ticket: Ticket, work: Coroutine[Any, Any
     return response
 
 
-def broken_off() -> HttpError:
-    """For an answer that the engine could not finish; its cause is in the log."""
-    return HttpError(500, "the model could not go on with this answer", "generation_failed")
+# ------------------------------------------------------------------------------------------- generation
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted(Generic[B]):
+    """A request for tokens that has its place in the queue."""
+
+    request: Request
+    service: Service
+    body: B
+    model: str
+    params: SamplingParams
+    ticket: Ticket
+
+    def count(self, prompts: Sequence[Sequence[int]], param: str) -> Usage:
+        """Begin the account of the answer, which the log gets too. Raises HttpError for a prompt that the
+        model cannot take."""
+        for prompt in prompts:
+            self.service.check_tokens(prompt, param)
+        usage = Usage(sum(map(len, prompts)))
+        record_of(self.request)["usage"] = usage
+        return usage
+
+
+async def admitted(request: Request, kind: type[B]) -> Admitted[B]:
+    """Take in a request: what is wrong with it is told in this order, and text is looked at last of all."""
+    service, key = service_of(request), key_of(request)
+    service.check_ready(key)
+    body = await service.bodies.read(request, kind)
+    model = service.model_name(body.model)
+    body.check()
+    params = body.params(service.text.sampling_defaults)
+    ticket = service.admit(key, body.answers)
+    service.log_prompt(request.scope["ridgeline.id"], body.content)
+    return Admitted(request, service, body, model, params, ticket)
+
+
+class Generated(Protocol):
+    """What a route makes of the pieces of an answer."""
+
+    async def whole(self, ticket: Ticket) -> dict[str, Any]: ...
+
+    def stream(self, ticket: Ticket) -> AsyncGenerator[bytes, None]: ...
+
+
+async def generated(asked: Admitted[B], answer: Generated) -> Response:
+    """An answer at once, or as it grows."""
+    if not asked.body.stream:
+        return json_answer(await answer.whole(asked.ticket))
+    chunks = answer.stream(asked.ticket)
+    return EventStream(await anext(chunks), chunks, asked.ticket.close)
+
+
+def reason_of(piece: Piece, head: Head) -> str:
+    """Why a choice ended. Raises HttpError for one that ended in an error, whose cause is for the log."""
+    if piece.finish_reason not in STOPS:
+        logs.event("answer broke off", logging.ERROR, id=head.id, cause=piece.stop_reason)
+        raise HttpError(500, "the model could not go on with this answer", "generation_failed")
+    return str(piece.finish_reason)
+
+
+# ------------------------------------------------------------------------------------------ description
 
 
 def takes(kind: type[Body]) -> dict[str, Any]:

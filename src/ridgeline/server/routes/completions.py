@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import logging
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ridgeline.server import logs
+from ridgeline.model.tokenizer import Tokenizer
 from ridgeline.server.messages import Piece
 from ridgeline.server.routes.common import (
-    STOPS,
+    Admitted,
+    admitted,
     answer_with,
-    broken_off,
+    generated,
     gives,
-    json_answer,
-    key_of,
     new_head,
-    record_of,
-    service_of,
+    reason_of,
     takes,
 )
 from ridgeline.server.service import Service, Ticket
-from ridgeline.server.streaming import DONE, EventStream
-from ridgeline.server.wire.answers import CompletionChunks, CompletionLogprobs, Head, Usage
+from ridgeline.server.streaming import DONE
+from ridgeline.server.wire.answers import (
+    CompletionChunks,
+    CompletionLogprobs,
+    Head,
+    Usage,
+    prompt_logprobs,
+)
 from ridgeline.server.wire.requests import CompletionRequest
 from ridgeline.server.wire.responses import Completion
-from ridgeline.types import SamplingParams, TokenLogprobs
+from ridgeline.types import TokenLogprobs
 
 router = APIRouter()
 
@@ -40,32 +45,20 @@ router = APIRouter()
 )
 async def completions(request: Request) -> Response:
     """Continue one prompt, or several."""
-    service, key = service_of(request), key_of(request)
-    service.check_ready(key)
-    body = await service.bodies.read(request, CompletionRequest)
-    model = service.model_name(body.model)
-    body.check()
-    params = body.params(service.text.sampling_defaults)
-    ticket = service.admit(key, params.n * len(body.prompt))
-    service.log_prompt(request.scope["ridgeline.id"], body.prompt)
+    asked = await admitted(request, CompletionRequest)
+    return await answer_with(request, asked.ticket, _answer(asked))
 
-    async def work() -> Response:
-        prompts = await service.in_thread(_tokens, service, body)
-        for prompt in prompts:
-            service.check_tokens(prompt, "prompt")
-        usage = Usage(sum(map(len, prompts)))
-        record_of(request)["usage"] = usage
-        echoed = await service.in_thread(_texts, service, body) if body.echo else [""] * len(prompts)
-        scored = [prompt[0] for prompt in prompts] if body.scores_prompt else None
-        answer = CompletionAnswer(service, new_head(service, "cmpl", model), params, echoed, usage, scored)
-        if not body.only_echo:
-            ticket.submit(prompts, params, body.stream)
-        if not body.stream:
-            return json_answer(await answer.whole(ticket, body.only_echo))
-        chunks = answer.stream(ticket, body.only_echo, body.wants_usage)
-        return EventStream(await anext(chunks), chunks, ticket.close)
 
-    return await answer_with(request, ticket, work())
+async def _answer(asked: Admitted[CompletionRequest]) -> Response:
+    service, body = asked.service, asked.body
+    prompts = await service.in_thread(_tokens, service, body)
+    usage = asked.count(prompts, "prompt")
+    texts = await service.in_thread(_texts, service, body) if body.echo else [""] * len(prompts)
+    head = new_head(service, "cmpl", asked.model)
+    answer = CompletionAnswer(service.text.tokenizer, head, asked, prompts, texts, usage)
+    if not body.only_echo:
+        asked.ticket.submit(prompts, asked.params, body.stream)
+    return await generated(asked, answer)
 
 
 def _tokens(service: Service, body: CompletionRequest) -> list[tuple[int, ...]]:
@@ -82,96 +75,141 @@ def _texts(service: Service, body: CompletionRequest) -> list[str]:
 
 class CompletionAnswer:
     """Turns what the engine gives into choices, or into chunks of them. A choice's index counts through the
-    prompts, `n` for each; `echoed` are the texts that stand before the prompts' answers. Where the prompts
-    are scored too, `scored` has the first token of each, which has no score."""
+    prompts, `n` for each; `texts` stand before the answers of their prompts."""
 
     def __init__(
         self,
-        service: Service,
+        tokenizer: Tokenizer,
         head: Head,
-        params: SamplingParams,
-        echoed: Sequence[str],
+        asked: Admitted[CompletionRequest],
+        prompts: Sequence[Sequence[int]],
+        texts: Sequence[str],
         usage: Usage,
-        scored: Sequence[int] | None = None,
     ) -> None:
+        body, params = asked.body, asked.params
+        self._tokenizer = tokenizer
         self._head = head
         self._usage = usage
+        self._wants_usage = body.wants_usage
         self._n = params.n
-        self._echoed = [text for text in echoed for _ in range(params.n)]
-        self._scored = scored
-        self._scores: dict[int, list[TokenLogprobs]] = {}  # of each prompt's tokens but the first
+        self._echoed = [text for text in texts for _ in range(params.n)]
+        self._prompts = prompts
+        self._only_echo = body.only_echo
+        self._echo_logprobs = body.echo_logprobs
+        self._prompt_logprobs = body.prompt_logprobs
+        self._awaits_scores = params.prompt_logprobs is not None and not body.only_echo
+        self._scores: dict[int, dict[str, Any]] = {}  # the field with each prompt's scores, or no field
+        self._echoes: dict[int, dict[str, Any]] = {}  # the `logprobs` of each choice's echo
+        self._held: dict[int, list[Piece]] = {}  # of each prompt, until it has its scores
         self._begun: set[int] = set()
         self._logprobs: list[CompletionLogprobs] | None = None
         if params.logprobs is not None:
-            tokenizer, skip = service.text.tokenizer, params.skip_special_tokens
-            starts = [0 if scored else len(text) for text in self._echoed]
+            skip = params.skip_special_tokens
+            starts = [0 if self._echo_logprobs is not None else len(text) for text in self._echoed]
             self._logprobs = [CompletionLogprobs(tokenizer, skip, start) for start in starts]
 
-    async def stream(self, ticket: Ticket, only_echo: bool, usage: bool) -> AsyncGenerator[bytes, None]:
-        chunks = CompletionChunks(self._head, usage)
-        if only_echo:
-            ended = [_choice(index, text, None, "length", None) for index, text in enumerate(self._echoed)]
-            yield b"".join(map(chunks.choice, ended))
+    # --------------------------------------------------------------------------------------- streaming
+
+    async def stream(self, ticket: Ticket) -> AsyncGenerator[bytes, None]:
+        chunks = CompletionChunks(self._head)
+        if self._only_echo:
+            yield b"".join(map(chunks.choice, self._only_echoes()))
         else:
             async with aclosing(ticket.pieces()) as arriving:  # type: ignore[type-var]
                 async for prompt, pieces in arriving:
-                    parts = [self._chunk(chunks, prompt, piece) for piece in pieces]
+                    ready = await self._scored(prompt, pieces) if self._awaits_scores else pieces
+                    parts = [self._chunk(chunks, prompt, piece) for piece in ready]
                     if any(parts):
                         yield b"".join(parts)
-        yield (chunks.usage(self._usage) if usage else b"") + DONE
+        yield (chunks.usage(self._usage) if self._wants_usage else b"") + DONE
+
+    async def _scored(self, prompt: int, pieces: Sequence[Piece]) -> Sequence[Piece]:
+        """What can be sent now: nothing before the prompt's scores. They come with choice 0, and the other
+        choices may be ahead of it."""
+        if prompt in self._scores:
+            return pieces
+        held = self._held.setdefault(prompt, [])
+        held += pieces
+        for piece in pieces:
+            if piece.prompt_logprobs is not None:
+                await self._note(prompt, piece.prompt_logprobs)
+                return self._held.pop(prompt)
+            if piece.finish_reason is not None:
+                reason_of(piece, self._head)
+        return ()
 
     def _chunk(self, chunks: CompletionChunks, prompt: int, piece: Piece) -> bytes:
         index, text = prompt * self._n + piece.choice, piece.text
         self._usage.completion_tokens += len(piece.tokens)
-        if index not in self._begun:
+        first = index not in self._begun
+        if first:
             self._begun.add(index)
             text = self._echoed[index] + text
         elif not text and piece.finish_reason is None and piece.logprobs is None:
             return b""
-        if piece.finish_reason is None and piece.logprobs is None:
+        if piece.finish_reason is None and piece.logprobs is None and not self._awaits_scores:
             return chunks.text(index, text)
-        logprobs = self._fields(index, piece.logprobs)
-        reason = None if piece.finish_reason is None else self._reason(piece)
-        return chunks.choice(_choice(index, text, logprobs, reason, piece.stop_reason))
+        logprobs = self._fields(index, piece.logprobs or ())
+        reason = None if piece.finish_reason is None else reason_of(piece, self._head)
+        fields = _choice(index, text, logprobs, reason, piece.stop_reason)
+        return chunks.choice(fields | self._scores.get(prompt, {}) if first else fields)
 
-    async def whole(self, ticket: Ticket, only_echo: bool) -> dict[str, Any]:
-        count = len(self._echoed)
-        texts = [[text] for text in self._echoed]
-        logprobs: list[list[TokenLogprobs]] = [[] for _ in range(count)]
-        ends: list[tuple[str, str | int | None]] = [("length", None)] * count
-        if not only_echo:
-            async with aclosing(ticket.pieces()) as arriving:  # type: ignore[type-var]
-                async for prompt, pieces in arriving:
-                    for piece in pieces:
-                        index = prompt * self._n + piece.choice
-                        self._usage.completion_tokens += len(piece.tokens)
-                        if piece.prompt_logprobs is not None:
-                            self._scores[prompt] = [
-                                each for each in piece.prompt_logprobs if each is not None
-                            ]
-                        texts[index].append(piece.text)
-                        logprobs[index] += piece.logprobs or ()
-                        if piece.finish_reason is not None:
-                            ends[index] = (self._reason(piece), piece.stop_reason)
-        choices = [
-            _choice(i, "".join(texts[i]), self._fields(i, logprobs[i]), *ends[i]) for i in range(count)
-        ]
+    # ------------------------------------------------------------------------------------------- whole
+
+    async def whole(self, ticket: Ticket) -> dict[str, Any]:
+        choices = self._only_echoes() if self._only_echo else await self._choices(ticket)
         fields = self._head.fields("text_completion")
         return {**fields, "choices": choices, "usage": self._usage.fields()}
 
-    def _fields(self, index: int, logprobs: Sequence[TokenLogprobs] | None) -> dict[str, Any] | None:
+    async def _choices(self, ticket: Ticket) -> list[dict[str, Any]]:
+        texts = [[text] for text in self._echoed]
+        logprobs: list[list[TokenLogprobs]] = [[] for _ in texts]
+        ends: list[tuple[str | None, str | int | None]] = [(None, None)] * len(texts)
+        async with aclosing(ticket.pieces()) as arriving:  # type: ignore[type-var]
+            async for prompt, pieces in arriving:
+                for piece in pieces:
+                    index = prompt * self._n + piece.choice
+                    self._usage.completion_tokens += len(piece.tokens)
+                    if piece.prompt_logprobs is not None:
+                        await self._note(prompt, piece.prompt_logprobs)
+                    texts[index].append(piece.text)
+                    logprobs[index] += piece.logprobs or ()
+                    if piece.finish_reason is not None:
+                        ends[index] = (reason_of(piece, self._head), piece.stop_reason)
+        return [
+            _choice(i, "".join(texts[i]), self._fields(i, logprobs[i]), *ends[i])
+            | self._scores.get(i // self._n, {})
+            for i in range(len(texts))
+        ]
+
+    # ------------------------------------------------------------------------------------------ shared
+
+    def _only_echoes(self) -> list[dict[str, Any]]:
+        """The choices where the model is not asked."""
+        return [_choice(index, text, None, "length", None) for index, text in enumerate(self._echoed)]
+
+    async def _note(self, prompt: int, scores: Sequence[TokenLogprobs | None]) -> None:
+        """Take in the scores of a prompt. They may be many, so they are written outside of the loop."""
+        await asyncio.to_thread(self._write, prompt, scores)
+
+    def _write(self, prompt: int, scores: Sequence[TokenLogprobs | None]) -> None:
+        most = self._prompt_logprobs
+        wanted = {} if most is None else {"prompt_logprobs": prompt_logprobs(self._tokenizer, scores, most)}
+        if self._logprobs is not None and self._echo_logprobs is not None:
+            top, tokens = self._echo_logprobs, self._prompts[prompt]
+            first = tokens[0] if tokens else None  # an empty prompt has nothing to show
+            known = [replace(each, top=each.top[:top]) for each in scores if each is not None]
+            for index in range(prompt * self._n, (prompt + 1) * self._n):
+                self._echoes[index] = self._logprobs[index].fields(known, first)
+        self._scores[prompt] = wanted
+
+    def _fields(self, index: int, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        """The `logprobs` of a choice; behind those of an echoed prompt, the first time."""
         if self._logprobs is None:
             return None
-        if self._scored is None:
-            return self._logprobs[index].fields(logprobs or ())
-        prompt = index // self._n
-        return self._logprobs[index].fields([*self._scores[prompt], *(logprobs or ())], self._scored[prompt])
-
-    def _reason(self, piece: Piece) -> str:
-        if piece.finish_reason not in STOPS:
-            logs.event("answer broke off", logging.ERROR, id=self._head.id, cause=piece.stop_reason)
-            raise broken_off()
-        return str(piece.finish_reason)
+        echo = self._echoes.pop(index, {})
+        fields = self._logprobs[index].fields(logprobs)
+        return {name: echo.get(name, []) + values for name, values in fields.items()}
 
 
 def _choice(

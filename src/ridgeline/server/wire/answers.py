@@ -49,28 +49,33 @@ class Usage:
 
 
 class Chunks:
-    """Encodes the events of one streamed answer. With `usage`, every chunk has a field for it."""
+    """Encodes the events of one streamed answer. With `usage`, every chunk has a field for it, null before
+    the last."""
 
     def __init__(self, head: Head, kind: str, usage: bool) -> None:
         self._head = head.fields(kind)
         self._open = b"data: " + encode(self._head)[:-1] + b',"choices":['
-        self._close = b'],"usage":null}\n\n' if usage else b"]}\n\n"
+        self._close = b',"usage":null}\n\n' if usage else b"}\n\n"
 
     def usage(self, usage: Usage) -> bytes:
         """The last chunk of all, without choices."""
         return b"data: " + encode({**self._head, "choices": [], "usage": usage.fields()}) + b"\n\n"
 
-    def choice(self, fields: dict[str, Any]) -> bytes:
-        return b"%b%b%b" % (self._open, encode(fields), self._close)
+    def choice(self, fields: dict[str, Any], more: bytes = b"") -> bytes:
+        """A chunk of one choice; `more` is what stands behind that."""
+        return b"%b%b]%b%b" % (self._open, encode(fields), more, self._close)
 
 
 class ChatChunks(Chunks):
     def __init__(self, head: Head, usage: bool) -> None:
         super().__init__(head, "chat.completion.chunk", usage)
-        self._plain_close = b'},"logprobs":null,"finish_reason":null}' + self._close
+        self._plain_close = b'},"logprobs":null,"finish_reason":null}]' + self._close
 
-    def role(self, index: int) -> bytes:
-        return self.delta(index, {"role": "assistant", "content": ""})
+    def role(self, index: int, prompt_logprobs: Sequence[Any] | None = None) -> bytes:
+        """The first chunk of a choice."""
+        more = b"" if prompt_logprobs is None else b',"prompt_logprobs":' + encode(prompt_logprobs)
+        delta = {"role": "assistant", "content": ""}
+        return self.choice({"index": index, "delta": delta, "logprobs": None, "finish_reason": None}, more)
 
     def content(self, index: int, text: str) -> bytes:
         """The chunk that nearly all are."""
@@ -96,9 +101,11 @@ class ChatChunks(Chunks):
 
 
 class CompletionChunks(Chunks):
-    def __init__(self, head: Head, usage: bool) -> None:
-        super().__init__(head, "text_completion", usage)
-        self._plain_close = b',"logprobs":null,"finish_reason":null}' + self._close
+    """OpenAI's description allows no null for the usage of completions."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__(head, "text_completion", usage=False)
+        self._plain_close = b',"logprobs":null,"finish_reason":null}]' + self._close
 
     def text(self, index: int, text: str) -> bytes:
         return b'%b{"index":%d,"text":%b%b' % (self._open, index, encode(text), self._plain_close)
@@ -166,6 +173,24 @@ def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprobs]) -> di
         for each in logprobs
     ]
     return {"content": content, "refusal": None}
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, scores: Sequence[TokenLogprobs | None], most: int
+) -> list[dict[str, Any] | None]:
+    """vLLM's field: for each token of a prompt None, or the scores of that token and of the `most` probable
+    ones by their ids."""
+
+    def entry(token_id: int, logprob: float, rank: int | None) -> dict[str, Any]:
+        text = tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        return {"logprob": _finite(logprob), "rank": rank, "decoded_token": text}
+
+    def at(score: TokenLogprobs) -> dict[str, Any]:
+        own = {str(score.token_id): entry(score.token_id, score.logprob, score.rank)}
+        tops = enumerate(score.top[:most], start=1)
+        return own | {str(top): entry(top, value, rank) for rank, (top, value) in tops}
+
+    return [None if score is None else at(score) for score in scores]
 
 
 class CompletionLogprobs:

@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 from ridgeline.server.errors import bad_request
 
-Accepts = Callable[[Any], bool]
+
+@dataclass(frozen=True, slots=True)
+class Accepts:
+    """The settings of a field that change nothing: one of `values`, and any at all where these are None."""
+
+    values: tuple[object, ...] | None
+
+    def __call__(self, value: object) -> bool:
+        return self.values is None or any(
+            _kind(value) is _kind(each) and value == each for each in self.values
+        )
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {} if self.values is None else {"enum": [*self.values, None]}
 
 
-def anything(value: object) -> bool:
-    """For fields that never change an answer."""
-    return True
+def _kind(value: object) -> type:
+    """JSON has one kind of numbers, and truth values are not of it."""
+    return float if type(value) is int else type(value)
+
+
+anything = Accepts(None)
+"""For fields that never change an answer."""
 
 
 def only(*values: object) -> Accepts:
     """For fields of which we have one setting, or a few that are the same to us."""
-    return lambda value: any(type(value) is type(each) and value == each for each in values)
+    return Accepts(values)
 
 
-def number(expected: float) -> Accepts:
-    """For a number that switches a feature off."""
-    return lambda value: type(value) in (int, float) and value == expected
+def _described(schema: dict[str, Any], kind: type[BaseModel]) -> None:
+    """Add to a body's description what `refuse_unsupported` lets pass: nulls, and what changes nothing."""
+    assert issubclass(kind, Body)
+    fields = schema.setdefault("properties", {})
+    for name in fields.keys() - set(schema.get("required", ())):
+        field = fields[name]
+        if {"type": "null"} not in field.get("anyOf", ()):
+            about = {key: field.pop(key) for key in ("title", "default") if key in field}
+            fields[name] = {"anyOf": [field, {"type": "null"}], **about}
+    fields.update({name: accepts.schema for name, accepts in kind.unsupported.items()})
+    schema["additionalProperties"] = {"type": "null"}
 
 
 class Body(BaseModel):
@@ -34,7 +61,9 @@ class Body(BaseModel):
     nothing: these pass, as null does, and every other is refused by name.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", allow_inf_nan=False, frozen=True, json_schema_extra=_described
+    )
     unsupported: ClassVar[Mapping[str, Accepts]] = {}
 
     @classmethod

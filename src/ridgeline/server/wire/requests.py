@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from ridgeline.server.errors import bad_request
-from ridgeline.server.wire.base import Accepts, Body, anything, number, only
+from ridgeline.server.wire.base import Accepts, Body, anything, only
 from ridgeline.types import SamplingParams
 
 MAX_PROMPTS = 1024
@@ -85,6 +85,7 @@ class Sampled(Body):
     stop_token_ids: TokenIds | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -100,16 +101,15 @@ class Sampled(Body):
         "service_tier": only("auto", "default"),
         "moderation": only(),
         "use_beam_search": only(False),
-        "length_penalty": number(1),
+        "length_penalty": only(1),
         "best_of": only(),
         "allowed_token_ids": only([]),
         "bad_words": only([]),
         "truncate_prompt_tokens": only(),
-        "prompt_logprobs": only(),
         "spaces_between_special_tokens": only(True),
         "return_tokens_as_token_ids": only(False),
         "return_token_ids": only(False),
-        "priority": number(0),
+        "priority": only(0),
         "cache_salt": only(),
         "request_id": only(),
         "guided_json": only(),
@@ -127,10 +127,28 @@ class Sampled(Body):
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def content(self) -> Sequence[object]:
+        """What is to be answered."""
+        raise NotImplementedError
+
+    @property
+    def answers(self) -> int:
+        """How many answers it wants."""
+        return self.n
+
+    def check(self) -> None:
+        """What no single field can say. Raises HttpError."""
+        raise NotImplementedError
+
+    def params(self, defaults: SamplingParams) -> SamplingParams:
+        """For the engine, from this body and the model's own. Raises RequestError."""
+        raise NotImplementedError
+
     def sampling(self, defaults: SamplingParams, **fixed: Any) -> SamplingParams:
         """Parameters for the engine: the model's own, changed by what was sent and by `fixed`. Raises
         RequestError for a value out of range."""
-        own = {"logit_bias", "logprobs", "prompt_logprobs", "max_tokens"}
+        own = {"logit_bias", "logprobs", "max_tokens"}
         names = set(SamplingParams.__dataclass_fields__) - own
         sent = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.logit_bias:
@@ -190,8 +208,11 @@ class ChatRequest(ChatTemplateFields, Sampled):
         "include_reasoning": only(True),
     }
 
+    @property
+    def content(self) -> Sequence[object]:
+        return self.messages
+
     def check(self) -> None:
-        """What no single field can say. Raises HttpError."""
         self.check_stream_options()
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
@@ -236,7 +257,7 @@ def _prompts(value: Any) -> list[str | list[int]]:
     return value
 
 
-Prompt = str | list[str] | list[int] | list[list[int]]
+Prompt = str | list[int] | list[str | list[int]]
 
 
 class CompletionRequest(Sampled):
@@ -253,8 +274,15 @@ class CompletionRequest(Sampled):
         "prompt_embeds": only(),
     }
 
+    @property
+    def content(self) -> Sequence[object]:
+        return self.prompt
+
+    @property
+    def answers(self) -> int:
+        return self.n * len(self.prompt)
+
     def check(self) -> None:
-        """What no single field can say. Raises HttpError."""
         self.check_stream_options()
         if self.best_of is not None and self.best_of != self.n:
             raise bad_request(
@@ -262,13 +290,7 @@ class CompletionRequest(Sampled):
                 "best_of",
                 "unsupported_parameter",
             )
-        if self.scores_prompt and self.stream:
-            raise bad_request(
-                "echo together with logprobs is not supported for stream: true",
-                "echo",
-                "unsupported_parameter",
-            )
-        if self.max_tokens == 0 and not self.echo:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise bad_request("max_tokens is 0; accepted: a positive number", "max_tokens")
         if len(self.prompt) * max(self.n, 1) > MAX_SEQUENCES:
             raise bad_request(
@@ -276,20 +298,21 @@ class CompletionRequest(Sampled):
             )
 
     @property
-    def scores_prompt(self) -> bool:
-        """Whether the prompt's tokens come back with their log-probabilities."""
-        return self.echo and self.logprobs is not None
+    def echo_logprobs(self) -> int | None:
+        """How many log-probabilities the tokens of the echoed prompt have, None for none."""
+        return self.logprobs if self.echo else None
 
     @property
     def only_echo(self) -> bool:
         """Whether the answer is the prompt, and the model need not be asked."""
-        return self.max_tokens == 0 and not self.scores_prompt
+        return self.max_tokens == 0 and self.echo_logprobs is None and self.prompt_logprobs is None
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         limit = COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
         if self.only_echo:
             limit = 1  # of parameters that nobody will use
-        scores = self.logprobs if self.scores_prompt else None
+        wanted = [most for most in (self.echo_logprobs, self.prompt_logprobs) if most is not None]
+        scores = max(wanted, default=None)
         return self.sampling(defaults, max_tokens=limit, logprobs=self.logprobs, prompt_logprobs=scores)
 
 
@@ -310,7 +333,7 @@ class EmbeddingRequest(Body):
         "user": anything,
         "dimensions": only(),
         "truncate_prompt_tokens": only(),
-        "priority": number(0),
+        "priority": only(0),
     }
 
 

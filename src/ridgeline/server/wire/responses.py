@@ -35,6 +35,16 @@ class ChatLogprobs(Answer):
     refusal: None
 
 
+class PromptLogprob(Answer):
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""For each token of a prompt null, or scores by token id; the first is null."""
+
+
 class CalledFunction(Answer):
     name: str
     arguments: str
@@ -70,6 +80,7 @@ class ChatCompletion(Answer):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs = []
 
 
 class ToolCallPart(Answer):
@@ -102,6 +113,7 @@ class ChatCompletionChunk(Answer):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_logprobs: PromptLogprobs = []
 
 
 class CompletionLogprobs(Answer):
@@ -117,6 +129,7 @@ class CompletionChoice(Answer):
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int = ""
+    prompt_logprobs: PromptLogprobs = []
 
 
 class Completion(Answer):
