@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
@@ -34,8 +35,9 @@ class ClientGoneError(Exception):
 class BodyReader:
     """Reads the bodies of all routes; what is being read at one time is bounded in sum."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, threads: Executor) -> None:
         self._config = config
+        self._threads = threads  # for large ones
         self._held_bytes = 0
 
     async def read(self, request: Request, kind: type[T]) -> T:
@@ -51,7 +53,8 @@ class BodyReader:
             content = bytes(held.content)
             if len(content) <= _INLINE_BYTES:
                 return parsed(content, kind, self._config.max_nesting)
-            return await asyncio.to_thread(parsed, content, kind, self._config.max_nesting)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, parsed, content, kind, self._config.max_nesting)
         finally:
             self._held_bytes -= len(held.content)
 
