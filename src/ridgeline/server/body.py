@@ -20,6 +20,7 @@ from starlette.requests import Request
 
 from ridgeline.server.config import ServerConfig
 from ridgeline.server.errors import RETRY_AFTER, HttpError, bad_request
+from ridgeline.server.logs import escaped
 from ridgeline.server.wire.base import Body
 
 T = TypeVar("T", bound=Body)
@@ -113,8 +114,8 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(content: bytes, max_nesting: int) -> Any:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN or infinity, no integer beyond 64 bits, no lone surrogates,
-    bounded nesting."""
+    """Strict JSON: UTF-8, no duplicate keys, no NaN or infinity, no integer beyond 64 bits, no lone
+    surrogates, bounded nesting."""
     _check_nesting(content, max_nesting)
     try:
         text = content.decode("utf-8")
@@ -195,7 +196,7 @@ def _invalid(error: ValidationError) -> HttpError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = [str(part)[:64] for part in first["loc"]]
     field = where[0] if where else None
-    path = ".".join(where)
+    path = escaped(".".join(where))
     if first["type"] == "extra_forbidden":
         return bad_request(f"field {path!r} is not supported", field, "unsupported_parameter")
     if first["type"] == "missing":
