@@ -357,14 +357,6 @@ def test_fields_that_we_do_not_have_are_named(web: httpx.Client, name: str, valu
     assert name in error["message"]
 
 
-def test_a_prompt_over_the_context_says_both_numbers(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as caught:
-        complete(client, "x" * 700)
-    assert caught.value.code == "context_length_exceeded"
-    assert "512" in str(caught.value)
-    assert "700" in str(caught.value)
-
-
 def test_models_that_are_not_served(client: openai.OpenAI, web: httpx.Client) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="gpt-5", messages=QUESTION)  # type: ignore[arg-type]

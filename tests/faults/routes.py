@@ -88,9 +88,11 @@ def raw(house: House, *parts: bytes, wait_s: float = 20) -> bytes:
     return answer
 
 
-def request(method: str, target: str, *headers: str, host: str = "localhost", body: bytes = b"") -> bytes:
-    """A request as it goes over the wire, the only one of its connection."""
-    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", "Connection: close", *headers]
+def request(
+    method: str, target: str, *headers: str, host: str = "localhost", body: bytes = b"", close: bool = True
+) -> bytes:
+    """A request as it goes over the wire, with `close` the last of its connection."""
+    lines = [f"{method} {target} HTTP/1.1", f"Host: {host}", *["Connection: close"] * close, *headers]
     if body:
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
