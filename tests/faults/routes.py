@@ -44,22 +44,27 @@ class Route:
         return field in self.fields
 
 
+def described(house: House) -> dict[str, Any]:
+    """OpenAPI's description of the server by itself."""
+    return _described(house.url, tuple(house.headers.items()))
+
+
 @cache
-def description(url: str) -> dict[str, Any]:
-    described: dict[str, Any] = httpx.get(f"{url}/openapi.json").json()
+def _described(url: str, headers: tuple[tuple[str, str], ...] = ()) -> dict[str, Any]:
+    described: dict[str, Any] = httpx.get(f"{url}/openapi.json", headers=dict(headers)).json()
     return described
 
 
 def operations(house: House) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Method, path and description of everything that the server does."""
-    for path, methods in description(house.url)["paths"].items():
+    for path, methods in described(house)["paths"].items():
         for method, operation in methods.items():
             yield method.upper(), path, operation
 
 
 def routes(house: House) -> list[Route]:
     """Every route that takes a body; where it streams, also as a stream."""
-    schemas = description(house.url)["components"]["schemas"]
+    schemas = described(house)["components"]["schemas"]
     found = {path: operation for method, path, operation in operations(house) if method == "POST"}
     assert set(found) == set(VALID), "a route without a body to try"
     made = []

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from faults.house import House, error_of
-from faults.routes import Route, description, routes
+from faults.routes import Route, described, routes
 
 NOT_JSON: list[tuple[str, bytes, str]] = [
     ("nothing", b"", "not JSON"),
@@ -123,7 +123,7 @@ def _fits_more(more: Any, value: Any, schemas: Mapping[str, Any]) -> bool:
 
 
 def test_row_14_wrong_types_in_any_field(house: House) -> None:
-    schemas = description(house.url)["components"]["schemas"]
+    schemas = described(house)["components"]["schemas"]
     tried = 0
     with house.web() as web:
         for route in routes(house):
