@@ -231,8 +231,8 @@ class EngineClient:
             self._say(Abort(stream.number))
 
     def _say(self, command: Command) -> None:
-        self.on_event(command)
         self._send(command)
+        self.on_event(command)  # of what could be sent
 
     def _send(self, message: Message) -> None:
         if self._writer is not None and not self._writer.is_closing():
