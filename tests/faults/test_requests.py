@@ -122,14 +122,17 @@ def _fits_more(more: Any, value: Any, schemas: Mapping[str, Any]) -> bool:
     return fits(more, value, schemas) if isinstance(more, dict) else bool(more)
 
 
-def test_row_14_wrong_types_in_any_field(house: House) -> None:
+@pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.full)])
+def test_row_14_wrong_types_in_any_field(house: House, share: int) -> None:
+    """Each field with each value, or with every fourth, which are others for the next field."""
     schemas = described(house)["components"]["schemas"]
     tried = 0
     with house.web() as web:
         for route in routes(house):
-            for field, schema in route.fields.items():
-                for value in VALUES:
-                    answer = web.post(route.path, json=route.with_(**{field: value}))
+            for number, (field, schema) in enumerate(route.fields.items()):
+                for value in VALUES[number % share :: share]:
+                    brief = {"stop_token_ids": list(range(288))} if route.has("stop_token_ids") else {}
+                    answer = web.post(route.path, json=route.with_(**{**brief, field: value}))
                     known = fits(schema, value, schemas) or (value is None and field not in route.required)
                     assert answer.status_code < 500, (route.path, field, value, answer.text)
                     if not known:
@@ -138,7 +141,7 @@ def test_row_14_wrong_types_in_any_field(house: House) -> None:
                         tried += 1
                     elif answer.status_code != 200:
                         error_of(answer, 400, 404)
-    assert tried > 500
+    assert tried > 400
 
 
 def parts(value: Any) -> dict[str, list[Any]]:
