@@ -3,184 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import CHAT, FakeServer, code_of, fake_server, until, with_server
 
 from ridgeline.server.body import parse_json
-from ridgeline.server.errors import HttpError
 from ridgeline.server.messages import Refused
-
-
-async def talk(server: FakeServer, *parts: bytes, wait: bool = True) -> bytes:
-    """Send bytes as they are and read until the connection is closed."""
-    reader, writer = await asyncio.open_connection(server.host, server.port)
-    for part in parts:
-        writer.write(part)
-        await writer.drain()
-    answer = await asyncio.wait_for(reader.read(), 20) if wait else b""
-    writer.close()
-    return answer
-
-
-def post(path: str, body: bytes, *headers: str) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", *headers, "", ""]
-    return "\r\n".join(lines).encode() + body
-
 
 # ------------------------------------------------------------------------------------------------ JSON
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=20))
+INTEGERS = st.integers(-(2**63), 2**64 - 1)
+
+
+@given(st.recursive(st.none() | st.booleans() | INTEGERS | st.text(), st.lists, max_leaves=20))
 def test_json_is_what_the_library_reads(value: Any) -> None:
     assert parse_json(json.dumps(value).encode(), 64) == value
     assert parse_json(json.dumps(value, ensure_ascii=False).encode(), 64) == value
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"{",
-        b"[" * 10_000,
-        b"[" * 10_000 + b"]" * 10_000,
-        b'{"a":' * 100 + b"1" + b"}" * 100,
-        b'"' + b'\\"' * 100_000 + b"[" * 100,
-        b'{"a": NaN}',
-        b'{"a": -Infinity}',
-        b'{"a": 1e999}',
-        b'{"a": 1, "a": 2}',
-        b'{"b": {"a": 1, "\\u0061": 2}}',
-        b'{"a": "\\ud800"}',
-        b'{"\\udc00x": 1}',
-        b'{"a": "\xff"}',
-        b"\xef\xbb\xbf{}",
-        b"1" * 10_000,
-        b'{"a": "\n"}',
-    ],
-)
-def test_what_is_not_strict_json_is_refused(content: bytes) -> None:
-    began_s = time.monotonic()
-    with pytest.raises(HttpError) as caught:
-        parse_json(content, 64)
-    assert caught.value.status == 400
-    assert time.monotonic() - began_s < 10  # a scan that is not linear would take minutes
 
 
 def test_brackets_in_strings_do_not_nest() -> None:
     deep = {"a": "[" * 1000 + '\\"' + "{" * 1000, "b": [[1]]}
     assert parse_json(json.dumps(deep).encode(), 3) == deep
     assert parse_json(b'["\\ud83d\\ude00"]', 3) == ["\U0001f600"]
-
-
-# -------------------------------------------------------------------------------------------- sizes
-
-
-def test_large_bodies_are_refused_as_they_come(tiny_llama: Path) -> None:
-    async def scenario(server: FakeServer) -> None:
-        async with server.client() as client:
-            announced = await client.post("/v1/completions", content=b"x" * 5000)
-            assert (announced.status_code, code_of(announced)) == (413, "body_too_large")
-
-        reader, writer = await asyncio.open_connection(server.host, server.port)
-        writer.write(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
-        answered = asyncio.create_task(reader.readuntil(b"}}"))
-        with contextlib.suppress(ConnectionError):  # closed on a client that goes on sending
-            while True:
-                writer.write(b"400\r\n" + b"x" * 1024 + b"\r\n")
-                await writer.drain()
-                await asyncio.sleep(0.01)
-        assert b" 413 " in await answered
-        writer.close()
-        async with server.client() as client:
-            assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
-
-    with_server(tiny_llama, scenario, max_body_bytes=4096)
-
-
-def test_bodies_that_are_no_objects(tiny_llama: Path) -> None:
-    async def scenario(server: FakeServer) -> None:
-        async with server.client() as client:
-            for content in (b"[]", b"null", b'"x"', b"3", b"", b"{]", b"\xff", b'{"messages": NaN}'):
-                for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
-                    answer = await client.post(path, content=content)
-                    assert answer.status_code == 400, (path, content)
-                    assert answer.json()["error"]["type"] == "invalid_request_error"
-
-    with_server(tiny_llama, scenario)
-
-
-def test_headers_are_bounded(tiny_llama: Path) -> None:
-    async def scenario(server: FakeServer) -> None:
-        start = b"GET /live HTTP/1.1\r\nHost: localhost\r\n"
-        for headers in (b"a: b\r\n" * 10_000, b"a: " + b"b" * 1_000_000 + b"\r\n", b"a: b\r\n" * 200):
-            try:
-                answer = await talk(server, start + headers + b"Connection: close\r\n\r\n")
-            except ConnectionError:  # closed while we went on sending
-                continue
-            assert answer[9:12] in (b"431", b"400")
-            assert b'"error"' in answer
-        assert (await talk(server, b"\x16\x03\x01\x00 rubbish\r\n\r\n"))[9:12] == b"400"
-        async with server.client() as client:
-            assert (await client.get("/live")).status_code == 200
-
-    with_server(tiny_llama, scenario)
-
-
-# -------------------------------------------------------------------------------------------- slowness
-
-
-def test_slow_headers_and_bodies_are_closed(tiny_llama: Path) -> None:
-    async def scenario(server: FakeServer) -> None:
-        assert await talk(server) == b""
-        assert await talk(server, b"GET /live HTTP/1.1\r\nHo") == b""
-        begun = post("/v1/completions", b"{}")[:-1]
-        assert (await talk(server, begun))[9:12] == b"408"
-        kept = b"GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        assert (await talk(server, kept, b"GET /li")).count(b"HTTP/1.1 200") == 1
-
-    with_server(tiny_llama, scenario, header_timeout_s=0.2, body_timeout_s=0.2)
-
-
-def test_a_reader_that_stops_is_dropped(tiny_llama: Path) -> None:
-    async def scenario(server: FakeServer) -> None:
-        server.engine.script = (("x" * 50_000, 3),)
-        body = json.dumps({**CHAT, "max_tokens": 10_000, "stream": True}).encode()
-        reader, writer = await asyncio.open_connection(server.host, server.port, limit=1024)
-        writer.write(post("/v1/chat/completions", body))
-        await until(lambda: bool(server.engine.streams))
-        await until(lambda: not server.engine.streams)
-        writer.close()
-        del reader
-
-    with_server(tiny_llama, scenario, write_timeout_s=0.3)
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_is_forgotten(tiny_llama: Path, stream: bool) -> None:
-    """While the request waits, and while it is answered."""
-
-    async def scenario(server: FakeServer) -> None:
-        body = json.dumps({**CHAT, "max_tokens": 100_000, "n": 2, "stream": stream}).encode()
-        for begun in (False, True):
-            server.engine.running.clear()
-            _, writer = await asyncio.open_connection(server.host, server.port)
-            writer.write(post("/v1/chat/completions", body))
-            await until(lambda: bool(server.engine.streams))
-            if begun:
-                server.engine.running.set()
-                await until(lambda: max(server.engine.given.values()) > 5)
-            writer.close()
-            await until(lambda: not server.engine.streams)
-
-    with_server(tiny_llama, scenario)
 
 
 # ---------------------------------------------------------------------------------------------- queues

@@ -269,7 +269,7 @@ class SamplingParams:
         _check(_is_real(self.top_p, 0, 1) and self.top_p > 0, "top_p", self.top_p, "above 0, up to 1")
         _check(_is_real(self.min_p, 0, 1), "min_p", self.min_p, "0 to 1")
         penalty = self.repetition_penalty
-        _check(_is_real(penalty, 0, 100) and penalty > 0, "repetition_penalty", penalty, "above 0, up to 100")
+        _check(_is_real(penalty, 0.01, 100), "repetition_penalty", penalty, "0.01 to 100")
         for name in ("presence_penalty", "frequency_penalty"):
             _check(_is_real(getattr(self, name), -2, 2), name, getattr(self, name), "-2 to 2")
         _check(self.seed is None or _is_int(self.seed, -(2**63), 2**64 - 1), "seed", self.seed, "64 bits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +26,8 @@ SETTLE_S = 30.0
 """How long a server gets to have forgotten a fault."""
 MEMORY_SLACK_BYTES = 64 << 20
 """What allocators may keep; a leak is found by the soak."""
-POOLED_THREADS = 2
-"""Those that the server starts only when a crowd comes."""
+POOLED_THREADS = 2 + (os.cpu_count() or 1)
+"""Those that start only when a crowd or a long text comes: ours for text, and the tokenizer's."""
 _PATHS = re.compile(r"/(tmp|home|root|usr|var|opt)/|site-packages|Traceback|0x[0-9a-f]{6,}")
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
@@ -19,6 +20,7 @@ from starlette.requests import Request
 
 from ridgeline.server.config import ServerConfig
 from ridgeline.server.errors import RETRY_AFTER, HttpError, bad_request
+from ridgeline.server.logs import escaped
 from ridgeline.server.wire.base import Body
 
 T = TypeVar("T", bound=Body)
@@ -34,8 +36,9 @@ class ClientGoneError(Exception):
 class BodyReader:
     """Reads the bodies of all routes; what is being read at one time is bounded in sum."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, threads: Executor) -> None:
         self._config = config
+        self._threads = threads  # for large ones
         self._held_bytes = 0
 
     async def read(self, request: Request, kind: type[T]) -> T:
@@ -51,7 +54,8 @@ class BodyReader:
             content = bytes(held.content)
             if len(content) <= _INLINE_BYTES:
                 return parsed(content, kind, self._config.max_nesting)
-            return await asyncio.to_thread(parsed, content, kind, self._config.max_nesting)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, parsed, content, kind, self._config.max_nesting)
         finally:
             self._held_bytes -= len(held.content)
 
@@ -105,15 +109,23 @@ def parsed(content: bytes, kind: type[T], max_nesting: int) -> T:
 
 # Strings first, so that what is inside them does not count; one that does not end takes all the rest.
 _NESTING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
+_LONG = re.compile(rb"[0-9]{19}")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(content: bytes, max_nesting: int) -> Any:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN or infinity, no lone surrogates, bounded nesting."""
+    """Strict JSON: UTF-8, no duplicate keys, no NaN or infinity, no integer beyond 64 bits, no lone
+    surrogates, bounded nesting."""
     _check_nesting(content, max_nesting)
     try:
         text = content.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+        value = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_constant,
+            parse_float=_float,
+            parse_int=_integer if _LONG.search(content) else None,  # a call for each would be slow
+        )
         if _SURROGATE.search(content):
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -123,8 +135,6 @@ def parse_json(content: bytes, max_nesting: int) -> Any:
         raise bad_request("the body has a lone surrogate; accepted: text that is valid Unicode") from None
     except json.JSONDecodeError as error:
         raise bad_request(f"the body is not JSON at character {error.pos}: {error.msg}") from None
-    except ValueError:  # a number of thousands of digits
-        raise bad_request("the body has a number that is too long") from None
     except RecursionError:
         raise bad_request("the body is nested too deeply") from None
 
@@ -163,6 +173,14 @@ def _float(text: str) -> float:
     return value
 
 
+def _integer(text: str) -> int:
+    """What the engine's messages can carry."""
+    value = int(text) if len(text) <= 20 else None
+    if value is None or not -(2**63) <= value < 2**64:
+        raise bad_request(f"the body has the number {text[:32]}, which is too large; accepted: 64 bits")
+    return value
+
+
 def _kind(value: object) -> str:
     if value is None:
         return "null"
@@ -178,7 +196,7 @@ def _invalid(error: ValidationError) -> HttpError:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = [str(part)[:64] for part in first["loc"]]
     field = where[0] if where else None
-    path = ".".join(where)
+    path = escaped(".".join(where))
     if first["type"] == "extra_forbidden":
         return bad_request(f"field {path!r} is not supported", field, "unsupported_parameter")
     if first["type"] == "missing":

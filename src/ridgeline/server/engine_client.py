@@ -194,9 +194,9 @@ class EngineClient:
         is no engine to begin it on."""
         self._check_ready()
         held = EngineStream(self, next(self._numbers), self._pieces_limit)
-        self._streams[held.number] = held
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
         self._say(Add(held.number, tuple(tokens), params, stream, deadline_s, arrived_s))
+        self._streams[held.number] = held  # not before it is sent: what cannot be encoded is not left behind
         return held
 
     async def embed(
@@ -212,9 +212,9 @@ class EngineClient:
         self._check_ready()
         params = PoolingParams(pooling, normalise)
         answer = EngineAnswer(next(self._numbers))
-        self._answers[answer.number] = answer
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
         self._say(Embed(answer.number, tuple(tokens), params, deadline_s, arrived_s))
+        self._answers[answer.number] = answer
         try:
             return await answer.embedding
         finally:
@@ -231,8 +231,8 @@ class EngineClient:
             self._say(Abort(stream.number))
 
     def _say(self, command: Command) -> None:
-        self.on_event(command)
         self._send(command)
+        self.on_event(command)  # of what could be sent
 
     def _send(self, message: Message) -> None:
         if self._writer is not None and not self._writer.is_closing():

@@ -19,6 +19,9 @@ LINGER_S = 2.0
 ACCEPTS = 128
 """Connections that are accepted in one turn of the loop."""
 _TURN_S = 0.002
+_FIRST_PART_BYTES = 2 << 10
+_LEAST_PART_BYTES = 512
+_MOST_PART_BYTES = 64 << 10
 _PROBES = (b"GET /health", b"GET /live", b"HEAD /health", b"HEAD /live")
 
 
@@ -35,16 +38,16 @@ def protocol_for(config: ServerConfig) -> type[H11Protocol]:
 class Turnstile:
     """Lets what connections received in, for some milliseconds in each turn of the loop.
 
-    A thousand clients that come at once would otherwise make one turn of a second; who asks for the health
-    does not wait in this line.
+    A thousand clients that come at once, or a body that comes in chunks of a byte, would otherwise make one
+    turn of seconds; who asks for the health does not wait in this line.
     """
 
     def __init__(self) -> None:
-        self._line: deque[tuple[BoundedConnection, bytes]] = deque()
+        self._line: deque[BoundedConnection] = deque()
         self._turning = False
 
-    def enter(self, connection: BoundedConnection, data: bytes) -> None:
-        self._line.append((connection, data))
+    def enter(self, connection: BoundedConnection) -> None:
+        self._line.append(connection)
         if not self._turning:
             self._turning = True
             connection.loop.call_soon(self._turn, connection.loop)
@@ -52,9 +55,10 @@ class Turnstile:
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
         end_s = time.monotonic() + _TURN_S
         while self._line and time.monotonic() < end_s:
-            connection, data = self._line.popleft()
+            connection = self._line.popleft()
             try:
-                connection.take(data)
+                if connection.take_part():
+                    self._line.append(connection)
             except Exception as error:  # one connection's, which must not hold up the line
                 logs.logger.error("connection failed", exc_info=error)
                 connection.transport.abort()
@@ -71,12 +75,13 @@ class BoundedConnection(H11Protocol):
 
     limits: ServerConfig
     turnstile: Turnstile
-    _in_line: int = 0
+    _part_bytes: int = _FIRST_PART_BYTES
     _headers: asyncio.TimerHandle | None = None
     _writing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._waiting = bytearray()
         if len(self.connections) > self.limits.max_connections:
             transport.abort()
             return
@@ -88,16 +93,31 @@ class BoundedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._in_line and data.startswith(_PROBES):
-            self.take(data)
+        if not self._waiting and len(data) <= _FIRST_PART_BYTES and data.startswith(_PROBES):
+            self._take(data)
             return
-        self._in_line += 1
-        self.turnstile.enter(self, data)
+        if not self._waiting:
+            self.turnstile.enter(self)
+        self._waiting += data
+        if len(self._waiting) > self._part_bytes:
+            self.flow.pause_reading()
 
-    def take(self, data: bytes) -> None:
-        """Handle what was received, in its turn."""
-        self._in_line = max(self._in_line - 1, 0)
+    def take_part(self) -> bool:
+        """Handle a part of what was received, as large as can be handled quickly; whether there is more."""
+        size = self._part_bytes
+        part = bytes(self._waiting[:size])
+        del self._waiting[:size]
+        if not self._waiting:
+            self.flow.resume_reading()
+        began_s = time.monotonic()
+        self._take(part)
+        quick = time.monotonic() - began_s < _TURN_S
+        self._part_bytes = min(2 * size, _MOST_PART_BYTES) if quick else max(size // 2, _LEAST_PART_BYTES)
+        return bool(self._waiting)
+
+    def _take(self, data: bytes) -> None:
         if self.transport.is_closing():
+            self._waiting.clear()
             return
         if self._headers is None and self.conn.their_state is h11.IDLE:
             self._expect_headers()

@@ -44,7 +44,6 @@ class Service:
         self.client = client
         self.text = text
         self.config = config
-        self.bodies = BodyReader(config)
         self.metrics = Metrics(client, text.names[0], package_version())
         client.on_event = self.metrics.hear
         self.draining = False
@@ -54,6 +53,7 @@ class Service:
         self._text_jobs = 0
         self._of_key: Counter[str] = Counter()
         self._threads = ThreadPoolExecutor(config.text_threads, thread_name_prefix="ridgeline-text")
+        self.bodies = BodyReader(config, self._threads)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
