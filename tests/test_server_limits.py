@@ -74,7 +74,7 @@ def test_deadlines_and_refusals_have_a_status(tiny_llama: Path) -> None:
         async with server.client() as client:
             for stream in (True, False):
                 body = {**CHAT, "stream": stream}
-                server.engine.refuse = lambda add: Refused(add.id, "waited", expired=True)
+                server.engine.refuse = lambda add: Refused(add.id, "waited", "expired")
                 late = await client.post("/v1/chat/completions", json=body)
                 assert (late.status_code, code_of(late)) == (503, "queue_timeout")
                 server.engine.refuse = lambda add: Refused(add.id, "the KV cache holds at most 7")

@@ -122,10 +122,10 @@ class Service:
 
     # ------------------------------------------------------------------------------------- requests
 
-    def admit(self, key: ApiKey | None, sequences: int) -> Ticket:
-        """A place for a request of so many sequences. Raises HttpError 429 and 503."""
+    def admit(self, key: ApiKey | None, sequences: int, name: str = "") -> Ticket:
+        """A place for a request of so many sequences, called `name` in logs. Raises HttpError 429 and 503."""
         self.check_ready(key)
-        ticket = Ticket(self, key, sequences)
+        ticket = Ticket(self, key, sequences, name)
         self._tickets[ticket] = None
         self.open_sequences += sequences
         if key is not None:
@@ -180,7 +180,8 @@ def _overloaded(message: str) -> HttpError:
 class Ticket:
     """One admitted request: its place in the queue and what it has begun. Closing it ends all of that."""
 
-    def __init__(self, service: Service, key: ApiKey | None, sequences: int) -> None:
+    def __init__(self, service: Service, key: ApiKey | None, sequences: int, name: str) -> None:
+        self.name = name
         self.sequences = sequences
         self.tokens = 0
         self.begun = False  # something of an answer has come
@@ -200,7 +201,7 @@ class Ticket:
             raise _overloaded(f"{waiting} prompt tokens are waiting already")
         deadline_s = time.monotonic() + service.config.queue_timeout_s
         for prompt in prompts:
-            begun = service.client.submit(prompt, params, stream, deadline_s, self.arrived_s)
+            begun = service.client.submit(prompt, params, stream, deadline_s, self.arrived_s, self.name)
             self._streams.append(begun)
 
     async def pieces(self) -> AsyncIterator[tuple[int, list[Piece]]]:

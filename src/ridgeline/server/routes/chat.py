@@ -59,8 +59,9 @@ async def chat_completions(request: Request) -> Response:
     model = service.model_name(body.model)
     body.check()
     params = body.params(service.text.sampling_defaults)
-    ticket = service.admit(key, params.n)
-    service.log_prompt(request.scope["ridgeline.id"], body.messages)
+    name = request.scope["ridgeline.id"]
+    ticket = service.admit(key, params.n, name)
+    service.log_prompt(name, body.messages)
 
     async def work() -> Response:
         tokens = await service.in_thread(chat_tokens, service.text, body, body.tool_choice != "none")

@@ -46,8 +46,9 @@ async def completions(request: Request) -> Response:
     model = service.model_name(body.model)
     body.check()
     params = body.params(service.text.sampling_defaults)
-    ticket = service.admit(key, params.n * len(body.prompt))
-    service.log_prompt(request.scope["ridgeline.id"], body.prompt)
+    name = request.scope["ridgeline.id"]
+    ticket = service.admit(key, params.n * len(body.prompt), name)
+    service.log_prompt(name, body.prompt)
 
     async def work() -> Response:
         prompts = await service.in_thread(_tokens, service, body)
