@@ -136,14 +136,16 @@ class Service:
     def open_requests(self) -> int:
         return len(self._tickets)
 
-    @property
-    def waiting_tokens(self) -> int:
-        """Prompt tokens of the requests that wait for a seat: the engine takes them in their order."""
+    def waiting_tokens(self, whose: Ticket | None = None) -> int:
+        """Prompt tokens of the requests that wait for a seat: the engine takes them in their order. For who
+        has a seat there are none."""
         pulse = self.client.pulse
         seats = pulse.running if pulse is not None and pulse.waiting else self.card.max_num_seqs
         waiting = 0
         for ticket in self._tickets:
             if seats > 0:
+                if ticket is whose:
+                    return 0
                 seats -= ticket.sequences
             elif not ticket.begun:
                 waiting += ticket.tokens
@@ -194,7 +196,7 @@ class Ticket:
     def submit(self, prompts: Sequence[Sequence[int]], params: SamplingParams, stream: bool) -> None:
         """Begin the prompts. Raises HttpError 429 when too many tokens wait, and EngineDeadError."""
         service = self._service
-        waiting = service.waiting_tokens
+        waiting = service.waiting_tokens(self)
         self.tokens = sum(map(len, prompts))
         # Where nobody waits, a request is taken however long it is.
         if waiting and waiting + self.tokens > service.config.max_queue_tokens:
