@@ -97,7 +97,11 @@ def test_failures_are_counted_once(tiny_llama: Path) -> None:
 
         def refuse(add: Add) -> Refused | None:
             expired = add.tokens == (9,)
-            return Refused(add.id, "no", expired) if expired or add.tokens == (8,) else None
+            return (
+                Refused(add.id, "no", "expired" if expired else "invalid")
+                if expired or add.tokens == (8,)
+                else None
+            )
 
         engine.refuse = refuse
         async with server.client() as client:

@@ -234,6 +234,12 @@ class Engine:
                 self._retire(choice)
         return self._finish(state)
 
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The requests that have a sequence in the steps, the one that came last at the end."""
+        owners = [self._owners.get(sequence.arrival) for sequence in self.scheduler.running]
+        return tuple(dict.fromkeys(owner[0].id for owner in owners if owner is not None))
+
     def has_begun(self, request_id: str) -> bool:
         """Whether any row of a request that is under way has been planned."""
         return any(choice.sequence.computed for choice in self._requests[request_id].choices)

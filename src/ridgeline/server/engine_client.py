@@ -26,6 +26,7 @@ from ridgeline.server.messages import (
     EVENTS,
     Abort,
     Add,
+    Cause,
     Command,
     Embed,
     Embedded,
@@ -50,6 +51,7 @@ from ridgeline.types import (
     Pooling,
     PoolingParams,
     RequestError,
+    RidgelineError,
     SamplingParams,
 )
 
@@ -75,12 +77,21 @@ class ExpiredError(RequestError):
     """A request waited in the queue past its deadline and was never begun."""
 
 
+_ERRORS: dict[Cause, type[RidgelineError]] = {
+    "invalid": RequestError,
+    "expired": ExpiredError,
+    "capacity": CapacityError,
+    "fault": RidgelineError,
+}
+
+
 class EngineStream:
     """What the engine says of one request. At most `limit` pieces wait for a slow reader; then the request is
     aborted and the reader gets CapacityError."""
 
-    def __init__(self, client: EngineClient, number: int, limit: int) -> None:
+    def __init__(self, client: EngineClient, number: int, limit: int, name: str) -> None:
         self.number = number
+        self.name = name or str(number)
         self._client = client
         self._limit = limit
         self._pieces: list[Piece] = []
@@ -131,8 +142,9 @@ class EngineStream:
 class EngineAnswer:
     """The vector that the engine makes of one prompt, once it is there."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, name: str) -> None:
         self.number = number
+        self.name = name or str(number)
         self.embedding: asyncio.Future[tuple[float, ...]] = asyncio.get_running_loop().create_future()
 
     def fail(self, error: Exception) -> None:
@@ -189,11 +201,12 @@ class EngineClient:
         stream: bool = True,
         deadline_s: float | None = None,
         arrived_s: float | None = None,
+        name: str = "",
     ) -> EngineStream:
         """Begin a request, which arrived just now unless it is said when. Raises EngineDeadError while there
         is no engine to begin it on."""
         self._check_ready()
-        held = EngineStream(self, next(self._numbers), self._pieces_limit)
+        held = EngineStream(self, next(self._numbers), self._pieces_limit, name)
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
         self._say(Add(held.number, tuple(tokens), params, stream, deadline_s, arrived_s))
         self._streams[held.number] = held  # not before it is sent: what cannot be encoded is not left behind
@@ -206,12 +219,13 @@ class EngineClient:
         normalise: bool = True,
         deadline_s: float | None = None,
         arrived_s: float | None = None,
+        name: str = "",
     ) -> tuple[float, ...]:
         """The vector of a prompt; otherwise as `submit`. Raises RequestError, ExpiredError and
         EngineDeadError; cancelling it aborts the request."""
         self._check_ready()
         params = PoolingParams(pooling, normalise)
-        answer = EngineAnswer(next(self._numbers))
+        answer = EngineAnswer(next(self._numbers), name)
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
         self._say(Embed(answer.number, tuple(tokens), params, deadline_s, arrived_s))
         self._answers[answer.number] = answer
@@ -360,7 +374,9 @@ class EngineClient:
         elif isinstance(event, Refused):
             waiting = self._streams.pop(event.id, None) or self._answers.pop(event.id, None)
             if waiting is not None:
-                waiting.fail((ExpiredError if event.expired else RequestError)(event.message))
+                if event.cause == "fault":
+                    logger.error("the engine failed on request %s: %s", waiting.name, event.message)
+                waiting.fail(_ERRORS[event.cause](event.message))
         elif isinstance(event, Pulse):
             self.pulse = event
         elif isinstance(event, Ready):
@@ -381,10 +397,16 @@ class EngineClient:
                 continue
             if self.state == "ready":
                 self.state, stuck_since_s = "stuck", time.monotonic()
-                requests = sorted((*self._streams, *self._answers)) if pulse is None else pulse.in_step
-                logger.error("engine makes no progress; requests in its step: %s", list(requests))
+                names = self._names(pulse.in_step if pulse else ())
+                logger.error("engine makes no progress; requests in its step: %s", " ".join(names))
             elif time.monotonic() - stuck_since_s > patience.kill_s:
                 process.kill()
+
+    def _names(self, numbers: Sequence[int]) -> list[str]:
+        """Of these requests, where they are open still; otherwise of all that are."""
+        held: dict[int, EngineStream | EngineAnswer] = {**self._streams, **self._answers}
+        found = [held[number].name for number in numbers if number in held]
+        return found or [each.name for each in held.values()]
 
     def _end_streams(self, cause: str) -> None:
         held: list[EngineStream | EngineAnswer] = [*self._streams.values(), *self._answers.values()]

@@ -47,7 +47,7 @@ from ridgeline.server.messages import (
     frame,
     receive_frame,
 )
-from ridgeline.types import Request, RequestError, RequestOutput, RidgelineError
+from ridgeline.types import CapacityError, Request, RequestError, RequestOutput, RidgelineError
 
 PULSE_S = 0.2
 _RECENT_STEPS = 64
@@ -84,7 +84,11 @@ class EngineWorker:
         """One step of the engine, and its outcome to the server."""
         self._expire(time.monotonic())
         self._step_began_s = began_s = time.monotonic()
-        outputs = self._engine.step()
+        try:
+            outputs = self._engine.step()
+        except (MemoryError, CapacityError):
+            self._give_up_youngest()
+            outputs = []
         self._step_began_s = None
         self._recent.append(time.monotonic() - began_s)
         self._steps += 1
@@ -107,7 +111,7 @@ class EngineWorker:
         return Pulse(
             step_age_s=0.0 if began_s is None else time.monotonic() - began_s,
             usual_step_s=max(list(self._recent), default=0.0),
-            in_step=() if began_s is None else tuple(dict(self._told)),
+            in_step=() if began_s is None else tuple(map(int, self._engine.running)),
             steps=self._steps,
             running=len(running),
             waiting=len(scheduler.waiting),
@@ -126,7 +130,7 @@ class EngineWorker:
         try:
             self._engine.add(Request(str(command.id), command.tokens, command.params), stream=stream)
         except Exception as error:  # what is wrong with one request must not end the others
-            self._tell(Refused(command.id, str(error)))
+            self._tell(_refusal(command.id, error))
             return
         self._told[command.id] = [(0, 0)] * command.params.n if isinstance(command, Add) else []
         if command.deadline_s is not None:
@@ -136,7 +140,16 @@ class EngineWorker:
         for request in [number for number, deadline_s in self._deadlines.items() if now_s > deadline_s]:
             self._forget(request)
             self._engine.abort(str(request))
-            self._tell(Refused(request, "the request waited longer than it may", expired=True))
+            self._tell(Refused(request, "the request waited longer than it may", "expired"))
+
+    def _give_up_youngest(self) -> None:
+        """End the request that came last of those that run: there is no memory for all of them. A step that
+        failed changed nothing, so the others go on with the next one."""
+        running = self._engine.running
+        request = int(running[-1]) if running else next(iter(self._told))
+        self._forget(request)
+        self._engine.abort(str(request))
+        self._tell(Refused(request, "there is too little memory for this request", "capacity"))
 
     def _tell_begun(self, outputs: Sequence[RequestOutput], began_s: float) -> None:
         """After a step: which requests need not be waited for any longer."""
@@ -156,8 +169,8 @@ class EngineWorker:
         self._forget(request)
         try:
             self._tell(Embedded(request, embedding_of(output)))
-        except RequestError as error:
-            self._tell(Refused(request, str(error)))
+        except Exception as error:
+            self._tell(_refusal(request, error))
 
     def _pieces(self, outputs: Sequence[RequestOutput]) -> Pieces:
         """What is new in each request's state."""
@@ -180,6 +193,14 @@ class EngineWorker:
                 ended.append(request)
                 self._forget(request)
         return Pieces(tuple(pieces), tuple(ended))
+
+
+def _refusal(request: int, error: Exception) -> Refused:
+    if isinstance(error, MemoryError | CapacityError):
+        return Refused(request, "there is too little memory for this request", "capacity")
+    if isinstance(error, RequestError):
+        return Refused(request, str(error))
+    return Refused(request, f"{type(error).__name__}: {error}", "fault")
 
 
 def card_of(loaded: LoadedModel) -> ModelCard:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -130,13 +130,17 @@ class Embedded(Message, frozen=True):
     embedding: tuple[float, ...]
 
 
+Cause = Literal["invalid", "expired", "capacity", "fault"]
+"""Why a request is refused: it cannot be served, its deadline passed while it waited, there was no memory for
+it, or the engine failed on it."""
+
+
 class Refused(Message, frozen=True):
-    """A request that was not begun, or a prompt that could not be embedded. `expired`: its deadline passed
-    while it waited."""
+    """A request that was not begun, or that the engine could not go on with; its end."""
 
     id: int
     message: str
-    expired: bool = False
+    cause: Cause = "invalid"
 
 
 class Pulse(Message, frozen=True):

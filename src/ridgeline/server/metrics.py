@@ -21,6 +21,7 @@ from ridgeline.server.messages import (
     Abort,
     Add,
     Begun,
+    Cause,
     Command,
     Embed,
     Embedded,
@@ -39,6 +40,12 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 
 ENDS_WELL = ("stop", "length", "embedded")
 ENDS_BADLY = ("aborted", "engine_stopped", "error", "expired", "refused")
+_REFUSED: dict[Cause, str] = {
+    "invalid": "refused",
+    "expired": "expired",
+    "capacity": "error",
+    "fault": "error",
+}
 
 
 @dataclass(slots=True)
@@ -133,7 +140,7 @@ class Metrics:
                 self._prompt_tokens.inc(life.prompt_tokens)
                 self._end_well(life, "embedded", time.monotonic())
         elif isinstance(message, Refused):
-            self._end_badly(message.id, "expired" if message.expired else "refused")
+            self._end_badly(message.id, _REFUSED[message.cause])
         elif isinstance(message, Abort):
             self._end_badly(message.id, "aborted")
         elif isinstance(message, Failed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import resource
 import signal
@@ -39,7 +40,10 @@ def serve(engine: EngineConfig, config: ServerConfig) -> None:
 
 
 async def _serve(engine: EngineConfig, config: ServerConfig, text: TextSide, listener: socket.socket) -> None:
-    await Server(EngineClient(engine), config, text, listener).run()
+    server = Server(EngineClient(engine), config, text, listener)
+    gc.collect()
+    gc.freeze()  # what stays for ever is not looked through again, which would hold up everybody for 0.1 s
+    await server.run()
 
 
 class Server:

@@ -122,10 +122,10 @@ class Service:
 
     # ------------------------------------------------------------------------------------- requests
 
-    def admit(self, key: ApiKey | None, sequences: int) -> Ticket:
-        """A place for a request of so many sequences. Raises HttpError 429 and 503."""
+    def admit(self, key: ApiKey | None, sequences: int, name: str = "") -> Ticket:
+        """A place for a request of so many sequences, called `name` in logs. Raises HttpError 429 and 503."""
         self.check_ready(key)
-        ticket = Ticket(self, key, sequences)
+        ticket = Ticket(self, key, sequences, name)
         self._tickets[ticket] = None
         self.open_sequences += sequences
         if key is not None:
@@ -136,14 +136,16 @@ class Service:
     def open_requests(self) -> int:
         return len(self._tickets)
 
-    @property
-    def waiting_tokens(self) -> int:
-        """Prompt tokens of the requests that wait for a seat: the engine takes them in their order."""
+    def waiting_tokens(self, whose: Ticket | None = None) -> int:
+        """Prompt tokens of the requests that wait for a seat: the engine takes them in their order. For who
+        has a seat there are none."""
         pulse = self.client.pulse
         seats = pulse.running if pulse is not None and pulse.waiting else self.card.max_num_seqs
         waiting = 0
         for ticket in self._tickets:
             if seats > 0:
+                if ticket is whose:
+                    return 0
                 seats -= ticket.sequences
             elif not ticket.begun:
                 waiting += ticket.tokens
@@ -180,7 +182,8 @@ def _overloaded(message: str) -> HttpError:
 class Ticket:
     """One admitted request: its place in the queue and what it has begun. Closing it ends all of that."""
 
-    def __init__(self, service: Service, key: ApiKey | None, sequences: int) -> None:
+    def __init__(self, service: Service, key: ApiKey | None, sequences: int, name: str) -> None:
+        self.name = name
         self.sequences = sequences
         self.tokens = 0
         self.begun = False  # something of an answer has come
@@ -193,14 +196,14 @@ class Ticket:
     def submit(self, prompts: Sequence[Sequence[int]], params: SamplingParams, stream: bool) -> None:
         """Begin the prompts. Raises HttpError 429 when too many tokens wait, and EngineDeadError."""
         service = self._service
-        waiting = service.waiting_tokens
+        waiting = service.waiting_tokens(self)
         self.tokens = sum(map(len, prompts))
         # Where nobody waits, a request is taken however long it is.
         if waiting and waiting + self.tokens > service.config.max_queue_tokens:
             raise _overloaded(f"{waiting} prompt tokens are waiting already")
         deadline_s = time.monotonic() + service.config.queue_timeout_s
         for prompt in prompts:
-            begun = service.client.submit(prompt, params, stream, deadline_s, self.arrived_s)
+            begun = service.client.submit(prompt, params, stream, deadline_s, self.arrived_s, self.name)
             self._streams.append(begun)
 
     async def pieces(self) -> AsyncIterator[tuple[int, list[Piece]]]:

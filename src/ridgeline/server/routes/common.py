@@ -102,8 +102,9 @@ async def admitted(request: Request, kind: type[B]) -> Admitted[B]:
     model = service.model_name(body.model)
     body.check()
     params = body.params(service.text.sampling_defaults)
-    ticket = service.admit(key, body.answers)
-    service.log_prompt(request.scope["ridgeline.id"], body.content)
+    name = request.scope["ridgeline.id"]
+    ticket = service.admit(key, body.answers, name)
+    service.log_prompt(name, body.content)
     return Admitted(request, service, body, model, params, ticket)
 
 

@@ -38,8 +38,9 @@ async def embeddings(request: Request) -> Response:
     service.check_ready(key)
     body = await service.bodies.read(request, EmbeddingRequest)
     model = service.model_name(body.model)
-    ticket = service.admit(key, len(body.input))
-    service.log_prompt(request.scope["ridgeline.id"], body.input)
+    name = request.scope["ridgeline.id"]
+    ticket = service.admit(key, len(body.input), name)
+    service.log_prompt(name, body.input)
 
     async def work() -> Response:
         prompts = await service.in_thread(_tokens, service, body)
@@ -50,7 +51,7 @@ async def embeddings(request: Request) -> Response:
         deadline_s = time.monotonic() + service.config.queue_timeout_s
         vectors = await _all(
             [
-                service.client.embed(each, body.pooling, body.normalize, deadline_s, ticket.arrived_s)
+                service.client.embed(each, body.pooling, body.normalize, deadline_s, ticket.arrived_s, name)
                 for each in prompts
             ]
         )
