@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving import CHAT, FakeServer, code_of, fake_server, until, with_server
 
+from ridgeline.server import protocol
 from ridgeline.server.body import parse_json
 from ridgeline.server.errors import HttpError
 from ridgeline.server.messages import Refused
@@ -103,6 +104,43 @@ def test_large_bodies_are_refused_as_they_come(tiny_llama: Path) -> None:
             assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
 
     with_server(tiny_llama, scenario, max_body_bytes=4096)
+
+
+def test_an_answer_before_the_body_does_not_cut_off_the_next_request(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients send headers and body apart, and the answer to the headers, such as a 429, may come between."""
+    monkeypatch.setattr(protocol, "LINGER_S", 0.3)
+
+    async def scenario(server: FakeServer) -> None:
+        body = json.dumps({"messages": CHAT["messages"], "max_tokens": 3}).encode()
+        request = post("/v1/chat/completions", body)
+        headers = request[: -len(body)]
+
+        async def answer() -> bytes:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]
+            await reader.readexactly(int(length))
+            return head[9:12]
+
+        reader, writer = await asyncio.open_connection(server.host, server.port)
+        server.engine.state = "restarting"
+        writer.write(headers)
+        assert await answer() == b"503"
+        server.engine.state = "ready"
+        writer.write(body + headers)
+        await asyncio.sleep(0.6)
+        writer.write(body)
+        assert await answer() == b"200"
+
+        server.engine.state = "restarting"  # and who never sends the body is put out
+        writer.write(headers)
+        assert await answer() == b"503"
+        assert await reader.read() == b""
+        writer.close()
+        server.engine.state = "ready"
+
+    with_server(tiny_llama, scenario)
 
 
 def test_bodies_that_are_no_objects(tiny_llama: Path) -> None:
