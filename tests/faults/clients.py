@@ -7,7 +7,6 @@ AssertionError.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import socket
 import time
@@ -103,14 +102,13 @@ def mistakes(context: int) -> list[tuple[str, bytes, int, str | None]]:
 
 @dataclass
 class World:
-    """What the clients share. `http` is renewed whenever the house is at rest, `resting` is set then."""
+    """What the clients share. `http` is renewed whenever the house is at rest."""
 
     url: str
     context: int
     sloth_s: float
     http: httpx.AsyncClient
     answers: dict[int, object] = field(default_factory=dict)
-    resting: asyncio.Event = field(default_factory=asyncio.Event)
     engine_gone_s: float = -1e9
 
     def __post_init__(self) -> None:
@@ -292,11 +290,9 @@ async def sloth(world: World, random: Random) -> str:
     try:
         writer.write(long_request(world, random))
         async with asyncio.timeout(random.uniform(1, world.sloth_s)):
-            while not world.resting.is_set():
-                if not await arriving.read(512):
-                    return "put out"
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(world.resting.wait(), pause_s)
+            while await arriving.read(512):
+                await asyncio.sleep(pause_s)
+        return "put out"
     except TimeoutError:
         pass
     except ConnectionError:
@@ -354,3 +350,5 @@ CLIENTS: dict[Client, float] = {
     crowd: 1,
 }
 """Which clients come, and how often."""
+RUDE = (quitter, sloth, babbler)
+"""Those that may be killed at any moment."""

@@ -24,7 +24,7 @@ import httpx
 import numpy as np
 import psutil
 
-from faults.clients import CLIENTS, Client, World, asker, bore
+from faults.clients import CLIENTS, RUDE, Client, World, asker, bore
 from faults.house import Belongings, House
 
 LIMIT_S = 120.0
@@ -123,7 +123,8 @@ class Report:
     def criteria(self) -> dict[str, bool]:
         slopes = [slope for slope in (self.server_slope, self.engine_slope) if slope is not None]
         kinds = {client.__name__ for client in CLIENTS} if self.plan.minutes >= 5 else {"asker"}
-        things = {tuple(rest[who][what] for who in _WHO for what in _WHAT) for rest in self.rests}
+        rests = [rest for rest in self.rests if rest["minute"] >= SETTLE_MINUTES] or self.rests[-1:]
+        things = {tuple(rest[who][what] for who in _WHO for what in _WHAT) for rest in rests}
         return {
             "nothing hung": not self.hangs,
             "every answer was right": not self.failures,
@@ -178,8 +179,9 @@ class Soak:
         self.report = Report(plan)
         self._plan = plan
         self._server = psutil.Process(house.server.process.pid)
-        self._busy = 0
+        self._visits: dict[asyncio.Task[None], Client] = {}
         self._may_come = asyncio.Event()
+        self._awake = asyncio.Lock()
         self._began_s = 0.0
 
     @property
@@ -193,11 +195,11 @@ class Soak:
         self._world = World(house.url, context, plan.sloth_s, _http(house.url))
         await self._learn()
         self._began_s = time.monotonic()
-        self._may_come.set()
         tasks = [asyncio.create_task(self._come(Random(f"{plan.seed} {n}"))) for n in range(plan.clients)]
         tasks.append(asyncio.create_task(self._sample()))
         tasks.append(asyncio.create_task(self._harm(Random(plan.seed))))
         while self._minute < plan.minutes:
+            self._may_come.set()
             left_s = 60 * (plan.minutes - self._minute)
             await asyncio.wait(tasks, timeout=min(plan.rest_s, left_s), return_when=asyncio.FIRST_EXCEPTION)
             await self._rest()
@@ -232,11 +234,15 @@ class Soak:
         clients, weights = list(CLIENTS), list(CLIENTS.values())
         while True:
             await self._may_come.wait()
-            self._busy += 1
+            (client,) = random.choices(clients, weights)
+            visit = asyncio.create_task(self._visit(client, random))
+            self._visits[visit] = client
             try:
-                await self._visit(random.choices(clients, weights)[0], random)
+                await asyncio.wait({visit})
             finally:
-                self._busy -= 1
+                visit.cancel()
+                del self._visits[visit]
+            visit.result()
             await asyncio.sleep(random.expovariate(1 / self._plan.think_s))
 
     async def _visit(self, client: Client, random: Random) -> None:
@@ -248,6 +254,8 @@ class Soak:
             outcome = "hung"
             report.hangs += 1
             report.fail(f"minute {self._minute:.2f}: {name} hung")
+        except asyncio.CancelledError:
+            outcome = "killed"
         except (AssertionError, httpx.HTTPError, OSError, ValueError, LookupError) as error:
             outcome = "failed"
             report.fail(f"minute {self._minute:.2f}: {name}: {type(error).__name__}: {error}")
@@ -285,12 +293,8 @@ class Soak:
 
     async def _sample(self) -> None:
         while True:
-            await self._may_come.wait()
-            self._busy += 1
-            try:
+            async with self._awake:
                 state = await self._health()
-            finally:
-                self._busy -= 1
             server = self._server
             sample = Sample(
                 round(self._minute, 3),
@@ -317,23 +321,21 @@ class Soak:
         return "ready" if answer.status_code == 200 else str(answer.json()["error"]["code"])
 
     async def _rest(self) -> None:
-        """Let everybody end, look at the house, and let them in again."""
+        """Let everybody end, kill who would not, and look at the house."""
         self._may_come.clear()
-        self._world.resting.set()
-        end_s = time.monotonic() + LIMIT_S + 10
-        while self._busy and time.monotonic() < end_s:
-            await asyncio.sleep(0.05)
-        if self._busy:
-            self.report.fail(f"minute {self._minute:.2f}: {self._busy} clients did not end")
-        await self._renew()
-        try:
-            await asyncio.to_thread(self.house.check)
-        except AssertionError as error:
-            self.report.fail(f"minute {self._minute:.2f}: the house at rest: {error}")
-        self.report.rests.append(await asyncio.to_thread(self._look))
+        for visit, client in self._visits.items():
+            if client in RUDE:
+                visit.cancel()
+        while self._visits:  # none of them takes longer than LIMIT_S
+            await asyncio.sleep(0.02)
+        async with self._awake:
+            await self._renew()
+            try:
+                await asyncio.to_thread(self.house.check)
+            except AssertionError as error:
+                self.report.fail(f"minute {self._minute:.2f}: the house at rest: {error}")
+            self.report.rests.append(await asyncio.to_thread(self._look))
         print(f"minute {self._minute:6.2f}: {self.report.rests[-1]}", flush=True)
-        self._world.resting.clear()
-        self._may_come.set()
 
     def _look(self) -> dict[str, Any]:
         """What each process holds now."""
