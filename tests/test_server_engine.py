@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -16,7 +20,7 @@ import pytest
 from ridgeline import LLM, SamplingParams
 from ridgeline.config import EngineConfig
 from ridgeline.server.engine_client import EngineClient, EngineStream, ExpiredError, Patience
-from ridgeline.server.messages import Piece
+from ridgeline.server.messages import EVENTS, Hello, Piece, Pulse, Start, frame, receive_frame
 from ridgeline.types import CapacityError, EngineDeadError, RequestError
 
 PROMPT = (5, 6, 7, 8)
@@ -168,3 +172,27 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
         assert client.state == "closed"
 
     asyncio.run(run())
+
+
+def test_an_engine_whose_server_is_gone_ends_without_a_word(tiny_llama: Path, tmp_path: Path) -> None:
+    """Also where it finds that out by writing."""
+    path = str(tmp_path / "engine.sock")
+    start = Start(path, "secret", asdict(EngineConfig(model=str(tiny_llama), threads=1)))
+    command = (sys.executable, "-m", "ridgeline.server.engine_process")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        listener.settimeout(60)
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdin is not None
+            process.stdin.write(frame(start)[4:])
+            process.stdin.close()
+            connection, _ = listener.accept()
+            with connection:
+                assert receive_frame(connection, EVENTS) == Hello("secret")
+                while not isinstance(receive_frame(connection, EVENTS), Pulse):
+                    pass
+                connection.shutdown(socket.SHUT_RD)
+                assert process.wait(60) == 0
+            assert process.stderr is not None
+            assert process.stderr.read() == b""

@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import CHAT, FakeServer, code_of, fake_server, until, with_server
 
+from ridgeline.server import protocol
 from ridgeline.server.body import parse_json
 from ridgeline.server.messages import Refused
 
@@ -31,6 +33,46 @@ def test_brackets_in_strings_do_not_nest() -> None:
     deep = {"a": "[" * 1000 + '\\"' + "{" * 1000, "b": [[1]]}
     assert parse_json(json.dumps(deep).encode(), 3) == deep
     assert parse_json(b'["\\ud83d\\ude00"]', 3) == ["\U0001f600"]
+
+
+# -------------------------------------------------------------------------------------------- connections
+
+
+def test_an_answer_before_the_body_does_not_cut_off_the_next_request(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients send headers and body apart, and the answer to the headers, such as a 429, may come between."""
+    monkeypatch.setattr(protocol, "LINGER_S", 0.3)
+
+    async def scenario(server: FakeServer) -> None:
+        body = json.dumps({"messages": CHAT["messages"], "max_tokens": 3}).encode()
+        lines = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
+        headers = "\r\n".join([*lines, "", ""]).encode()
+
+        async def answer() -> bytes:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]
+            await reader.readexactly(int(length))
+            return head[9:12]
+
+        reader, writer = await asyncio.open_connection(server.host, server.port)
+        server.engine.state = "restarting"
+        writer.write(headers)
+        assert await answer() == b"503"
+        server.engine.state = "ready"
+        writer.write(body + headers)
+        await asyncio.sleep(0.6)
+        writer.write(body)
+        assert await answer() == b"200"
+
+        server.engine.state = "restarting"  # and who never sends the body is put out
+        writer.write(headers)
+        assert await answer() == b"503"
+        assert await reader.read() == b""
+        writer.close()
+        server.engine.state = "ready"
+
+    with_server(tiny_llama, scenario)
 
 
 # ---------------------------------------------------------------------------------------------- queues

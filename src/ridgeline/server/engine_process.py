@@ -231,8 +231,12 @@ class _Line:
         self.tell(Hello(start.secret))
 
     def tell(self, message: Message) -> None:
-        with self._lock:
-            self._connection.sendall(frame(message))
+        content = frame(message)
+        try:
+            with self._lock:
+                self._connection.sendall(content)
+        except OSError:  # the server is gone; whoever finds out first ends this
+            os._exit(0)
 
     def listen(self, obey: Callable[[Command], None]) -> None:
         """Take in commands until the server is gone, and then be gone too."""

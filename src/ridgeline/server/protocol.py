@@ -9,7 +9,7 @@ from collections import deque
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from ridgeline.server import logs
 from ridgeline.server.config import ServerConfig
@@ -142,7 +142,7 @@ class BoundedConnection(H11Protocol):
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY:
             # An answer before the end of the body, such as 413: the client gets a moment to read it.
-            self.loop.call_later(LINGER_S, self._end_body)
+            self.loop.call_later(LINGER_S, self._end_body, self.cycle)
         elif self._headers is None and self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
             self._expect_headers()  # a part of the next request came with this one
 
@@ -164,8 +164,9 @@ class BoundedConnection(H11Protocol):
     def _expect_headers(self) -> None:
         self._headers = self.loop.call_later(self.limits.header_timeout_s, self.transport.close)
 
-    def _end_body(self) -> None:
-        if self.conn.their_state is h11.SEND_BODY:
+    def _end_body(self, answered: RequestResponseCycle) -> None:
+        """The connection may be in the midst of its next request by now."""
+        if self.cycle is answered and self.conn.their_state is h11.SEND_BODY:
             self.transport.abort()
 
     def _stop(self, name: str) -> None:
