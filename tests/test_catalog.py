@@ -85,9 +85,11 @@ def runs(tmp_path: Path) -> int:
 
 
 def models_in(cache: Path) -> list[str]:
-    """Every file of the cache but locks: what a failure might have left behind."""
-    files = (file for file in cache.rglob("*") if file.is_file())
-    return sorted(str(file.relative_to(cache)) for file in files if file.suffix != ".lock")
+    """Every file of the cache but locks and notes: what a failure might have left behind."""
+    files = (
+        file for file in cache.rglob("*") if file.is_file() and file.suffix not in (".lock", ".verified")
+    )
+    return sorted(str(file.relative_to(cache)) for file in files)
 
 
 def fails(kind: type[RidgelineError], act: Callable[[], object]) -> str:

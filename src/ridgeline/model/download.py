@@ -18,11 +18,12 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Literal
 
+from ridgeline.resources.paths import write_atomic
 from ridgeline.types import CapacityError, CheckpointError, RidgelineError
 
 Stage = Literal["waiting", "downloading", "unpacking", "verifying"]
@@ -147,6 +148,30 @@ def check_file(path: Path, name: str, size_bytes: int, sha256: str, progress: Pr
         raise CheckpointError(
             f"{name}: SHA-256 is {found[:16]}...; accepted: {sha256[:16]}.... Pull it again"
         )
+
+
+def verification_of(path: Path) -> Path:
+    """The small file that says in which state a file was when it was found whole."""
+    return path.with_name(path.name + ".verified")
+
+
+def mark_verified(path: Path) -> None:
+    """Remember that the file was found whole. Where that cannot be written, it is found out each time."""
+    with suppress(CapacityError):
+        write_atomic(verification_of(path), _state_of(path))
+
+
+def is_verified(path: Path) -> bool:
+    """Whether the file was found whole and has not been written since."""
+    try:
+        return verification_of(path).read_bytes() == _state_of(path)
+    except OSError:
+        return False
+
+
+def _state_of(path: Path) -> bytes:
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}".encode()
 
 
 @contextmanager
