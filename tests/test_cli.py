@@ -27,7 +27,7 @@ from ridgeline.types import CompletionOutput, RequestError, RequestMetrics, Requ
 if TYPE_CHECKING:
     from tiny_models import TinyModel
 
-VERBS = ("run", "chat", "pull", "list", "show", "rm", "perplexity", "probe", "bench", "serve")
+VERBS = ("run", "chat", "pull", "list", "show", "rm", "perplexity", "probe", "bench", "serve", "doctor")
 
 
 @pytest.fixture
@@ -124,6 +124,7 @@ MISTAKES = [
     (["bench", "-m", "TINY", "--batch", "0"], "batch is 0"),
     (["bench", "-m", "TINY", "--prompt-tokens", "600"], "accepted: at most 512"),
     (["probe", "--threads", "-2"], "threads is -2"),
+    (["doctor", "--threads", "-2"], "threads is -2"),
 ]
 
 

@@ -243,6 +243,22 @@ def assert_scores(sent: list[dict[str, Any] | None], output: RequestOutput) -> N
         assert all(set(value) == {"logprob", "rank", "decoded_token"} for value in entry.values())
 
 
+def test_prompts_are_scored_as_evaluation_harnesses_ask(client: openai.OpenAI, tokenizer: Tokenizer) -> None:
+    """They take the scores between the context and the one token that they do not want, whatever that is."""
+    (end,) = tokenizer.encode("<|im_end|>", parse_special=True)
+    prompts = [tokenizer.encode(text) for text in ("The ridge of", "a roof", "x")]
+    ask: dict[str, Any] = {"model": "tiny", "prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": 1}
+    for bias in ({}, {str(end): 100}):
+        choices = client.completions.create(**ask, temperature=0, seed=1234, logit_bias=bias).choices
+        assert [choice.index for choice in choices] == [0, 1, 2]
+        for choice, prompt in zip(choices, prompts, strict=True):
+            scores: Any = choice.logprobs
+            assert len(scores.token_logprobs) == len(scores.top_logprobs) == len(prompt) + 1
+            for score, top in zip(scores.token_logprobs[1:], scores.top_logprobs[1:], strict=True):
+                assert score <= max(top.values())
+    assert all(choice.finish_reason == "stop" for choice in choices)
+
+
 def test_embeddings(client: openai.OpenAI) -> None:
     texts = ["The ridge", "of the roofline", "The ridge"]
     plain = client.embeddings.create(model="tiny", input=texts, encoding_format="float")

@@ -115,6 +115,31 @@ def test_calls_and_reasoning_are_parsed_as_the_template_tells(tiny_llama: Path) 
     with_server(tiny_llama, scenario, chat_template=template)
 
 
+def test_one_call_at_most_where_parallel_ones_are_not_wanted(tiny_llama: Path) -> None:
+    template = "{{ messages[0].content }}{% if tools %}<tool_call>{% endif %}"
+    calls = [f'<tool_call>{{"name": "find", "arguments": {{"a": {a}}}}}</tool_call>' for a in (1, 2)]
+    script = tuple((text, 100) for text in ("So: ", calls[0], "\n", calls[1]))
+
+    async def scenario(server: FakeServer) -> None:
+        server.engine.script, server.engine.reason = script, "stop"
+        tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+        ask: dict[str, Any] = {"model": "tiny", "messages": CHAT["messages"], "max_tokens": 4, "tools": tools}
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            for parallel, expected in ((True, [1, 2]), (False, [1])):
+                answer: Any = await client.chat.completions.create(**ask, parallel_tool_calls=parallel)
+                message = answer.choices[0].message
+                assert [json.loads(c.function.arguments)["a"] for c in message.tool_calls] == expected
+                assert answer.choices[0].finish_reason == "tool_calls"
+                chunks: Any = await client.chat.completions.create(
+                    **ask, parallel_tool_calls=parallel, stream=True
+                )
+                deltas = [chunk.choices[0].delta async for chunk in chunks]
+                named = [part.index for d in deltas for part in d.tool_calls or () if part.function.name]
+                assert named == list(range(len(expected)))
+
+    with_server(tiny_llama, scenario, chat_template=template)
+
+
 async def _post(client: httpx.AsyncClient, body: dict[str, Any]) -> httpx.Response:
     return await client.post("/v1/chat/completions", json=body)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ridgeline.cli import bench, bench_serve, chat, perplexity, probe, pull, rm, run, serve, show
+from ridgeline.cli import bench, bench_serve, chat, doctor, perplexity, probe, pull, rm, run, serve, show
 from ridgeline.cli import list as list_verb
 
 app = typer.Typer(
@@ -31,16 +31,15 @@ _bench = typer.Typer(rich_markup_mode=None)
 _bench.callback(invoke_without_command=True)(bench.bench)
 _bench.command("serve")(bench_serve.bench_serve)
 app.add_typer(_bench, name="bench")
+app.command()(doctor.doctor)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
+        from ridgeline.resources.installation import package_version
 
-        try:
-            print(f"ridgeline {version('ridgeline')}")
-        except PackageNotFoundError:
-            print("ridgeline, from a source tree that is not installed")
+        found = package_version()
+        print(f"ridgeline {found}" if found else "ridgeline, from a source tree that is not installed")
         raise typer.Exit
 
 

@@ -29,8 +29,11 @@ _Pool: TypeAlias = NDArray[np.uint16] | NDArray[np.float32]
 PAGE_TOKENS: int
 """Slots in a KV page."""
 
-def isa_levels() -> list[str]:
-    """Instruction-set levels that this machine can run, best first; the last is always "portable"."""
+def isa_levels(built: bool = False) -> list[str]:
+    """Instruction-set levels that this machine can run, best first; the last is always "portable".
+
+    With `built`, all that were compiled in, also those that this machine lacks.
+    """
 
 def allocate(size_bytes: int, huge_pages: bool = True) -> NDArray[np.uint8]:
     """Zeroed memory, 64-byte aligned. From 2 MiB on it takes memory only where it is touched; with

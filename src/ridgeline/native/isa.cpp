@@ -47,27 +47,52 @@ bool has_dot_product() {
 }  // namespace
 #endif
 
-std::vector<const Kernels*> available_kernels() {
-  std::vector<const Kernels*> levels;
+namespace {
+
+// The compiler's questions ask for the operating system's support as well.
+bool runs_here([[maybe_unused]] const Kernels* level) {
 #if defined(RIDGELINE_WITH_AVX512_VNNI)
-  // These ask for the operating system's support as well.
-  const bool runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
+  if (level == &avx512_vnni::kernels) return vnni;
 #if defined(RIDGELINE_WITH_AVX512_BF16)
-  if (runs && __builtin_cpu_supports("avx512bf16")) levels.push_back(&avx512_bf16::kernels);
+  if (level == &avx512_bf16::kernels) return vnni && __builtin_cpu_supports("avx512bf16");
 #endif
-  if (runs) levels.push_back(&avx512_vnni::kernels);
 #endif
 #if defined(RIDGELINE_WITH_AVX2)
   // Every processor with AVX2 has F16C, and not every compiler knows it by name here.
-  const bool runs_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (runs_avx2) levels.push_back(&avx2::kernels);
+  if (level == &avx2::kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
 #if defined(RIDGELINE_WITH_NEON_DOT)
-  if (has_dot_product()) levels.push_back(&neon_dot::kernels);
+  if (level == &neon_dot::kernels) return has_dot_product();
+#endif
+  return true;
+}
+
+}  // namespace
+
+std::vector<const Kernels*> built_kernels() {
+  std::vector<const Kernels*> levels;
+#if defined(RIDGELINE_WITH_AVX512_BF16)
+  levels.push_back(&avx512_bf16::kernels);
+#endif
+#if defined(RIDGELINE_WITH_AVX512_VNNI)
+  levels.push_back(&avx512_vnni::kernels);
+#endif
+#if defined(RIDGELINE_WITH_AVX2)
+  levels.push_back(&avx2::kernels);
+#endif
+#if defined(RIDGELINE_WITH_NEON_DOT)
+  levels.push_back(&neon_dot::kernels);
 #endif
   levels.push_back(&portable::kernels);
+  return levels;
+}
+
+std::vector<const Kernels*> available_kernels() {
+  std::vector<const Kernels*> levels = built_kernels();
+  std::erase_if(levels, [](const Kernels* level) { return !runs_here(level); });
   return levels;
 }
 

@@ -187,7 +187,9 @@ struct Kernels {
   double (*peak_ops)(PeakFormat format, int64_t iterations);
 };
 
-// Levels that this machine runs, best first, and the kernels of one of them (null if it has none).
+// Levels of this build, those of them that this machine runs, both best first, and the kernels of one that it
+// runs (null if there is none of that name).
+std::vector<const Kernels*> built_kernels();
 std::vector<const Kernels*> available_kernels();
 const Kernels* find_kernels(const char* name);
 

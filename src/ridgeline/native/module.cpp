@@ -189,11 +189,15 @@ NB_MODULE(_native, m) {
       .def_prop_ro("storage", &Matrix::storage_name)
       .def_prop_ro("nbytes", [](const Matrix& x) { return x.shape().packed_bytes; })
       .def("unpack_row", &unpack_row, "row"_a);
-  m.def("isa_levels", [] {
-    std::vector<std::string> names;
-    for (const Kernels* level : available_kernels()) names.emplace_back(level->name);
-    return names;
-  });
+  m.def(
+      "isa_levels",
+      [](bool built) {
+        std::vector<std::string> names;
+        for (const Kernels* level : built ? built_kernels() : available_kernels())
+          names.emplace_back(level->name);
+        return names;
+      },
+      "built"_a = false);
   m.def(
       "allocate",
       [](int64_t size_bytes, bool huge_pages) {

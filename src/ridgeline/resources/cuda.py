@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 from ridgeline.types import ConfigError
 
@@ -89,6 +91,27 @@ def cuda_device(index: int | None = None) -> GPU:
     if index is not None and not 0 <= index < visible:
         raise ConfigError(f"the GPU's index is {index}; accepted: 0 to {visible - 1}")
     return _facts(torch.cuda.current_device() if index is None else index)
+
+
+def cuda_devices() -> tuple[GPU, ...]:
+    """The facts of every visible GPU; none where CUDA cannot be used."""
+    if cuda_unavailable() is not None:
+        return ()
+    import torch
+
+    return tuple(_facts(index) for index in range(torch.cuda.device_count()))
+
+
+def cuda_driver() -> str | None:
+    """The NVIDIA driver's version, empty where the system does not say; None where there is no driver."""
+    if not _driver_installed():
+        return None
+    try:
+        told = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    found = re.search(r"^NVRM version:.*?\s(\d+(?:\.\d+)+)\s", told, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def cuda_free_memory_bytes(index: int | None = None) -> int:

@@ -36,24 +36,54 @@ class Machine:
 @functools.cache
 def machine() -> Machine:
     """The machine that this process runs on."""
-    cpus = set(range(os.cpu_count() or 1))
-    return Machine(_cpu_name(), _physical_cores(cpus), _memory("MemTotal"))
+    return Machine(_cpu_name(), cores().physical, _memory("MemTotal"))
+
+
+@dataclass(frozen=True, slots=True)
+class Cores:
+    """How many cores there are, and what limits how many of them this process can use.
+
+    `allowed` counts the physical cores of the affinity mask, `quota` is the cgroup's CPU quota in cores and
+    `asked` what OMP_NUM_THREADS says; None where there is none.
+    """
+
+    logical: int
+    physical: int
+    allowed: int
+    quota: float | None
+    asked: int | None
+
+    @property
+    def usable(self) -> int:
+        """Cores on which this process can run threads at full speed, at least 1.
+
+        One per physical core of the affinity mask, at most the cgroup's CPU quota (whole cores: a fraction
+        would have one thread stopped while the others wait for it), at most OMP_NUM_THREADS.
+        """
+        limits = [self.allowed]
+        if self.quota is not None:
+            limits.append(int(self.quota))
+        if self.asked is not None:
+            limits.append(self.asked)
+        return max(min(limits), 1)
+
+
+def cores() -> Cores:
+    """The cores as they are now: affinity and quota can change while a process runs."""
+    logical = os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return Cores(
+        logical=logical,
+        physical=_physical_cores(set(range(logical))),
+        allowed=_physical_cores(_affinity()),
+        quota=_cpu_quota(),
+        asked=int(asked) if asked.isdecimal() and int(asked) > 0 else None,
+    )
 
 
 def usable_cores() -> int:
-    """Cores on which this process can run threads at full speed, at least 1.
-
-    One per physical core of the affinity mask, at most the cgroup's CPU quota (whole cores: a fraction
-    would have one thread stopped while the others wait for it), at most OMP_NUM_THREADS.
-    """
-    cores = _physical_cores(_affinity())
-    quota = _cpu_quota()
-    if quota is not None:
-        cores = min(cores, int(quota))
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if asked.isdecimal() and int(asked) > 0:
-        cores = min(cores, int(asked))
-    return max(cores, 1)
+    """Cores on which this process can run threads at full speed, at least 1."""
+    return cores().usable
 
 
 def choose_isa() -> str:
@@ -76,6 +106,18 @@ def free_memory_bytes() -> int:
     for limit, used in _memory_limits():
         free = min(free, limit - used)
     return max(free, 0)
+
+
+def memory_limit_bytes() -> int | None:
+    """The smallest memory limit of a cgroup that holds for this process; None where there is none."""
+    return min((limit for limit, _ in _memory_limits()), default=None)
+
+
+def huge_pages() -> str:
+    """When the system backs memory with huge pages: always, madvise (where asked, as for weights) or never;
+    empty where it does not say."""
+    found = re.search(r"\[(\w+)\]", _read(Path("/sys/kernel/mm/transparent_hugepage/enabled")))
+    return found[1] if found else ""
 
 
 def last_level_cache_bytes() -> int:

@@ -164,8 +164,9 @@ class Service:
         card = self.card
         if len(tokens) >= card.max_model_len:
             raise bad_request(
-                f"this model's context is {card.max_model_len} tokens, and the prompt has {len(tokens)}; "
-                f"accepted: at most {card.max_model_len - 1}",
+                # LiteLLM knows an overflow by the first words, LangChain by "prompt is too long".
+                f"This model's maximum context length is {card.max_model_len} tokens and the prompt is too "
+                f"long: {len(tokens)} tokens; accepted: at most {card.max_model_len - 1}",
                 param,
                 "context_length_exceeded",
             )

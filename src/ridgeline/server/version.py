@@ -1,12 +1,10 @@
-"""Which version of the package runs."""
+"""The version that clients and metrics are told."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from ridgeline.resources import installation
 
 
 def package_version() -> str:
-    try:
-        return version("ridgeline")
-    except PackageNotFoundError:
-        return "unknown"
+    """Of the installed package; "unknown" in a source tree."""
+    return installation.package_version() or "unknown"

@@ -1,6 +1,6 @@
 """Parsers of models' output: tool calls and reasoning, streaming, for the families that are loaded."""
 
-from ridgeline.server.parsers.deltas import Delta, OutputParser, PlainParser, ToolCallDelta
+from ridgeline.server.parsers.deltas import Delta, FirstCall, OutputParser, PlainParser, ToolCallDelta
 from ridgeline.server.parsers.families import parser_for
 
-__all__ = ["Delta", "OutputParser", "PlainParser", "ToolCallDelta", "parser_for"]
+__all__ = ["Delta", "FirstCall", "OutputParser", "PlainParser", "ToolCallDelta", "parser_for"]

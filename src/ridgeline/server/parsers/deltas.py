@@ -67,6 +67,31 @@ class PlainParser:
         return []
 
 
+class FirstCall:
+    """What another parser reads, without the tool calls after the first: `parallel_tool_calls: false`."""
+
+    def __init__(self, parser: OutputParser) -> None:
+        self._parser = parser
+
+    @property
+    def needs_special_tokens(self) -> bool:
+        return self._parser.needs_special_tokens
+
+    @property
+    def called_tools(self) -> bool:
+        return self._parser.called_tools
+
+    def feed(self, text: str, token_ids: Sequence[int]) -> list[Delta]:
+        return self._first(self._parser.feed(text, token_ids))
+
+    def finish(self) -> list[Delta]:
+        return self._first(self._parser.finish())
+
+    @staticmethod
+    def _first(deltas: list[Delta]) -> list[Delta]:
+        return [delta for delta in deltas if all(part.index == 0 for part in delta.tool_calls)]
+
+
 class Output:
     """Gathers what one feed gives; neighbours of one kind become one delta.
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from ridgeline.model.tokenizer import Tokenizer
 from ridgeline.server.errors import bad_request
 from ridgeline.server.messages import Piece
-from ridgeline.server.parsers import Delta, OutputParser, PlainParser
+from ridgeline.server.parsers import Delta, FirstCall, OutputParser, PlainParser
 from ridgeline.server.routes.common import (
     Admitted,
     admitted,
@@ -62,6 +62,8 @@ async def _answer(asked: Admitted[ChatRequest]) -> Response:
     with_tools = bool(body.tools) and body.tool_choice != "none"
     skip = params.skip_special_tokens
     parsers = [service.text.new_parser(tokens, with_tools, skip) for _ in range(params.n)]
+    if with_tools and not body.parallel_tool_calls:
+        parsers = [FirstCall(parser) for parser in parsers]
     head = new_head(service, "chatcmpl", asked.model)
     answer = ChatAnswer(service.text.tokenizer, head, body, parsers, usage)
     asked.ticket.submit([tokens], answer.as_read(params), body.stream)

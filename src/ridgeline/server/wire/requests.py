@@ -216,12 +216,6 @@ class ChatRequest(ChatTemplateFields, Sampled):
         self.check_stream_options()
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
-        if self.tools and not self.parallel_tool_calls:
-            raise bad_request(
-                "parallel_tool_calls: false is not supported beside tools",
-                "parallel_tool_calls",
-                "unsupported_parameter",
-            )
         if self.tool_choice not in (None, "none", "auto"):
             raise bad_request(
                 "tool_choice is not supported with this value; accepted: none, auto",
