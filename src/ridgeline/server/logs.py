@@ -6,7 +6,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 logger = logging.getLogger("ridgeline.server")
@@ -57,12 +58,19 @@ def _value(value: Any) -> str:
     return text if plain else '"' + text.replace('"', '\\"') + '"'
 
 
-def set_up(log_format: str) -> None:
-    """Send our logs, and those of the HTTP library from warnings on, to standard error."""
+@contextmanager
+def on_stderr(log_format: str) -> Iterator[None]:
+    """Within this, our logs, and those of the HTTP library from warnings on, go to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter(log_format == "json"))
+    before = []
     for name, level in (("ridgeline", logging.INFO), ("uvicorn", logging.ERROR), ("asyncio", logging.ERROR)):
         named = logging.getLogger(name)
-        named.handlers = [handler]
-        named.propagate = False
+        before.append((named, named.handlers, named.propagate, named.level))
+        named.handlers, named.propagate = [handler], False
         named.setLevel(level)
+    try:
+        yield
+    finally:
+        for named, named.handlers, named.propagate, level in before:
+            named.setLevel(level)

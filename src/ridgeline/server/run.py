@@ -32,11 +32,11 @@ _CLOSE_S = 2.0
 
 def serve(engine: EngineConfig, config: ServerConfig) -> None:
     """Serve until a signal says otherwise. Raises RidgelineError when the server cannot start."""
-    logs.set_up(config.log_format)
-    text = TextSide.load(engine.model, config)
-    _raise_descriptor_limit(config.max_connections)
-    with contextlib.closing(listen(config)) as listener:
-        asyncio.run(_serve(engine, config, text, listener))
+    with logs.on_stderr(config.log_format):
+        text = TextSide.load(engine.model, config)
+        _raise_descriptor_limit(config.max_connections)
+        with contextlib.closing(listen(config)) as listener:
+            asyncio.run(_serve(engine, config, text, listener))
 
 
 async def _serve(engine: EngineConfig, config: ServerConfig, text: TextSide, listener: socket.socket) -> None:
