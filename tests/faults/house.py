@@ -141,3 +141,8 @@ def error_of(answer: httpx.Response, *statuses: int) -> dict[str, Any]:
     assert not _PATHS.search(answer.text), answer.text
     assert "\n" not in error["message"]
     return error
+
+
+def short(value: object) -> str:
+    """A value in the name of a test."""
+    return repr(value)[:40]

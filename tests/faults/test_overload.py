@@ -89,7 +89,7 @@ def test_row_35_a_flood_of_long_prompts_holds_a_canary_up_for_a_bounded_number_o
     """Requests are served in the order of their arrival, so what is before the canary bounds its wait: the
     prompts in the seats, and those that may wait (see the next test)."""
     per_step, long, before_it = 64, 200, SEATS + 2
-    limits = ("--max-num-batched-tokens", per_step, "--max-queue", 3, "--max-queue-tokens", 450)
+    limits = ("--max-num-batched-tokens", per_step, "--max-queue", 3, "--max-queue-tokens", 650)
     with House.open(tiny_llama, *limits) as house:
         before = steps_of(house)
         flood = {"prompt": [5] * long, "max_tokens": 1, "temperature": 0}

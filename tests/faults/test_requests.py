@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from faults.house import House, error_of
+from faults.house import House, error_of, short
 from faults.routes import Route, described, routes
 
 NOT_JSON: list[tuple[str, bytes, str]] = [
@@ -184,7 +184,7 @@ def parts(value: Any) -> dict[str, list[Any]]:
     }
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("value", VALUES, ids=short)
 def test_row_14_wrong_types_inside_fields(house: House, value: Any) -> None:
     with house.web() as web:
         for route in routes(house):
@@ -206,7 +206,7 @@ WRONG_PARTS: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value"), WRONG_PARTS, ids=repr)
+@pytest.mark.parametrize(("field", "value"), WRONG_PARTS, ids=short)
 def test_row_14_wrong_parts_of_fields(house: House, field: str, value: Any) -> None:
     with house.web() as web:
         for route in routes(house):
@@ -353,7 +353,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value"), OUT_OF_RANGE, ids=repr)
+@pytest.mark.parametrize(("field", "value"), OUT_OF_RANGE, ids=short)
 def test_row_18_numbers_out_of_range(house: House, field: str, value: Any) -> None:
     with house.web() as web:
         takers = [route for route in routes(house) if route.has(field)]
