@@ -21,7 +21,8 @@ from openai_schemas import checked_async
 
 from ridgeline.config import EngineConfig
 from ridgeline.server.config import ServerConfig
-from ridgeline.server.engine_client import EngineClient, EngineStream
+from ridgeline.server.engine_client import EngineClient
+from ridgeline.server.engine_stream import EngineStream
 from ridgeline.server.messages import Add, Message, ModelCard, Piece, Pieces, Refused
 from ridgeline.server.run import Server, listen
 from ridgeline.server.text import TextSide

@@ -19,7 +19,8 @@ import pytest
 
 from ridgeline import LLM, SamplingParams
 from ridgeline.config import EngineConfig
-from ridgeline.server.engine_client import EngineClient, EngineStream, ExpiredError, Patience
+from ridgeline.server.engine_client import EngineClient, Patience
+from ridgeline.server.engine_stream import EngineStream, ExpiredError
 from ridgeline.server.messages import EVENTS, Hello, Piece, Pulse, Start, frame, receive_frame
 from ridgeline.types import CapacityError, EngineDeadError, RequestError
 

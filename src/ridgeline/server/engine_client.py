@@ -16,17 +16,17 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ridgeline.config import EngineConfig
+from ridgeline.server.engine_stream import ERRORS, EngineAnswer, EngineStream
 from ridgeline.server.messages import (
     EVENTS,
     Abort,
     Add,
-    Cause,
     Command,
     Embed,
     Embedded,
@@ -36,7 +36,6 @@ from ridgeline.server.messages import (
     Hello,
     Message,
     ModelCard,
-    Piece,
     Pieces,
     Pulse,
     Ready,
@@ -46,12 +45,9 @@ from ridgeline.server.messages import (
     read_frame,
 )
 from ridgeline.types import (
-    CapacityError,
     EngineDeadError,
     Pooling,
     PoolingParams,
-    RequestError,
-    RidgelineError,
     SamplingParams,
 )
 
@@ -71,85 +67,6 @@ class Patience:
     first_backoff_s: float = 0.5
     longest_backoff_s: float = 30.0
     calm_s: float = 60.0  # a process that lived so long is restarted without back-off
-
-
-class ExpiredError(RequestError):
-    """A request waited in the queue past its deadline and was never begun."""
-
-
-_ERRORS: dict[Cause, type[RidgelineError]] = {
-    "invalid": RequestError,
-    "expired": ExpiredError,
-    "capacity": CapacityError,
-    "fault": RidgelineError,
-}
-
-
-class EngineStream:
-    """What the engine says of one request. At most `limit` pieces wait for a slow reader; then the request is
-    aborted and the reader gets CapacityError."""
-
-    def __init__(self, client: EngineClient, number: int, limit: int, name: str) -> None:
-        self.number = number
-        self.name = name or str(number)
-        self._client = client
-        self._limit = limit
-        self._pieces: list[Piece] = []
-        self._ended = False
-        self._error: Exception | None = None
-        self._arrived = asyncio.Event()
-
-    async def __aiter__(self) -> AsyncIterator[list[Piece]]:
-        """Lists of pieces until the request has ended. Raises RequestError, ExpiredError, EngineDeadError and
-        CapacityError; leaving it before its end aborts the request."""
-        try:
-            while True:
-                await self._arrived.wait()
-                self._arrived.clear()
-                pieces, self._pieces = self._pieces, []
-                if pieces:
-                    yield pieces
-                if self._error is not None:
-                    raise self._error
-                if self._ended and not self._pieces:
-                    return
-        finally:
-            self.abort()
-
-    def abort(self) -> None:
-        """End the request within a step, if it has not ended. Idempotent."""
-        self._client.forget(self)
-
-    def take(self, piece: Piece) -> None:
-        self._pieces.append(piece)
-        self._arrived.set()
-        if len(self._pieces) > self._limit:
-            self.fail(
-                CapacityError(f"the reader is {len(self._pieces)} tokens behind; the request was ended")
-            )
-            self._pieces.clear()
-            self.abort()
-
-    def end(self) -> None:
-        self._ended = True
-        self._arrived.set()
-
-    def fail(self, error: Exception) -> None:
-        self._error = error
-        self._arrived.set()
-
-
-class EngineAnswer:
-    """The vector that the engine makes of one prompt, once it is there."""
-
-    def __init__(self, number: int, name: str) -> None:
-        self.number = number
-        self.name = name or str(number)
-        self.embedding: asyncio.Future[tuple[float, ...]] = asyncio.get_running_loop().create_future()
-
-    def fail(self, error: Exception) -> None:
-        if not self.embedding.done():
-            self.embedding.set_exception(error)
 
 
 class EngineClient:
@@ -206,7 +123,7 @@ class EngineClient:
         """Begin a request, which arrived just now unless it is said when. Raises EngineDeadError while there
         is no engine to begin it on."""
         self._check_ready()
-        held = EngineStream(self, next(self._numbers), self._pieces_limit, name)
+        held = EngineStream(self.forget, next(self._numbers), self._pieces_limit, name)
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
         self._say(Add(held.number, tuple(tokens), params, stream, deadline_s, arrived_s))
         self._streams[held.number] = held  # not before it is sent: what cannot be encoded is not left behind
@@ -376,7 +293,7 @@ class EngineClient:
             if waiting is not None:
                 if event.cause == "fault":
                     logger.error("the engine failed on request %s: %s", waiting.name, event.message)
-                waiting.fail(_ERRORS[event.cause](event.message))
+                waiting.fail(ERRORS[event.cause](event.message))
         elif isinstance(event, Pulse):
             self.pulse = event
         elif isinstance(event, Ready):

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from ridgeline.server.engine_client import ExpiredError
+from ridgeline.server.engine_stream import ExpiredError
 from ridgeline.types import CapacityError, EngineDeadError, RequestError
 
 RETRY_AFTER = {"retry-after": "1"}

@@ -23,7 +23,8 @@ from starlette.types import Receive
 from ridgeline.server import logs
 from ridgeline.server.body import BodyReader, ClientGoneError
 from ridgeline.server.config import ApiKey, ServerConfig
-from ridgeline.server.engine_client import EngineClient, EngineStream
+from ridgeline.server.engine_client import EngineClient
+from ridgeline.server.engine_stream import EngineStream
 from ridgeline.server.errors import RETRY_AFTER, HttpError, bad_request, unavailable
 from ridgeline.server.messages import ModelCard, Piece
 from ridgeline.server.metrics import Metrics
