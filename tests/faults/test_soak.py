@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from faults.soak import Plan, soak
+from faults.soak import soak
+from faults.soak_report import Plan
 
 
 def test_row_72_mixed_load_with_kills_for_a_moment(tiny_llama: Path) -> None:
