@@ -17,7 +17,7 @@ from faults.commands import Command
 from faults.house import House
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_house(tiny_llama: Path) -> Iterator[House]:
     with House.open(tiny_llama) as house:
         yield house
