@@ -13,17 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from openai_schemas import events, validate_response
-from schemathesis import Case, GenerationMode
-from schemathesis.checks import load_all_checks
-from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving import ServerProcess, server_process
 
 from ridgeline.server.wire import responses
 
-load_all_checks()
 QUIET = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 STREAMED = {
     "/v1/chat/completions": responses.ChatCompletionChunk,
@@ -112,8 +107,10 @@ def in_vocabulary(value: Any) -> Any:
     return value % 288 if isinstance(value, int) else value
 
 
-def ask(case: Case) -> int:
+def ask(case: Any) -> int:
     """The status, of an answer in which nothing is wrong."""
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
     response = case.call()
     case.validate_response(response, excluded_checks=[positive_data_acceptance])
     kind = response.headers.get("content-type", [""])[0]
@@ -125,16 +122,23 @@ def ask(case: Case) -> int:
     return response.status_code
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"]
 )
 def test_what_the_model_answers_is_as_described(server: ServerProcess, examples: int, path: str) -> None:
     statuses: Counter[int] = Counter()
+    # Not above: importing it makes hypothesis try far more often, in every test of this process.
+    import schemathesis
+    from schemathesis import GenerationMode
+    from schemathesis.checks import load_all_checks
+
+    load_all_checks()
     described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
 
     @settings(max_examples=4 * examples, phases=[Phase.generate], **QUIET)
     @given(case=described[path]["POST"].as_strategy(generation_mode=GenerationMode.POSITIVE))
-    def run(case: Case) -> None:
+    def run(case: Any) -> None:
         case.body = plausible(path, case.body)
         statuses[ask(case)] += 1
 
