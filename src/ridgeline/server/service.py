@@ -30,7 +30,7 @@ from ridgeline.server.messages import ModelCard, Piece
 from ridgeline.server.metrics import Metrics
 from ridgeline.server.text import TextSide
 from ridgeline.server.version import package_version
-from ridgeline.types import CheckpointError, SamplingParams
+from ridgeline.types import SamplingParams
 
 T = TypeVar("T")
 
@@ -111,8 +111,6 @@ class Service:
         self._text_jobs += 1
         try:
             return await loop.run_in_executor(self._threads, partial(call, *arguments, **options))
-        except CheckpointError as error:  # a template that does not compile; the message has a path
-            raise HttpError(500, "this model's chat template cannot be used", "internal_error") from error
         finally:
             self._text_jobs -= 1
 
