@@ -1,24 +1,33 @@
-// Products of a tile of bfloat16 with rows of bfloat16.
+// Products of a pair of tiles of bfloat16 with rows of bfloat16.
 #pragma once
 
 #include "tile.h"
 
 RIDGELINE_BEGIN
 
-template <int kTokens>
-static void bf16_tile(const TileInput& in, float* y) {
+template <int kTiles, int kTokens>
+static void bf16_tiles(const TileInput& in, float* y) {
   if (in.cols < 1) __builtin_unreachable();
-  vfloat acc[kTokens];
-  for (int t = 0; t < kTokens; ++t) acc[t] = zero();
+  vfloat acc[kTiles][kTokens];
+  for (int i = 0; i < kTiles; ++i) {
+    for (int t = 0; t < kTokens; ++t) acc[i][t] = zero();
+  }
   const int pairs = (in.cols + 1) / 2;
   for (int k = 0; k < pairs; ++k) {
     const uint8_t* line = in.tile + size_t(k) * kLineBytes;
-    if constexpr (kTokens >= kPrefetchTokens) prefetch(line + kPrefetchBytes);
-    const vint w = iload(line);
-    for (int t = 0; t < kTokens; ++t)
-      acc[t] = dot_bf16(acc[t], splat_pair(in.x + t * in.row_bytes + size_t(4) * k), w);
+    vint w[kTiles];
+    for (int i = 0; i < kTiles; ++i) {
+      if constexpr (kTokens >= kPrefetchTokens) prefetch(line + i * in.next_tile + kPrefetchBytes);
+      w[i] = iload(line + i * in.next_tile);
+    }
+    for (int t = 0; t < kTokens; ++t) {
+      const vint x = splat_pair(in.x + t * in.row_bytes + size_t(4) * k);
+      for (int i = 0; i < kTiles; ++i) acc[i][t] = dot_bf16(acc[i][t], x, w[i]);
+    }
   }
-  for (int t = 0; t < kTokens; ++t) store(y + t * kResultStride, acc[t]);
+  for (int i = 0; i < kTiles; ++i) {
+    for (int t = 0; t < kTokens; ++t) store(y + t * kResultStride + i * kTileRows, acc[i][t]);
+  }
 }
 
 RIDGELINE_END

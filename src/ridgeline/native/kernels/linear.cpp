@@ -14,7 +14,7 @@ struct Cut {
 };
 
 Cut cut(const LinearLaunch& launch, int64_t rows, int threads) {
-  constexpr int64_t kRowsPerUnit = 64, kUnitsPerWorker = 8;
+  constexpr int64_t kRowsPerUnit = 66, kUnitsPerWorker = 8;
   constexpr int64_t kBytesPerUnit = 128 << 10;  // of weights, to stay in the second-level cache
   Cut c{};
   for (const LinearPart& part : launch.parts) c.pairs += pair_count(part.matrix);
@@ -58,8 +58,10 @@ void linear(const LinearLaunch& launch, const StepView& step, Worker& worker) {
     const int64_t row_begin = unit / c.pair_units * c.rows_per_unit;
     const int64_t row_end = row_begin + c.rows_per_unit < rows ? row_begin + c.rows_per_unit : rows;
     // A few rows stay in the first-level cache while the unit's weights pass from the second.
-    for (int64_t row = row_begin; row < row_end; row += kMaxTokens) {
-      const int tokens = int(row_end - row < kMaxTokens ? row_end - row : kMaxTokens);
+    const int64_t count = row_end - row_begin, blocks = (count + kMaxTokens - 1) / kMaxTokens;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t row = row_begin + count * block / blocks;
+      const int tokens = int(row_begin + count * (block + 1) / blocks - row);
       run_pairs(launch, step, unit % c.pair_units * c.pairs_per_unit, c.pairs_per_unit, row, tokens);
     }
   });

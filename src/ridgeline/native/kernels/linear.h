@@ -1,4 +1,4 @@
-// Products of one tile of 16 output rows with up to kMaxTokens rows of activations.
+// Products of a pair of tiles of 16 output rows with up to kMaxTokens rows of activations.
 // The order of the float accumulation is that of the input groups, whatever the number of rows.
 #pragma once
 
@@ -8,35 +8,38 @@
 
 RIDGELINE_BEGIN
 
-// y[t][0..15] = tile times row t; 1 <= tokens <= kMaxTokens. Storages are spread over several files, which
-// compile side by side; multiply_tile is for all of them.
-void multiply_tile(Storage storage, const TileInput& in, int tokens, float* y);
-void multiply_groups_tile(Storage storage, const TileInput& in, int tokens, float* y);
-void multiply_k_tile(Storage storage, const TileInput& in, int tokens, float* y);
-void multiply_super_tile(Storage storage, const TileInput& in, int tokens, float* y);
+// y[t][0..31] = both tiles times row t; 1 <= tokens <= kMaxTokens. Where there is one tile, y[t][16..31] may be
+// anything. Storages are spread over several files, which compile side by side; multiply_tiles is for all.
+void multiply_tiles(Storage storage, const TileInput& in, int tokens, float* y);
+void multiply_groups_tiles(Storage storage, const TileInput& in, int tokens, float* y);
+void multiply_k_tiles(Storage storage, const TileInput& in, int tokens, float* y);
+void multiply_super_tiles(Storage storage, const TileInput& in, int tokens, float* y);
 
-// A tile of one of kStorages. Five to seven rows are four and some more, which keeps the code small.
+template <Storage kStorage, int kTiles, int kTokens>
+RIDGELINE_INLINE void one_kernel(const TileInput& in, float* y) {
+  if constexpr (is_quantised(kStorage)) return quantised_tiles<kStorage, kTiles, kTokens>(in, y);
+  if constexpr (kStorage == Storage::bf16) return bf16_tiles<kTiles, kTokens>(in, y);
+  return float_tiles<kTiles, kTokens>(in, y);
+}
+
+// Both tiles at once, or one after the other.
+template <Storage kStorage, int kTokens>
+RIDGELINE_INLINE void multiply_pair(TileInput in, float* y) {
+  constexpr int kTiles = tiles_at_once(kStorage, kTokens);
+  one_kernel<kStorage, kTiles, kTokens>(in, y);
+  if (kTiles == 2 || in.tiles() == 1) return;
+  in.tile += in.next_tile;
+  one_kernel<kStorage, kTiles, kTokens>(in, y + kTileRows);
+}
+
+// Tiles of one of kStorages.
 template <Storage... kStorages>
-RIDGELINE_INLINE void multiply_tile_of(Storage storage, TileInput in, int tokens, float* y) {
-  const auto multiply = [&](auto count) RIDGELINE_INLINED {
-    constexpr int kTokens = decltype(count)::value;
-    ((storage == kStorages ? quantised_tile<kStorages, kTokens>(in, y) : void()), ...);
-  };
-  if constexpr (kMaxTokens > 4) {
-    if (tokens == kMaxTokens) return multiply(std::integral_constant<int, kMaxTokens>{});
-    if (tokens > 4) {
-      multiply(std::integral_constant<int, 4>{});
-      in.x += 4 * in.row_bytes;
-      y += 4 * kResultStride;
-      tokens -= 4;
-    }
-  }
-  switch (tokens) {
-    case 1: return multiply(std::integral_constant<int, 1>{});
-    case 2: return multiply(std::integral_constant<int, 2>{});
-    case 3: return multiply(std::integral_constant<int, 3>{});
-    default: return multiply(std::integral_constant<int, 4>{});
-  }
+RIDGELINE_INLINE void multiply_tiles_of(Storage storage, const TileInput& in, int tokens, float* y) {
+  unrolled<kMaxTokens>([&](auto index) RIDGELINE_INLINED {
+    constexpr int kTokens = index + 1;
+    if (tokens != kTokens) return;
+    ((storage == kStorages ? multiply_pair<kStorages, kTokens>(in, y) : void()), ...);
+  });
 }
 
 RIDGELINE_END

@@ -22,17 +22,12 @@ RIDGELINE_INLINE int64_t pair_bytes(const LinearPart& part) {
   return int64_t(tile_bytes(part.matrix.storage, part.matrix.cols)) * (part.gate.data != nullptr ? 4 : 2);
 }
 
-void multiply_pair(const PairInput& in, const MatrixView& matrix, int tokens, float* y) {
-  const size_t bytes = tile_bytes(matrix.storage, matrix.cols);
-  for (int half = 0; half < 2; ++half) {
-    const int64_t tile = 2 * in.pair + half;
-    if (tile < tile_count(matrix.rows)) {
-      multiply_tile(matrix.storage, {matrix.data + tile * bytes, in.x.data, in.x.row_bytes, matrix.cols},
-                    tokens, y + half * kTileRows);
-    } else {
-      for (int t = 0; t < tokens; ++t) store(y + t * kResultStride + half * kTileRows, zero());
-    }
-  }
+void multiply(const PairInput& in, const MatrixView& matrix, int tokens, float* y) {
+  const int64_t bytes = int64_t(tile_bytes(matrix.storage, matrix.cols)), tile = 2 * in.pair;
+  const bool both = tile + 1 < tile_count(matrix.rows);
+  const uint8_t* first = matrix.data + tile * bytes;
+  multiply_tiles(matrix.storage, {first, both ? bytes : 0, in.x.data, in.x.row_bytes, matrix.cols}, tokens, y);
+  for (int t = 0; !both && t < tokens; ++t) store(y + t * kResultStride + kTileRows, zero());
 }
 
 RIDGELINE_INLINE vfloat load_bias(const float* bias, int64_t column, int64_t width) {
@@ -62,8 +57,8 @@ void finish_values(const PairInput& in, int tokens, float* y, const float* gate)
 void compute_pair(const PairInput& in, int tokens, float* y) {
   alignas(64) float gate[kMaxTokens * kResultStride];
   const bool has_gate = in.part.gate.data != nullptr;
-  multiply_pair(in, in.part.matrix, tokens, y);
-  if (has_gate) multiply_pair(in, in.part.gate, tokens, gate);
+  multiply(in, in.part.matrix, tokens, y);
+  if (has_gate) multiply(in, in.part.gate, tokens, gate);
   finish_values(in, tokens, y, has_gate ? gate : nullptr);
 }
 

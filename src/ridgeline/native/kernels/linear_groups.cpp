@@ -5,8 +5,8 @@ RIDGELINE_BEGIN
 
 using enum Storage;
 
-void multiply_groups_tile(Storage storage, const TileInput& in, int tokens, float* y) {
-  multiply_tile_of<q5_0, q5_1, iq4_nl, mxfp4>(storage, in, tokens, y);
+void multiply_groups_tiles(Storage storage, const TileInput& in, int tokens, float* y) {
+  multiply_tiles_of<q5_0, q5_1, iq4_nl, mxfp4>(storage, in, tokens, y);
 }
 
 RIDGELINE_END

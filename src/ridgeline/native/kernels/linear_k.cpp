@@ -5,8 +5,8 @@ RIDGELINE_BEGIN
 
 using enum Storage;
 
-void multiply_k_tile(Storage storage, const TileInput& in, int tokens, float* y) {
-  multiply_tile_of<q3_k, q4_k, q6_k>(storage, in, tokens, y);
+void multiply_k_tiles(Storage storage, const TileInput& in, int tokens, float* y) {
+  multiply_tiles_of<q3_k, q4_k, q6_k>(storage, in, tokens, y);
 }
 
 RIDGELINE_END

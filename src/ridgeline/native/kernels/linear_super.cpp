@@ -5,8 +5,8 @@ RIDGELINE_BEGIN
 
 using enum Storage;
 
-void multiply_super_tile(Storage storage, const TileInput& in, int tokens, float* y) {
-  multiply_tile_of<q2_k, q5_k, iq4_xs, tq1_0, tq2_0>(storage, in, tokens, y);
+void multiply_super_tiles(Storage storage, const TileInput& in, int tokens, float* y) {
+  multiply_tiles_of<q2_k, q5_k, iq4_xs, tq1_0, tq2_0>(storage, in, tokens, y);
 }
 
 RIDGELINE_END

@@ -48,10 +48,10 @@ void multiply_piece(const RouteLaunch& launch, const StepView& step, RowRange ro
                            size_t(begin) * kTileRows * sizeof(float);
   const float* x = launch.x.data + rows.begin * launch.x.stride + begin;
   alignas(64) float y[kMaxTokens * kResultStride];
-  multiply_tile(Storage::f32,
-                {weights, reinterpret_cast<const uint8_t*>(x), launch.x.stride * int64_t(sizeof(float)),
-                 left < kPieceColumns ? left : kPieceColumns},
-                rows.count, y);
+  multiply_tiles(Storage::f32,
+                 {weights, 0, reinterpret_cast<const uint8_t*>(x), launch.x.stride * int64_t(sizeof(float)),
+                  left < kPieceColumns ? left : kPieceColumns},
+                 rows.count, y);
   for (int t = 0; t < rows.count; ++t) {
     store(partial_scores(pieces, step, rows.begin + t) + split * pieces.width() + tile * kTileRows,
           load(y + t * kResultStride));

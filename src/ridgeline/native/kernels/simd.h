@@ -1,6 +1,7 @@
 // Sixteen lanes of float32 or int32 under one set of names, whatever the instruction set. A backend defines
 //   vfloat, vint, vmask                           values of 16 lanes
-//   kMaxTokens, kMaxQueries                       rows in a register tile of the linear and attention kernels
+//   kMaxTokens, kMaxTiles, kMaxQueries            rows, and tiles of weights, in a register tile of the linear
+//                                                 kernels; queries in one of the attention kernels
 //   first_lanes(n), lanes(from, to)               masks; n, from and to are clamped to 0..16
 //   zero, splat, load, store                      float32; with a mask, other lanes are neither read nor
 //   written

@@ -21,6 +21,7 @@ struct vmask {
 };
 
 constexpr int kMaxTokens = 4;
+constexpr int kMaxTiles = 1;
 constexpr int kMaxQueries = 1;
 
 RIDGELINE_INLINE vmask lanes(int from, int to) {

@@ -13,7 +13,8 @@ struct vint {
 };
 using vmask = __mmask16;
 
-constexpr int kMaxTokens = 8;
+constexpr int kMaxTokens = 6;
+constexpr int kMaxTiles = 2;
 constexpr int kMaxQueries = 4;
 
 RIDGELINE_INLINE vmask first_lanes(int n) { return vmask(n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1); }

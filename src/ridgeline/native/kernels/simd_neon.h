@@ -21,6 +21,7 @@ struct vmask {
 };
 
 constexpr int kMaxTokens = 4;
+constexpr int kMaxTiles = 1;
 constexpr int kMaxQueries = 1;
 
 // A vector of f(0) to f(3).

@@ -17,6 +17,7 @@ typedef uint8_t vbytes __attribute__((vector_size(16)));
 typedef int32_t vmask __attribute__((vector_size(64)));  // lanes of 0 or -1
 
 constexpr int kMaxTokens = 4;
+constexpr int kMaxTiles = 1;
 constexpr int kMaxQueries = 1;
 
 template <class To, class From>

@@ -1,4 +1,4 @@
-// What the products of one tile take and give.
+// What the products of a pair of tiles take and give.
 #pragma once
 
 #include "../launch.h"
@@ -11,9 +11,12 @@ constexpr int kResultStride = 2 * kTileRows;
 
 struct TileInput {
   const uint8_t* tile;
+  int64_t next_tile;  // from the first tile to the second, in bytes; 0 where there is only one
   const uint8_t* x;   // first row of activations
   int64_t row_bytes;  // between rows of activations
   int32_t cols;
+
+  RIDGELINE_MEMBER int tiles() const { return next_tile == 0 ? 1 : 2; }
 };
 
 // How far ahead of their use weights are fetched. The tile after this one follows in memory and is mostly the
