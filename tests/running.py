@@ -51,18 +51,20 @@ class Loaded:
         return self.logits(self.rows(tokens, start, pages))
 
 
-def load_program(path: Path, weights: str, device: str = "cpu") -> tuple[Program, Weights]:
+def load_program(
+    path: Path, weights: str, device: str = "cpu", kv_format: str | None = None
+) -> tuple[Program, Weights]:
     """The precision-rewritten decoder of a checkpoint, and its open weights."""
     checkpoint = open_checkpoint(path)
     spec = read_spec(checkpoint)
     program = decoder(spec)
     store = Weights(spec, program, checkpoint, weights, device)
-    return with_precision(program, store.formats), store
+    return with_precision(program, store.formats, kv_format), store
 
 
 def load(path: Path, kind: str, weights: str = "auto", kv_format: str = "KV16", threads: int = 2) -> Loaded:
     """`kind` is "reference", "cuda" or an ISA level of the CPU executor."""
-    program, store = load_program(path, weights, "cuda" if kind == "cuda" else "cpu")
+    program, store = load_program(path, weights, "cuda" if kind == "cuda" else "cpu", kv_format)
     limits = Limits(MAX_ROWS, (PAGES,) * len(program.groups), kv_format)
     executor = make_executor(kind, limits, threads)
     executor.load(store)

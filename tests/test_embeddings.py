@@ -72,8 +72,9 @@ EXECUTORS = [(k, w) for k in ("reference", *isa_levels()) for w in ("W32A32", "W
 def test_an_encoder_shares_the_decoders_weights_and_memory(tiny: Tiny, kind: str, weights: str) -> None:
     model = tiny("llama" if kind == "cuda" else "gemma3")  # interpreted kernels take their time
     prompt = tokens(8 if kind == "cuda" else 21)
-    loaded = load(model.folder, kind, weights, "KV32" if weights == "W32A32" else "KV16")
-    other = encoder_of(loaded, model.folder, weights)
+    kv_format = "KV32" if weights == "W32A32" else "KV16"
+    loaded = load(model.folder, kind, weights, kv_format)
+    other = encoder_of(loaded, model.folder, weights, kv_format)
 
     def hidden(begin: int, outputs: range) -> np.ndarray:
         rows = replace(loaded.rows(prompt[begin:], begin), outputs=outputs)
@@ -93,10 +94,10 @@ def test_an_encoder_shares_the_decoders_weights_and_memory(tiny: Tiny, kind: str
     loaded.executor.close()
 
 
-def encoder_of(loaded: Loaded, folder: Path, weights: str) -> Any:
+def encoder_of(loaded: Loaded, folder: Path, weights: str, kv_format: str) -> Any:
     spec = read_spec(open_checkpoint(folder))
     formats = {weight.name: parse_format(weights) for weight in loaded.program.weights()}
-    return loaded.executor.compile(with_precision(encoder(spec), formats))
+    return loaded.executor.compile(with_precision(encoder(spec), formats, kv_format))
 
 
 # ---------------------------------------------------------------------------------- what LLM.embed gives

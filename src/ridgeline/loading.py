@@ -131,11 +131,11 @@ def load_engine(config: EngineConfig) -> LoadedModel:
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
         template = ChatTemplate.from_checkpoint(checkpoint, tokenizer)
         defaults = SamplingParams(**generation_defaults(checkpoint))
-        config = replace(config, device=choose_device(config.device))
+        config = replace(config, device=choose_device(config.device), kv_format=kv_format_of(config))
         check_device_format(config.weights, config.device)
         canonical = decoder(spec)
         weights = Weights(spec, canonical, checkpoint, config.weights, config.device)
-        program = with_precision(canonical, weights.formats)
+        program = with_precision(canonical, weights.formats, config.kv_format)
         config, pages = settled(config, spec, program, weights)
         limits = Limits(config.max_num_batched_tokens, pages, config.kv_format, config.max_num_seqs)
         executor = make_executor(config, limits)
@@ -166,7 +166,7 @@ def compile_encoder(
     from ridgeline.resources.cuda import cuda_free_memory_bytes
     from ridgeline.resources.machine import free_memory_bytes
 
-    program = with_precision(encoder(spec), formats)
+    program = with_precision(encoder(spec), formats, config.kv_format)
     wanted = _buffer_bytes(config, program)
     free = cuda_free_memory_bytes() if config.device == "cuda" else free_memory_bytes()
     with suppress(MemoryError):
@@ -193,10 +193,9 @@ def settled(
     asked = config.max_model_len
     if asked is not None and asked > longest:
         raise ConfigError(f"max_model_len is {asked}; accepted: up to {longest}, the model's context")
-    kv_format = "KV32" if config.weights == "W32A32" else "KV16"
     config = replace(
         config,
-        kv_format=kv_format if config.kv_format == "auto" else config.kv_format,
+        kv_format=kv_format_of(config),
         threads=config.threads or usable_cores(),
         max_model_len=asked or longest,
     )
@@ -210,6 +209,13 @@ def settled(
             config = replace(config, max_model_len=context)
             continue
         return replace(config, kv_cache_memory_bytes=ledger.kv_bytes), ledger.pages
+
+
+def kv_format_of(config: EngineConfig) -> str:
+    """The format of keys and values that a config means."""
+    if config.kv_format != "auto":
+        return config.kv_format
+    return "KV32" if config.weights == "W32A32" else "KV16"
 
 
 def memory_ledger(config: EngineConfig, program: Program, weights: Weights) -> Ledger:

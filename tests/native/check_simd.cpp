@@ -246,13 +246,13 @@ bool half_floats() {
     uint16_t halves[16];
     store_bf16(first_lanes(16), halves, in(a));
     if (!every_lane([&](int i) { return halves[i] == rounded_bf16(a[i]); })) return false;
-    uint16_t pairs[32];
-    std::memcpy(pairs, bits.x, 64);
-    vfloat first, second;
-    load_bf16_pairs(pairs, first, second);
-    const IntLanes even = out(ridgeline::RIDGELINE_ISA::bits(first)), odd = out(ridgeline::RIDGELINE_ISA::bits(second));
+    const IntLanes others = random_ints(random);
+    vfloat first = in(a), second = in(std::bit_cast<Lanes>(others));
+    interleave(first, second);
+    const IntLanes low = out(ridgeline::RIDGELINE_ISA::bits(first)), high = out(ridgeline::RIDGELINE_ISA::bits(second));
     if (!every_lane([&](int i) {
-          return uint32_t(even[i]) == uint32_t(pairs[2 * i]) << 16 && uint32_t(odd[i]) == uint32_t(pairs[2 * i + 1]) << 16;
+          const IntLanes& from = i % 2 == 0 ? bits : others;
+          return low[i] == from[i / 2] && high[i] == from[8 + i / 2];
         })) {
       return false;
     }

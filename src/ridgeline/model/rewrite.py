@@ -21,15 +21,18 @@ from ridgeline.precision.formats import Format
 _KINDS: dict[int, Kind] = {8: "A8-g32", 16: "bf16"}
 
 
-def with_precision(program: Program, formats: Mapping[str, Format]) -> Program:
+def with_precision(program: Program, formats: Mapping[str, Format], kv_format: str | None = None) -> Program:
     """Insert a `Quantise` before the operations that take narrower activations than float32: linears as
-    their weight's format says, and attention, whose queries are 16 bits wide where all linears' inputs are.
+    their weight's format says, and attention. Its queries are rounded to bfloat16 where all linears' inputs
+    are, and where no linear's input is float32 and keys are not either (`kv_format`, None: they are).
 
     Operations that read the same value share one quantised copy of it.
     """
     operations: list[Operation] = []
     quantised: dict[tuple[str, int], Value] = {}
-    query_bits = 16 if all(fmt.activation_bits == 16 for fmt in formats.values()) else 32
+    widths = {fmt.activation_bits for fmt in formats.values()}
+    narrow_keys = kv_format not in (None, "KV32")
+    query_bits = 16 if widths <= {16} or (narrow_keys and 32 not in widths) else 32
 
     def narrowed(x: Value, bits: int) -> Value:
         if bits == 32:

@@ -46,7 +46,7 @@ SplitUnit find_unit(const AttentionLaunch& launch, const StepView& step, int64_t
 // The state that a split leaves for the merge. Every unit has room for a whole block of rows.
 State partial_state(const AttentionLaunch& launch, Arena& arena) {
   const size_t queries = size_t(kBlockRows) * (launch.heads / launch.kv_heads);
-  return arena.take_state(queries, round_up(size_t(launch.head_dim), 16));
+  return arena.take_state(queries, round_up(size_t(launch.head_dim), kGroup));
 }
 
 size_t partial_bytes(const AttentionLaunch& launch) {

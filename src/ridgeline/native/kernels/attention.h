@@ -4,35 +4,75 @@
 
 #include "../launch.h"
 #include "simd.h"
+#include "unrolled.h"
 
 RIDGELINE_BEGIN
 
 constexpr int kTilePages = 4;
 constexpr int kTileSlots = kTilePages * kPageTokens;  // one step of the online softmax, anchored at slot 0
 
-// Where a tile's keys and values come from. keys() gives one pair of dimensions of 16 slots, value() 16
-// dimensions of a slot; slots and pages count from the tile's start.
+// Two vectors that belong together: a pair of dimensions of a query, or of the keys of 16 slots; or 32
+// dimensions of a value.
+struct FloatPair {
+  vfloat even, odd;
+};
+RIDGELINE_INLINE FloatPair widen_pairs(vint pairs) {
+  return {from_bits(shift_left<16>(pairs)), from_bits(bit_and(pairs, isplat(int32_t(0xffff0000u))))};
+}
+RIDGELINE_INLINE FloatPair splat_pair(const float* q, int pair) {
+  return {splat(q[2 * pair]), splat(q[2 * pair + 1])};
+}
+RIDGELINE_INLINE vfloat add_product(vfloat sum, FloatPair x, FloatPair y) {
+  return fma(x.odd, y.odd, fma(x.even, y.even, sum));
+}
+// The same in bfloat16.
+RIDGELINE_INLINE vint splat_pair(const uint16_t* q, int pair) {
+  int32_t two;
+  std::memcpy(&two, q + 2 * pair, 4);
+  return isplat(two);
+}
+RIDGELINE_INLINE vfloat add_product(vfloat sum, vint x, vint y) { return dot_bf16(sum, x, y); }
+
+// Where a tile's keys and values come from. keys() gives one pair of dimensions of 16 slots. value_row() is where
+// the values of a slot begin, those of the page's next slot being value_stride() further, and values() are 32 of
+// them: from pages of bfloat16 the even ones and the odd ones, since they are widened so, elsewhere one half and
+// the other. Slots and pages count from the tile's start.
 struct Bf16Pages {
   const uint16_t* page[kTilePages];
   int head_dim;
 
-  RIDGELINE_MEMBER void keys(int p, int pair, vfloat& even, vfloat& odd) const {
-    load_bf16_pairs(page[p] + pair * kPageTokens * 2, even, odd);
+  RIDGELINE_MEMBER vint packed_keys(int p, int pair) const {
+    return iload(reinterpret_cast<const uint8_t*>(page[p] + pair * kPageTokens * 2));
   }
-  RIDGELINE_MEMBER vfloat value(int slot, int column, vmask m) const {
-    return load_bf16(m, page[slot / kPageTokens] + (kPageTokens + slot % kPageTokens) * head_dim + column);
+  RIDGELINE_MEMBER FloatPair keys(int p, int pair) const { return widen_pairs(packed_keys(p, pair)); }
+  RIDGELINE_MEMBER const uint16_t* value_row(int p, int slot) const {
+    return page[p] + (kPageTokens + slot) * head_dim;
   }
+  RIDGELINE_MEMBER int value_stride() const { return head_dim; }
+  RIDGELINE_MEMBER vmask value_mask(int column) const { return first_lanes((head_dim - column) / 2); }
+  static RIDGELINE_MEMBER FloatPair values(vmask m, const uint16_t* p) {
+    return widen_pairs(bits(load(m, reinterpret_cast<const float*>(p))));
+  }
+};
+struct TwoMasks {
+  vmask even, odd;
 };
 struct F32Pages {
   const float* page[kTilePages];
   int head_dim;
 
-  RIDGELINE_MEMBER void keys(int p, int pair, vfloat& even, vfloat& odd) const {
-    even = load(page[p] + 2 * pair * kPageTokens);
-    odd = load(page[p] + (2 * pair + 1) * kPageTokens);
+  RIDGELINE_MEMBER FloatPair keys(int p, int pair) const {
+    return {load(page[p] + 2 * pair * kPageTokens), load(page[p] + (2 * pair + 1) * kPageTokens)};
   }
-  RIDGELINE_MEMBER vfloat value(int slot, int column, vmask m) const {
-    return load(m, page[slot / kPageTokens] + (kPageTokens + slot % kPageTokens) * head_dim + column);
+  RIDGELINE_MEMBER const float* value_row(int p, int slot) const {
+    return page[p] + (kPageTokens + slot) * head_dim;
+  }
+  RIDGELINE_MEMBER int value_stride() const { return head_dim; }
+  RIDGELINE_MEMBER TwoMasks value_mask(int column) const {
+    return {first_lanes(head_dim - column), first_lanes(head_dim - column - 16)};
+  }
+  static RIDGELINE_MEMBER FloatPair values(const TwoMasks& m, const float* p) {
+    return {load(m.even, p), load(m.odd, p + 16)};
   }
 };
 // A tile widened to float32 for many queries: keys [head_dim][kTileSlots], values [kTileSlots][stride].
@@ -40,13 +80,16 @@ struct Widened {
   float *key_rows, *value_rows;
   int stride;
 
-  RIDGELINE_MEMBER void keys(int p, int pair, vfloat& even, vfloat& odd) const {
-    even = load(key_rows + 2 * pair * kTileSlots + p * kPageTokens);
-    odd = load(key_rows + (2 * pair + 1) * kTileSlots + p * kPageTokens);
+  RIDGELINE_MEMBER FloatPair keys(int p, int pair) const {
+    const float* row = key_rows + 2 * pair * kTileSlots + p * kPageTokens;
+    return {load(row), load(row + kTileSlots)};
   }
-  RIDGELINE_MEMBER vfloat value(int slot, int column, vmask) const {
-    return load(value_rows + slot * stride + column);
+  RIDGELINE_MEMBER const float* value_row(int p, int slot) const {
+    return value_rows + (p * kPageTokens + slot) * stride;
   }
+  RIDGELINE_MEMBER int value_stride() const { return stride; }
+  RIDGELINE_MEMBER bool value_mask(int) const { return true; }
+  static RIDGELINE_MEMBER FloatPair values(bool, const float* p) { return {load(p), load(p + 16)}; }
 };
 
 struct PageRange {
@@ -56,21 +99,27 @@ struct SlotRange {
   int begin, end;
 };
 
+// Keys as they lie in their pages, for queries in bfloat16.
+struct PackedKeys {
+  const Bf16Pages& pages;
+
+  RIDGELINE_MEMBER vint keys(int p, int pair) const { return pages.packed_keys(p, pair); }
+};
+
 // out[query][slot] = q . k; rows of out are kTileSlots apart.
-template <int kQueries, int kPages, class Source>
-static void score_tile(const Source& source, int first_page, const float* const* q, int head_dim,
-                       float* out) {
+template <int kQueries, int kPages, class Source, class Value>
+static void score_tile(const Source& source, int first_page, const Value* const* q, int head_dim, float* out) {
+  if (head_dim < 2) __builtin_unreachable();  // keeps the accumulators out of memory
   vfloat acc[kQueries][kPages];
   for (int i = 0; i < kQueries; ++i) {
     for (int p = 0; p < kPages; ++p) acc[i][p] = zero();
   }
   for (int pair = 0; pair < head_dim / 2; ++pair) {
-    vfloat even[kPages], odd[kPages];
-    for (int p = 0; p < kPages; ++p) source.keys(first_page + p, pair, even[p], odd[p]);
+    decltype(source.keys(0, 0)) keys[kPages];
+    for (int p = 0; p < kPages; ++p) keys[p] = source.keys(first_page + p, pair);
     for (int i = 0; i < kQueries; ++i) {
-      const vfloat x = splat(q[i][2 * pair]), y = splat(q[i][2 * pair + 1]);
-      for (int p = 0; p < kPages; ++p) acc[i][p] = fma(x, even[p], acc[i][p]);
-      for (int p = 0; p < kPages; ++p) acc[i][p] = fma(y, odd[p], acc[i][p]);
+      const auto x = splat_pair(q[i], pair);
+      for (int p = 0; p < kPages; ++p) acc[i][p] = add_product(acc[i][p], x, keys[p]);
     }
   }
   for (int i = 0; i < kQueries; ++i) {
@@ -78,32 +127,43 @@ static void score_tile(const Source& source, int first_page, const float* const*
   }
 }
 
-// out[query] = out[query] * decay[query] + sum over slots of p[query][slot] * value[slot], for 16 * kVectors
-// dimensions from `column`.
-template <int kQueries, int kVectors, class Source>
-static void value_tile(const Source& source, SlotRange slots, int column, int head_dim, const float* p,
-                       const float* decay, float* out, int stride) {
-  vfloat acc[kQueries][kVectors];
-  vmask mask[kVectors];
-  for (int v = 0; v < kVectors; ++v) mask[v] = first_lanes(head_dim - column - 16 * v);
+// Where the values of a slot begin, from those of the slot before.
+template <class Source, class Row>
+RIDGELINE_INLINE Row next_value_row(const Source& source, unsigned slot, Row row) {
+  return slot % kPageTokens == 0 ? source.value_row(int(slot / kPageTokens), 0) : row + source.value_stride();
+}
+
+// out[query] = out[query] * decay[query] + sum over slots of p[query][slot] * value[slot], for 32 * kPairs
+// dimensions from `column`. There is at least one slot.
+template <int kQueries, int kPairs, class Source>
+static void value_tile(const Source& source, SlotRange slots, int column, const float* p, const float* decay,
+                       float* out, int stride) {
+  if (slots.begin >= slots.end) __builtin_unreachable();  // keeps the accumulators out of memory
+  vfloat acc[kQueries][2 * kPairs];
   for (int i = 0; i < kQueries; ++i) {
-    for (int v = 0; v < kVectors; ++v) acc[i][v] = load(out + i * stride + column + 16 * v) * splat(decay[i]);
+    for (int v = 0; v < 2 * kPairs; ++v)
+      acc[i][v] = load(out + i * stride + column + 16 * v) * splat(decay[i]);
   }
-  for (int slot = slots.begin; slot < slots.end; ++slot) {
-    vfloat x[kVectors];
-    for (int v = 0; v < kVectors; ++v) x[v] = source.value(slot, column + 16 * v, mask[v]);
-    for (int i = 0; i < kQueries; ++i) {
-      const vfloat weight = splat(p[i * kTileSlots + slot]);
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(weight, x[v], acc[i][v]);
+  decltype(source.value_mask(0)) mask[kPairs];
+  for (int v = 0; v < kPairs; ++v) mask[v] = source.value_mask(column + 32 * v);
+  const auto* row = source.value_row(slots.begin / kPageTokens, slots.begin % kPageTokens);
+  for (int slot = slots.begin; slot < slots.end; row = next_value_row(source, unsigned(++slot), row)) {
+    for (int v = 0; v < kPairs; ++v) {
+      const FloatPair x = Source::values(mask[v], row + column + 32 * v);
+      for (int i = 0; i < kQueries; ++i) {
+        const vfloat weight = splat(p[i * kTileSlots + slot]);
+        acc[i][2 * v] = fma(weight, x.even, acc[i][2 * v]);
+        acc[i][2 * v + 1] = fma(weight, x.odd, acc[i][2 * v + 1]);
+      }
     }
   }
   for (int i = 0; i < kQueries; ++i) {
-    for (int v = 0; v < kVectors; ++v) store(out + i * stride + column + 16 * v, acc[i][v]);
+    for (int v = 0; v < 2 * kPairs; ++v) store(out + i * stride + column + 16 * v, acc[i][v]);
   }
 }
 
-template <int kQueries, class Source>
-RIDGELINE_INLINE void score_pages(const Source& source, PageRange pages, const float* const* q, int head_dim,
+template <int kQueries, class Source, class Value>
+RIDGELINE_INLINE void score(const Source& source, PageRange pages, const Value* const* q, int head_dim,
                                   float* out) {
   switch (pages.end - pages.begin) {
     case 1: return score_tile<kQueries, 1>(source, pages.begin, q, head_dim, out);
@@ -114,53 +174,23 @@ RIDGELINE_INLINE void score_pages(const Source& source, PageRange pages, const f
 }
 
 template <int kQueries, class Source>
-RIDGELINE_INLINE void value_columns(const Source& source, SlotRange slots, int head_dim, const float* p,
-                                    const float* decay, float* out, int stride) {
+RIDGELINE_INLINE void add_values(const Source& source, SlotRange slots, const float* p, const float* decay,
+                                 float* out, int stride) {
   int column = 0;
-  for (; column + 64 <= stride; column += 64) {
-    value_tile<kQueries, 4>(source, slots, column, head_dim, p, decay, out, stride);
-  }
-  for (; column < stride; column += 16) {
-    value_tile<kQueries, 1>(source, slots, column, head_dim, p, decay, out, stride);
-  }
+  for (; column + 64 <= stride; column += 64)
+    value_tile<kQueries, 2>(source, slots, column, p, decay, out, stride);
+  if (column < stride) value_tile<kQueries, 1>(source, slots, column, p, decay, out, stride);
 }
 
-// The same for any number of queries, up to kMaxQueries at a time.
-template <class Source>
-RIDGELINE_INLINE void score(const Source& source, PageRange pages, const float* const* q, int queries,
-                            int head_dim, float* out) {
+// Calls f(std::integral_constant<int, n>, first) for runs of n queries that are together `queries`; n is at most
+// kMaxQueries.
+template <class F>
+RIDGELINE_INLINE void by_queries(int queries, const F& f) {
   int i = 0;
-  for (; i + kMaxQueries <= queries; i += kMaxQueries) {
-    score_pages<kMaxQueries>(source, pages, q + i, head_dim, out + i * kTileSlots);
-  }
-  if constexpr (kMaxQueries > 1) {
-    switch (queries - i) {
-      case 1: return score_pages<1>(source, pages, q + i, head_dim, out + i * kTileSlots);
-      case 2: return score_pages<2>(source, pages, q + i, head_dim, out + i * kTileSlots);
-      case 3: return score_pages<3>(source, pages, q + i, head_dim, out + i * kTileSlots);
-      default: return;
-    }
-  }
-}
-
-template <class Source>
-RIDGELINE_INLINE void add_values(const Source& source, SlotRange slots, int queries, int head_dim,
-                                 const float* p, const float* decay, float* out, int stride) {
-  int i = 0;
-  for (; i + kMaxQueries <= queries; i += kMaxQueries) {
-    value_columns<kMaxQueries>(source, slots, head_dim, p + i * kTileSlots, decay + i, out + i * stride,
-                               stride);
-  }
-  if constexpr (kMaxQueries > 1) {
-    p += i * kTileSlots;
-    out += i * stride;
-    switch (queries - i) {
-      case 1: return value_columns<1>(source, slots, head_dim, p, decay + i, out, stride);
-      case 2: return value_columns<2>(source, slots, head_dim, p, decay + i, out, stride);
-      case 3: return value_columns<3>(source, slots, head_dim, p, decay + i, out, stride);
-      default: return;
-    }
-  }
+  for (; i + kMaxQueries <= queries; i += kMaxQueries) f(std::integral_constant<int, kMaxQueries>{}, i);
+  unrolled<kMaxQueries - 1>([&](auto index) RIDGELINE_INLINED {
+    if (queries - i == index + 1) f(std::integral_constant<int, index + 1>{}, i);
+  });
 }
 
 RIDGELINE_END

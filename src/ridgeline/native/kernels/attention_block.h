@@ -80,13 +80,14 @@ struct Buffers {
   Widened widened;
   float *p, *decay, *lanes, *wide_q;
   const float** q;
+  const uint16_t** rounded_q;
   SlotRange* visible;
   State split, total;
 };
 
 RIDGELINE_INLINE Buffers lay_out(const AttentionLaunch& launch, Arena& arena) {
   Buffers b{};
-  b.value_stride = int(round_up(size_t(launch.head_dim), 16));
+  b.value_stride = int(round_up(size_t(launch.head_dim), kGroup));
   const size_t queries = size_t(kBlockRows) * (launch.heads / launch.kv_heads),
                stride = size_t(b.value_stride);
   float* keys = arena.take<float>(size_t(launch.head_dim) * kTileSlots);
@@ -95,6 +96,7 @@ RIDGELINE_INLINE Buffers lay_out(const AttentionLaunch& launch, Arena& arena) {
   b.decay = arena.take<float>(queries);
   b.lanes = arena.take<float>(queries * 16);
   b.q = arena.take<const float*>(queries);
+  b.rounded_q = arena.take<const uint16_t*>(queries);
   b.wide_q = arena.take<float>(launch.rounded_q.data == nullptr ? 0 : queries * stride);
   b.visible = arena.take<SlotRange>(queries);
   b.split = arena.take_state(queries, stride);
@@ -112,13 +114,17 @@ class BlockTask {
         kv_head_(kv_head),
         b_(buffers),
         ratio_(launch.heads / launch.kv_heads),
-        queries_(block.row_count * ratio_) {
+        queries_(block.row_count * ratio_),
+        packed_(kFastBf16Dot && launch.rounded_q.data != nullptr && !launch.pool.wide) {
     for (int i = 0; i < queries_; ++i) {
       const int64_t row = block.row_begin + i / ratio_;
       const int64_t column = int64_t(kv_head * ratio_ + i % ratio_) * launch.head_dim;
-      b_.q[i] = launch.rounded_q.data != nullptr
-                    ? widen_query(launch.rounded_q.data + row * launch.rounded_q.stride + column, i)
-                    : launch.q.data + row * launch.q.stride + column;
+      if (launch.rounded_q.data == nullptr) {
+        b_.q[i] = launch.q.data + row * launch.q.stride + column;
+        continue;
+      }
+      b_.rounded_q[i] = launch.rounded_q.data + row * launch.rounded_q.stride + column;
+      if (!packed_) b_.q[i] = widen_query(b_.rounded_q[i], i);
     }
   }
 
@@ -192,8 +198,8 @@ class BlockTask {
       const vfloat factor = splat(final_scale(i));
       for (int d = 0; d < launch_.head_dim; d += kGroup) {
         const float* o = b_.total.o + i * b_.value_stride + d;
-        const vfloat a = load(o) * factor + zero();
-        const vfloat b = d + 16 < b_.value_stride ? load(o + 16) * factor + zero() : zero();
+        vfloat a = load(o) * factor + zero(), b = load(o + 16) * factor + zero();
+        if (!launch_.pool.wide) interleave(a, b);
         write_group(launch_.out, layout, {row, column + d, launch_.head_dim - d}, a, b);
       }
     }
@@ -260,50 +266,76 @@ class BlockTask {
   }
 
   // A single row sees all of the slots, so nothing is masked and its few queries read the pages as they are.
+  // A few queries go through all of it before the next ones: what they need stays in the first-level cache.
   template <class Pages>
   void run_tile(const Pages& source, int begin, SlotRange slots, PageRange pages, float bias,
                 const State& state) {
-    const int head_dim = launch_.head_dim, stride = b_.value_stride;
-    if (block_.row_count == 1) {
-      score(source, pages, b_.q, queries_, head_dim, b_.p);
-      for (int i = 0; i < queries_; ++i) softmax(i, begin, pages, bias, state);
-      add_values(source, slots, queries_, head_dim, b_.p, b_.decay, state.o, stride);
-      return;
-    }
-    const bool finite = widen(source, slots, pages);
-    score(b_.widened, pages, b_.q, queries_, head_dim, b_.p);
-    for (int i = 0; i < queries_; ++i) softmax(i, begin, pages, bias, state);
-    if (finite) {
-      add_values(b_.widened, slots, queries_, head_dim, b_.p, b_.decay, state.o, stride);
-      return;
-    }
-    for (int i = 0; i < queries_; ++i) {
-      SlotRange own = clip(b_.visible[i], begin + slots.begin, begin + slots.end);
-      own = own.begin < own.end ? SlotRange{own.begin - begin, own.end - begin} : SlotRange{0, 0};
-      add_values(b_.widened, own, 1, head_dim, b_.p + i * kTileSlots, b_.decay + i, state.o + i * stride,
-                 stride);
+    const bool alone = block_.row_count == 1;
+    if (!alone && !packed_) widen_keys(source, pages);
+    const bool finite = alone || widen_values(source, slots);
+    by_queries(queries_, [&](auto count, int first) RIDGELINE_INLINED {
+      constexpr int kQueries = decltype(count)::value;
+      score_queries<kQueries>(source, pages, first);
+      for (int i = first; i < first + kQueries; ++i) softmax(i, begin, pages, bias, state);
+      const float *p = b_.p + first * kTileSlots, *decay = b_.decay + first;
+      float* o = state.o + first * b_.value_stride;
+      if (alone) return add_values<kQueries>(source, slots, p, decay, o, b_.value_stride);
+      if (finite) return add_values<kQueries>(b_.widened, slots, p, decay, o, b_.value_stride);
+      for (int i = first; i < first + kQueries; ++i) add_own_values(i, begin, slots, state);
+    });
+  }
+
+  template <int kQueries>
+  void score_queries(const Bf16Pages& source, PageRange pages, int first) const {
+    if (!packed_) return score_wide<kQueries>(source, pages, first);
+    score<kQueries>(PackedKeys{source}, pages, b_.rounded_q + first, launch_.head_dim,
+                    b_.p + first * kTileSlots);
+  }
+  template <int kQueries>
+  void score_queries(const F32Pages& source, PageRange pages, int first) const {
+    score_wide<kQueries>(source, pages, first);
+  }
+  template <int kQueries, class Pages>
+  void score_wide(const Pages& source, PageRange pages, int first) const {
+    float* out = b_.p + first * kTileSlots;
+    if (block_.row_count == 1) return score<kQueries>(source, pages, b_.q + first, launch_.head_dim, out);
+    score<kQueries>(b_.widened, pages, b_.q + first, launch_.head_dim, out);
+  }
+
+  // The values of the slots that a query sees; where it sees none its state stays.
+  void add_own_values(int i, int begin, SlotRange slots, const State& state) const {
+    const SlotRange own = clip(b_.visible[i], begin + slots.begin, begin + slots.end);
+    if (own.begin >= own.end) return;
+    add_values<1>(b_.widened, {own.begin - begin, own.end - begin}, b_.p + i * kTileSlots, b_.decay + i,
+                  state.o + i * b_.value_stride, b_.value_stride);
+  }
+
+  template <class Pages>
+  void widen_keys(const Pages& source, PageRange pages) const {
+    for (int p = pages.begin; p < pages.end; ++p) {
+      for (int pair = 0; pair < launch_.head_dim / 2; ++pair) {
+        const FloatPair keys = source.keys(p, pair);
+        float* row = b_.widened.key_rows + 2 * pair * kTileSlots + p * kPageTokens;
+        store(row, keys.even);
+        store(row + kTileSlots, keys.odd);
+      }
     }
   }
 
   // False if a value is infinite or not a number.
   template <class Pages>
-  bool widen(const Pages& source, SlotRange slots, PageRange pages) const {
-    const Widened& w = b_.widened;
-    for (int p = pages.begin; p < pages.end; ++p) {
-      for (int pair = 0; pair < launch_.head_dim / 2; ++pair) {
-        vfloat even, odd;
-        source.keys(p, pair, even, odd);
-        store(w.key_rows + 2 * pair * kTileSlots + p * kPageTokens, even);
-        store(w.key_rows + (2 * pair + 1) * kTileSlots + p * kPageTokens, odd);
-      }
-    }
+  bool widen_values(const Pages& source, SlotRange slots) const {
+    const vint magnitude = isplat(0x7fffffff);
     vint largest = izero();
-    for (int column = 0; column < launch_.head_dim; column += 16) {
-      const vmask m = first_lanes(launch_.head_dim - column);
-      for (int slot = slots.begin; slot < slots.end; ++slot) {
-        const vfloat v = source.value(slot, column, m);
-        largest = max(largest, bit_and(bits(v), isplat(0x7fffffff)));
-        store(w.value_rows + slot * w.stride + column, v);
+    for (int column = 0; column < launch_.head_dim; column += kGroup) {
+      const auto mask = source.value_mask(column);
+      const auto* row = source.value_row(slots.begin / kPageTokens, slots.begin % kPageTokens);
+      for (int slot = slots.begin; slot < slots.end; row = next_value_row(source, unsigned(++slot), row)) {
+        const FloatPair v = Pages::values(mask, row + column);
+        largest = max(largest, max(bit_and(bits(v.even), magnitude), bit_and(bits(v.odd), magnitude)));
+        float* wide = b_.widened.value_rows + slot * b_.value_stride + column;
+        store(wide, v.even);
+        store(wide + 16, v.odd);
       }
     }
     return reduce_max(largest) < 0x7f800000;
@@ -348,6 +380,7 @@ class BlockTask {
   const int kv_head_;
   const Buffers b_;
   const int ratio_, queries_;
+  const bool packed_;  // queries and keys are multiplied as bfloat16
 };
 
 }  // namespace

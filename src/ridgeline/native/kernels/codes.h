@@ -1,21 +1,10 @@
 // Codes and scales of quantised tiles, from memory into registers.
 #pragma once
 
-#include <utility>
-
 #include "tile.h"
+#include "unrolled.h"
 
 RIDGELINE_BEGIN
-
-#define RIDGELINE_INLINED __attribute__((always_inline))
-
-// body(std::integral_constant<int, i>) for i from 0 to kCount - 1.
-template <int kCount, class Body>
-RIDGELINE_INLINE void unrolled(const Body& body) {
-  [&]<int... i>(std::integer_sequence<int, i...>) RIDGELINE_INLINED {
-    (body(std::integral_constant<int, i>{}), ...);
-  }(std::make_integer_sequence<int, kCount>{});
-}
 
 // kBits bits of each of 64 bytes, moved from bit kFrom to bit kTo, other bits cleared.
 template <int kFrom, int kBits, int kTo>

@@ -12,13 +12,14 @@
 //   load_bytes, load_signed_bytes                 16 bytes as int32
 //   to_int, to_float, times_power_of_two          to_int rounds to nearest even
 //   load_f16, load_bf16, bf16_bits                16 values of a half format; bf16 rounds to nearest even
+//   interleave                                    the lanes of two vectors in turn, in place
 //   byte_fields<shift, bits>                      bits of each of 64 bytes, moved down
 //   load_table, look_up                           16 bytes, picked from by 64 indices below 16
 //   dot                                           64 bytes up to 127 times four signed ones per lane, exact
 //   dot_bytes, kByteZero                          the same for any bytes, each less kByteZero, which is 0 or
 //                                                 128; no signed one is -128
-//   dot_bf16                                      adds the products of 16 pairs of bfloat16; how it rounds is
-//                                                 the backend's
+//   dot_bf16, kFastBf16Dot                        adds the products of 16 pairs of bfloat16; how it rounds is
+//                                                 the backend's; fast where it is one instruction
 //   store_codes                                   16 int32 as int8, saturated
 //   prefetch                                      into the second-level cache
 // Every function is inlined: a kernel's object file must hold no code that another ISA level could link to.

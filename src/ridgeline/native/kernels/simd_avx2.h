@@ -23,6 +23,7 @@ struct vmask {
 constexpr int kMaxTokens = 4;
 constexpr int kMaxTiles = 1;
 constexpr int kMaxQueries = 1;
+constexpr bool kFastBf16Dot = false;
 
 RIDGELINE_INLINE vmask lanes(int from, int to) {
   const __m256i low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), high = _mm256_add_epi32(low, _mm256_set1_epi32(8));
@@ -191,11 +192,15 @@ RIDGELINE_INLINE vfloat load_bf16(vmask m, const uint16_t* p) {
   }
   return load_bf16(values);
 }
-// Sixteen pairs of bfloat16: the first and the second of each.
-RIDGELINE_INLINE void load_bf16_pairs(const uint16_t* p, vfloat& first, vfloat& second) {
-  const vint pair = iload(p);
-  first = from_bits(shift_left<16>(pair));
-  second = from_bits(bit_and(pair, isplat(int32_t(0xffff0000u))));
+// The lanes of a and b in turn: the first sixteen to a, the others to b.
+RIDGELINE_INLINE vfloat interleaved(__m256 a, __m256 b) {
+  const __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+  return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+}
+RIDGELINE_INLINE void interleave(vfloat& a, vfloat& b) {
+  const vfloat first = interleaved(a.lo, b.lo);
+  b = interleaved(a.hi, b.hi);
+  a = first;
 }
 RIDGELINE_INLINE __m256i bf16_rounded(__m256 a) {
   const __m256i x = _mm256_castps_si256(a);

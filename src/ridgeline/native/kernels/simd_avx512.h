@@ -97,11 +97,12 @@ RIDGELINE_INLINE vfloat load_bf16(const uint16_t* p) {
 RIDGELINE_INLINE vfloat load_bf16(vmask m, const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
 }
-// Sixteen pairs of bfloat16: the first and the second of each.
-RIDGELINE_INLINE void load_bf16_pairs(const uint16_t* p, vfloat& first, vfloat& second) {
-  const __m512i pair = _mm512_loadu_si512(p);
-  first = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
-  second = _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(int(0xffff0000u))));
+// The lanes of a and b in turn: the first sixteen to a, the others to b.
+RIDGELINE_INLINE void interleave(vfloat& a, vfloat& b) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const vfloat first = _mm512_permutex2var_ps(a, low, b);
+  b = _mm512_permutex2var_ps(a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b);
+  a = first;
 }
 RIDGELINE_INLINE void store_bf16(vmask m, uint16_t* p, vfloat a) {
   const __m512i x = _mm512_castps_si512(a);
@@ -136,6 +137,11 @@ constexpr int kByteZero = 0;
 RIDGELINE_INLINE vint dot_bytes(vint sum, vint unsigned_bytes, vint signed_bytes) {
   return dot(sum, unsigned_bytes, signed_bytes);
 }
+#if defined(__AVX512BF16__)
+constexpr bool kFastBf16Dot = true;
+#else
+constexpr bool kFastBf16Dot = false;
+#endif
 // The second of each pair first.
 RIDGELINE_INLINE vfloat dot_bf16(vfloat sum, vint a, vint b) {
 #if defined(__AVX512BF16__)

@@ -23,6 +23,7 @@ struct vmask {
 constexpr int kMaxTokens = 4;
 constexpr int kMaxTiles = 1;
 constexpr int kMaxQueries = 1;
+constexpr bool kFastBf16Dot = false;
 
 // A vector of f(0) to f(3).
 template <class F>
@@ -217,11 +218,14 @@ RIDGELINE_INLINE vfloat load_bf16(vmask m, const uint16_t* p) {
   for_lanes(m, [&](int i) { values[i] = p[i]; });
   return load_bf16(values);
 }
-// Sixteen pairs of bfloat16: the first and the second of each.
-RIDGELINE_INLINE void load_bf16_pairs(const uint16_t* p, vfloat& first, vfloat& second) {
-  const vint pair = iload(p);
-  first = from_bits(shift_left<16>(pair));
-  second = from_bits(bit_and(pair, isplat(int32_t(0xffff0000u))));
+// The lanes of a and b in turn: the first sixteen to a, the others to b.
+RIDGELINE_INLINE vfloat interleaved(const float32x4_t* a, const float32x4_t* b) {
+  return {{vzip1q_f32(a[0], b[0]), vzip2q_f32(a[0], b[0]), vzip1q_f32(a[1], b[1]), vzip2q_f32(a[1], b[1])}};
+}
+RIDGELINE_INLINE void interleave(vfloat& a, vfloat& b) {
+  const vfloat first = interleaved(a.v, b.v);
+  b = interleaved(a.v + 2, b.v + 2);
+  a = first;
 }
 RIDGELINE_INLINE uint16x4_t bf16_rounded(float32x4_t a) {
   const uint32x4_t x = vreinterpretq_u32_f32(a);

@@ -19,6 +19,7 @@ typedef int32_t vmask __attribute__((vector_size(64)));  // lanes of 0 or -1
 constexpr int kMaxTokens = 4;
 constexpr int kMaxTiles = 1;
 constexpr int kMaxQueries = 1;
+constexpr bool kFastBf16Dot = false;
 
 template <class To, class From>
 RIDGELINE_INLINE To cast(From x) {
@@ -168,11 +169,17 @@ RIDGELINE_INLINE vfloat load_bf16(vmask m, const uint16_t* p) {
   }
   return cast<vfloat>(a << 16);
 }
-// Sixteen pairs of bfloat16: the first and the second of each.
-RIDGELINE_INLINE void load_bf16_pairs(const uint16_t* p, vfloat& first, vfloat& second) {
-  const vint pair = iload(p);
-  first = cast<vfloat>(pair << 16);
-  second = cast<vfloat>(pair & int32_t(0xffff0000u));
+// The lanes of a and b in turn: the first sixteen to a, the others to b.
+RIDGELINE_INLINE void interleave(vfloat& a, vfloat& b) {
+  vfloat first, second;
+  for (int i = 0; i < 8; ++i) {
+    first[2 * i] = a[i];
+    first[2 * i + 1] = b[i];
+    second[2 * i] = a[8 + i];
+    second[2 * i + 1] = b[8 + i];
+  }
+  a = first;
+  b = second;
 }
 RIDGELINE_INLINE void store_bf16(vmask m, uint16_t* p, vfloat a) {
   const vint x = cast<vint>(a), nan = a != a;
