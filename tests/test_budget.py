@@ -23,7 +23,7 @@ from ridgeline.resources.footprint import (
     cost_usd,
     energy_kwh,
     facility_kwh,
-    grids_g_per_kwh,
+    grids,
     parse_grid,
 )
 from ridgeline.types import ConfigError
@@ -91,7 +91,7 @@ def test_8b_in_fp8_decodes_at_most_419_steps_per_second_on_an_h100(ridgeline: Cl
     assert sizes["decode"]["steps_per_s"] == pytest.approx(3.35e12 / 8e9)
     shown = ridgeline("budget", *run).out
     assert "8.0 GB in 8 bits" in shown
-    assert "at most 418.8 steps/s, read from 1 × H100-SXM" in shown
+    assert "at most 419 steps/s, read from 1 × H100-SXM" in shown
 
 
 def test_13b_and_2t_tokens_served_under_both_laws(ridgeline: Cli) -> None:
@@ -234,11 +234,12 @@ def test_bytes() -> None:
 def test_footprint() -> None:
     assert energy_kwh(1000, 3600) == 1
     assert facility_kwh(100, 1.2) == pytest.approx(120)
-    assert co2_kg(1000, 56) == 56
+    assert co2_kg(1000, parse_grid("fra")) == 56
     assert cost_usd(8, 7200, 2.5) == 40
-    grids = grids_g_per_kwh()
-    assert grids["nor"] < grids["fra"] < grids["usa"] < grids["world"] < grids["chn"] < grids["ind"]
-    assert (parse_grid("FRA"), parse_grid("56.5"), parse_grid("0")) == (56, 56.5, 0)
+    dirtier = [grids()[name].g_per_kwh for name in ("nor", "fra", "usa", "world", "chn", "ind")]
+    assert dirtier == sorted(dirtier)
+    assert [parse_grid(text).g_per_kwh for text in ("FRA", "56.5", "0")] == [56, 56.5, 0]
+    assert ("Ember" in parse_grid("fra").source, parse_grid("56.5").source) == (True, "as given")
     for text in ("atlantis", "-1", "nan", "1e9"):
         with pytest.raises(
             ConfigError, match=f"grid is {text!r}; accepted: grams of CO2 per kWh, or one of world"
@@ -253,7 +254,7 @@ BOTH = tuple(LAWS[name] for name in DEFAULT_LAWS)
 
 def team(count: int | None = 8, usd_per_hour: float | None = 2.0) -> Workers:
     """H100s that reach 400 Tflop/s each."""
-    return Workers(parse_fleet("h100").preset, count, "bf16", 400e12, usd_per_hour, 1.5, 100.0)
+    return Workers(parse_fleet("h100").preset, count, "bf16", 400e12, usd_per_hour, 1.5, parse_grid("100"))
 
 
 def test_two_of_parameters_tokens_and_compute() -> None:
@@ -319,7 +320,7 @@ def test_money_and_time_give_the_number_of_machines() -> None:
 
 
 def test_a_machine_without_price_or_power_has_no_cost() -> None:
-    apple = Workers(parse_fleet("m4").preset, 1, "fp32", 1e12, None, 1.5, 100.0)
+    apple = Workers(parse_fleet("m4").preset, 1, "fp32", 1e12, None, 1.5, parse_grid("100"))
     (plan,) = answer(Question(parameters=1e6, tokens=1e9, workers=apple))
     run = plan.run
     assert run is not None
@@ -338,6 +339,23 @@ def test_serving_a_given_run_keeps_its_loss() -> None:
         )
 
 
+@given(
+    st.lists(st.floats(1e-6, 1e11), min_size=3, max_size=3),
+    st.lists(st.floats(1e-3, 9.9), min_size=2, max_size=2),
+    st.floats(1, 1e40),
+    st.floats(1, 1e40),
+)
+def test_any_constants_give_finite_figures_or_one_line(
+    scales: list[float], exponents: list[float], parameters: float, served: float
+) -> None:
+    law = Law("any", scales[0], scales[1], scales[2], *exponents, "given")
+    try:
+        plans = answer(Question(parameters=parameters, served_tokens=served, laws=(law,)))
+    except ConfigError:
+        return
+    assert all(math.isfinite(plan.tokens) and math.isfinite(plan.losses["any"]) for plan in plans)
+
+
 # ---------------------------------------------------------------------------------- the command line
 
 
@@ -354,7 +372,7 @@ MISTAKES = [
     (["-N", "7B", "--machine", "h100", "--mfu", "1.5"], "mfu is 1.5; accepted: more than 0, at most 1"),
     (
         ["-N", "7B", "--machine", "h100", "--rate", "1200"],
-        "rate is 1200; accepted: more than 0, at most 989.5",
+        "rate is 1200.0; accepted: more than 0, at most 989.5",
     ),
     (["-N", "7B", "--machine", "h100", "--rate", "1", "--mfu", "0.1"], "accepted: one of them"),
     (["-N", "7B", "--machine", "h100", "--pue", "0.9"], "pue is 0.9; accepted: 1 (no overhead) to 10"),
@@ -380,7 +398,11 @@ MISTAKES = [
         "the attention term is given, and one of parameters, tokens and compute; accepted: two",
     ),
     (["-N", "7B", "--law", "moore"], "law is 'moore'; accepted: hoffmann, besiroglu, sardana"),
-    (["-N", "7B", "--bits", "0"], "bits is 0; accepted: more than 0"),
+    (["-N", "7B", "--bits", "0"], "bits is 0.0; accepted: more than 0"),
+    (["-N", "7B", "--mfu", "0.5"], "mfu is 0.5 and there is no machine; accepted: --machine too"),
+    (["-N", "7B", "--grid", "fra"], "grid is fra and there is no machine; accepted: --machine too"),
+    (["-N", "7B", "--law", "1,1,1,0.5,0.001"], "these figures and constants lead beyond 1e308"),
+    (["--embedding", "1" + 400 * "0"], "embedding is 1000"),
     (["--embedding", "0"], "embedding is 0; accepted: more than 0"),
     (["-N", "7B", "--days", "nan", "--machine", "h100"], "days is nan; accepted: more than 0"),
 ]
@@ -401,11 +423,12 @@ def test_the_machine_and_what_it_rests_on_are_printed(ridgeline: Cli) -> None:
         "budget", "-N", "8B", "-D", "15T", "--machine", "h100", "--days", "60", "--grid", "fra"
     ).out
     plain = " ".join(shown.split())
-    for text in ("as given 8.0G 15.0T 1.88e+03 7.20e23", "395.8 Tflop/s each, 40% of 989.5 Tflop/s bf16"):
+    for text in ("as given 8.0G 15.0T 1,875 7.20e23", "395.8 Tflop/s each, 40% of 989.5 Tflop/s bf16"):
         assert text in plain
     for text in (
         "NVIDIA H100 datasheet",
-        "56 g CO2 per kWh, PUE 1.56",
+        "56 g CO2 per kWh (Ember",
+        "PUE 1.56",
         "3.99 USD per device and hour (lambda.ai",
     ):
         assert text in plain

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 from ridgeline.cli.options import Json, flag
 from ridgeline.cli.output import print_json
 
 if TYPE_CHECKING:
     from ridgeline.apps.budget.machines import Workers
-    from ridgeline.apps.budget.sizes import Sizes
     from ridgeline.apps.budget.training import Shape
     from ridgeline.resources.fleet import Fleet
-
-Number = TypeVar("Number", int, float)
 
 LARGEST = 1e40
 """No quantity here comes near it, and products of a few stay floats."""
@@ -45,7 +42,8 @@ Pue = Annotated[
     float | None, flag("pue", "The building's energy for each unit of the machines' (default: 1.56).")
 ]
 Grid = Annotated[
-    str, flag("grid", "Electricity: a country's code (usa, fra …), eu, world, or grams of CO2 per kWh.")
+    str | None,
+    flag("grid", "Electricity: a country's code (usa, fra …), eu, world (default), or g of CO2 per kWh."),
 ]
 Layers = Annotated[int | None, flag("layers", "For the attention term: layers.")]
 Hidden = Annotated[int | None, flag("hidden", "For the attention term: width of all heads.")]
@@ -73,7 +71,7 @@ def budget(
     format: PeakFormat = None,
     price: Price = None,
     pue: Pue = None,
-    grid: Grid = "world",
+    grid: Grid = None,
     layers: Layers = None,
     hidden: Hidden = None,
     context: Context = None,
@@ -87,23 +85,27 @@ def budget(
     from ridgeline.apps.budget.answer import Question, answer
     from ridgeline.apps.budget.machines import DAY_S
     from ridgeline.apps.budget.scaling import DEFAULT_LAWS, parse_law
+    from ridgeline.apps.budget.sizes import Sizes
     from ridgeline.cli.budget_report import Report
     from ridgeline.resources.fleet import parse_fleet
 
     fleet = parse_fleet(machine) if machine is not None else None
-    days = _positive("days", days)
+    if fleet is None:
+        _refuse(mfu=mfu, rate=rate, format=format, price=price, pue=pue, grid=grid)
+    for name, value in {"days": days, "usd": usd, "bits": bits, "embedding": embedding}.items():
+        _check(name, value)
     question = Question(
         parameters=_number("parameters", parameters),
         tokens=_number("tokens", tokens),
         flops=_number("compute", compute),
         seconds=days * DAY_S if days is not None else None,
-        usd=_positive("usd", usd),
+        usd=usd,
         workers=_workers(fleet, mfu, rate, format, price, pue, grid) if fleet else None,
         shape=_shape(layers, hidden, context),
         served_tokens=_number("served", served),
         laws=tuple({each.name: each for each in map(parse_law, law or DEFAULT_LAWS)}.values()),
     )
-    sizes = _sizes(question.parameters, _positive("bits", bits), embedding, fleet)
+    sizes = Sizes.of(question.parameters, bits, embedding, fleet.preset if fleet else None)
     known = (question.parameters, question.tokens, question.flops, days, usd, question.served_tokens)
     plans = answer(question) if embedding is None or any(value is not None for value in known) else []
     report = Report(plans, question.laws, question.workers, sizes)
@@ -113,6 +115,15 @@ def budget(
         report.show()
 
 
+def _refuse(**of_machines: float | str | None) -> None:
+    """Raise ConfigError for a flag that says something of machines where none are given."""
+    from ridgeline.types import ConfigError
+
+    for name, value in of_machines.items():
+        if value is not None:
+            raise ConfigError(f"{name} is {value} and there is no machine; accepted: --machine too")
+
+
 def _workers(
     fleet: Fleet,
     mfu: float | None,
@@ -120,29 +131,30 @@ def _workers(
     format_name: str | None,
     price: float | None,
     pue: float | None,
-    grid: str,
+    grid: str | None,
 ) -> Workers:
     from ridgeline.apps.budget.machines import DEFAULT_MFU, Workers, training_format
-    from ridgeline.resources.footprint import DEFAULT_PUE, parse_grid
+    from ridgeline.resources.footprint import DEFAULT_GRID, DEFAULT_PUE, parse_grid
     from ridgeline.types import ConfigError
 
     if mfu is not None and rate is not None:
         raise ConfigError(f"mfu is {mfu:g} and rate is {rate:g} Tflop/s; accepted: one of them")
     peak_format = training_format(fleet.preset, format_name)
     peak = fleet.preset.peaks[peak_format]
-    reached = _positive("rate", rate, peak / 1e12) if rate is not None else None
-    share = _positive("mfu", DEFAULT_MFU if mfu is None else mfu, 1.0)
+    _check("rate", rate, peak / 1e12)
+    _check("mfu", mfu, 1.0)
+    _check("price", price)
     pue = DEFAULT_PUE if pue is None else pue
     if not 1 <= pue <= 10:
-        raise ConfigError(f"pue is {pue:g}; accepted: 1 (no overhead) to 10")
+        raise ConfigError(f"pue is {pue}; accepted: 1 (no overhead) to 10")
     return Workers(
         preset=fleet.preset,
         count=fleet.count if fleet.counted else None,
         peak_format=peak_format,
-        flops_per_s=reached * 1e12 if reached is not None else peak * (share or 0.0),
-        usd_per_hour=fleet.preset.usd_per_hour if price is None else _positive("price", price),
+        flops_per_s=rate * 1e12 if rate is not None else peak * (DEFAULT_MFU if mfu is None else mfu),
+        usd_per_hour=fleet.preset.usd_per_hour if price is None else price,
         pue=pue,
-        grid_g_per_kwh=parse_grid(grid),
+        grid=parse_grid(DEFAULT_GRID if grid is None else grid),
     )
 
 
@@ -152,21 +164,13 @@ def _shape(layers: int | None, hidden: int | None, context: int | None) -> Shape
 
     given = {"layers": layers, "hidden": hidden, "context": context}
     for name, value in given.items():
-        _positive(name, value)
+        _check(name, value)
     if layers is not None and hidden is not None and context is not None:
         return Shape(layers, hidden, context)
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) < len(given):
         raise ConfigError(f"the attention term lacks {' and '.join(missing)}; accepted: all three or none")
     return None
-
-
-def _sizes(parameters: float | None, bits: float | None, embedding: int | None, fleet: Fleet | None) -> Sizes:
-    from ridgeline.apps.budget.sizes import Sizes
-
-    return Sizes.of(
-        parameters, bits or 0.0, _positive("embedding", embedding), fleet.preset if fleet else None
-    )
 
 
 def _number(name: str, text: str | None) -> float | None:
@@ -185,9 +189,9 @@ def _number(name: str, text: str | None) -> float | None:
     return value
 
 
-def _positive(name: str, value: Number | None, most: float = LARGEST) -> Number | None:
+def _check(name: str, value: float | None, most: float = LARGEST) -> None:
+    """Raise ConfigError unless a number that was given is in (0, most]."""
     from ridgeline.types import ConfigError
 
     if value is not None and not 0 < value <= most:
-        raise ConfigError(f"{name} is {value:g}; accepted: more than 0, at most {most:g}")
-    return value
+        raise ConfigError(f"{name} is {value}; accepted: more than 0, at most {most:g}")

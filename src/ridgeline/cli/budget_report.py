@@ -56,7 +56,7 @@ class Report:
             "plan": plan.kind if plan.law is None else f"{plan.kind}, {plan.law}",
             "parameters": count(plan.parameters),
             "tokens": count(plan.tokens),
-            "per parameter": f"{plan.tokens / plan.parameters:.3g}",
+            "per parameter": figure(plan.tokens / plan.parameters),
             "training flop": flop(plan.training_flops),
         }
         if plan.serving_flops is not None:
@@ -84,7 +84,7 @@ class Report:
             rows["weights"] = f"{size(sizes.weights_bytes)} in {sizes.weights_bits:g} bits"
         if sizes.decode is not None and workers is not None:
             hold = f"{sizes.decode.devices} × {workers.preset.name}"
-            rows["decoding"] = f"at most {sizes.decode.steps_per_s:.4g} steps/s, read from {hold}"
+            rows["decoding"] = f"at most {figure(sizes.decode.steps_per_s)} steps/s, read from {hold}"
         if sizes.embedding_bytes is not None:
             each, million = sizes.embedding_bytes, size(sizes.embedding_bytes * 1e6)
             floats = f"{sizes.embedding_floats:,} floats of 32 bits"
@@ -104,10 +104,11 @@ def _machine(workers: Workers) -> dict[str, str]:
     parts.append(
         f"{preset.power_w:g} W by its datasheet" if preset.power_w is not None else "power not known"
     )
+    grid = workers.grid
     rows = {
         preset.name: "; ".join(parts),
         "source": preset.source,
-        "electricity": f"{workers.grid_g_per_kwh:g} g CO2 per kWh, PUE {workers.pue:g}",
+        "electricity": f"{grid.g_per_kwh:g} g CO2 per kWh ({grid.source}); PUE {workers.pue:g}",
     }
     if workers.usd_per_hour is None:
         rows["price"] = "not known; --price gives one"
@@ -115,6 +116,11 @@ def _machine(workers: Workers) -> dict[str, str]:
         listed = workers.usd_per_hour == preset.usd_per_hour and preset.price_source
         rows["price"] = f"{workers.usd_per_hour:g} USD per device and hour ({listed or 'as given'})"
     return rows
+
+
+def figure(number: float) -> str:
+    """Three digits, and no fewer than stand before the point: 0.123, 76.3, 1,875."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def flop(number: float) -> str:

@@ -20,10 +20,6 @@ class Fleet:
     count: int = 1
     counted: bool = True
 
-    @property
-    def name(self) -> str:
-        return f"{self.preset.name} × {self.count}" if self.count > 1 else self.preset.name
-
 
 def parse_fleet(name: str) -> Fleet:
     """The devices of that name, in any case, with or without hyphens, and with a number before or after.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 
 from ridgeline.types import ConfigError
@@ -19,37 +20,38 @@ DEFAULT_PUE = 1.56
 DEFAULT_GRID = "world"
 
 
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Electricity: the grams of CO2-equivalent that making a kWh emits, and who says so."""
+
+    name: str
+    g_per_kwh: float
+    source: str
+
+
 @functools.cache
-def _grids() -> tuple[dict[str, float], str]:
+def grids() -> dict[str, Grid]:
+    """The grids that are known, by ISO 3166 code, and the averages of the world and the EU."""
     content = tomllib.loads(_FILE.read_text(encoding="utf-8"))
-    return {name: float(grams) for name, grams in content["g_per_kwh"].items()}, content["source"]
+    source = content["source"]
+    return {name: Grid(name, float(grams), source) for name, grams in content["g_per_kwh"].items()}
 
 
-def grids_g_per_kwh() -> dict[str, float]:
-    """Grams of CO2-equivalent per kWh of electricity, by ISO 3166 code, and of the world and the EU."""
-    return dict(_grids()[0])
-
-
-def grids_source() -> str:
-    """Whose figures these are."""
-    return _grids()[1]
-
-
-def parse_grid(text: str) -> float:
-    """Grams of CO2-equivalent per kWh: of a grid by its name, or the number itself.
+def parse_grid(text: str) -> Grid:
+    """A grid by its name, or by its grams of CO2-equivalent per kWh.
 
     Raises ConfigError with the names that are known.
     """
-    grids = grids_g_per_kwh()
-    if text.lower() in grids:
-        return grids[text.lower()]
+    known = grids()
+    if text.lower() in known:
+        return known[text.lower()]
     try:
         grams = float(text)
     except ValueError:
         grams = -1.0
     if not 0 <= grams <= 10_000:
-        raise ConfigError(f"grid is {text!r}; accepted: grams of CO2 per kWh, or one of {', '.join(grids)}")
-    return grams
+        raise ConfigError(f"grid is {text!r}; accepted: grams of CO2 per kWh, or one of {', '.join(known)}")
+    return Grid(text, grams, "as given")
 
 
 def energy_kwh(power_w: float, seconds: float) -> float:
@@ -63,9 +65,9 @@ def facility_kwh(equipment_kwh: float, pue: float) -> float:
     return equipment_kwh * pue
 
 
-def co2_kg(kwh: float, g_per_kwh: float) -> float:
+def co2_kg(kwh: float, grid: Grid) -> float:
     """CO2-equivalent of making that much electricity."""
-    return kwh * g_per_kwh / 1000
+    return kwh * grid.g_per_kwh / 1000
 
 
 def cost_usd(devices: float, seconds: float, usd_per_hour: float) -> float:

@@ -33,8 +33,8 @@ class Preset:
     """One device by its datasheet: a GPU, a CPU socket, or the GPU of an Apple chip.
 
     It has the rates of `Ceilings`, so that the roofline reads either. Peaks are dense, with a multiply-add as
-    two operations, and 0 where the hardware has no instructions for the format; `bf16_flops_per_s` is of
-    float16 where there is no bfloat16. Links count each direction, and are 0 where there is none to count.
+    two operations, and 0 where a format has none above that of fp32; `bf16_flops_per_s` is of float16 where
+    there is no bfloat16. Links count each direction, and are 0 where there is none to count.
     `power_w` and `usd_per_hour` are None where nobody says.
     """
 
@@ -58,7 +58,7 @@ class Preset:
 
     @property
     def peaks(self) -> dict[str, float]:
-        """Operations per second of each format that the hardware has."""
+        """Operations per second of each format that has a rate."""
         rates = {name: float(getattr(self, field)) for name, field in PEAKS.items()}
         return {name: rate for name, rate in rates.items() if rate > 0}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from ridgeline.apps.budget.machines import Run, Workers
@@ -51,6 +52,16 @@ GIVEN, OPTIMAL, FOR_SERVING = "as given", "optimal", "for serving"
 
 
 def answer(question: Question) -> list[Plan]:
+    """The plans that the question leads to (see `_plans`), all of whose figures are finite."""
+    try:
+        return _plans(question)
+    except (OverflowError, ZeroDivisionError) as error:
+        raise ConfigError(
+            "these figures and constants lead beyond 1e308; accepted: what a model could have"
+        ) from error
+
+
+def _plans(question: Question) -> list[Plan]:
     """The run as given, where two of parameters, tokens and compute are known; then for each law the optimum:
     of the same compute, or around the one of the three that is known. With `served_tokens`, for each law the
     model of the same loss that takes the least compute over its life.
@@ -149,6 +160,8 @@ def _for_serving(question: Question, law: Law, like: Plan) -> Plan:
 def _plan(question: Question, kind: str, law: Law | None, sizes: tuple[float, float], flops: float) -> Plan:
     parameters, tokens = sizes
     served = question.served_tokens
+    if not all(0 < figure < math.inf for figure in (parameters, tokens, flops)):
+        raise OverflowError
     return Plan(
         kind=kind,
         law=law.name if law else None,

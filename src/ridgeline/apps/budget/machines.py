@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ridgeline.resources.footprint import co2_kg, cost_usd, energy_kwh, facility_kwh
+from ridgeline.resources.footprint import Grid, co2_kg, cost_usd, energy_kwh, facility_kwh
 from ridgeline.resources.presets import PEAKS, Preset
 from ridgeline.types import ConfigError
 
@@ -30,7 +30,7 @@ class Workers:
     flops_per_s: float
     usd_per_hour: float | None
     pue: float
-    grid_g_per_kwh: float
+    grid: Grid
 
     @property
     def mfu(self) -> float:
@@ -76,7 +76,7 @@ class Workers:
             seconds=elapsed_s,
             equipment_kwh=equipment,
             facility_kwh=facility,
-            co2_kg=co2_kg(facility, self.grid_g_per_kwh) if facility is not None else None,
+            co2_kg=co2_kg(facility, self.grid) if facility is not None else None,
             usd=cost_usd(count, elapsed_s, self.usd_per_hour) if self.usd_per_hour is not None else None,
         )
 
