@@ -27,7 +27,20 @@ from ridgeline.types import CompletionOutput, RequestError, RequestMetrics, Requ
 if TYPE_CHECKING:
     from tiny_models import TinyModel
 
-VERBS = ("run", "chat", "pull", "list", "show", "rm", "perplexity", "probe", "bench", "serve", "doctor")
+VERBS = (
+    "run",
+    "chat",
+    "pull",
+    "list",
+    "show",
+    "rm",
+    "perplexity",
+    "probe",
+    "bench",
+    "serve",
+    "budget",
+    "doctor",
+)
 
 
 @pytest.fixture

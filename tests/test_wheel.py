@@ -61,6 +61,7 @@ def test_the_wheel_holds_what_is_run_and_no_source_of_it(wheel: Path) -> None:
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         fields = message_from_string(archive.read(metadata).decode())
     assert "ridgeline/py.typed" in names
+    assert {"ridgeline/resources/machines.toml", "ridgeline/resources/grids.toml"} <= set(names)
     assert "ridgeline/native/_native.pyi" in names
     assert [name for name in names if name.startswith("ridgeline/native/_native") and name.endswith(".so")]
     sources = (".cpp", ".h", ".cmake", "CMakeLists.txt")

@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from ridgeline.cli import bench, bench_serve, chat, doctor, perplexity, probe, pull, rm, run, serve, show
+from ridgeline.cli import (
+    bench,
+    bench_serve,
+    budget,
+    chat,
+    doctor,
+    perplexity,
+    probe,
+    pull,
+    rm,
+    run,
+    serve,
+    show,
+)
 from ridgeline.cli import list as list_verb
 
 app = typer.Typer(
@@ -31,6 +44,7 @@ _bench = typer.Typer(rich_markup_mode=None)
 _bench.callback(invoke_without_command=True)(bench.bench)
 _bench.command("serve")(bench_serve.bench_serve)
 app.add_typer(_bench, name="bench")
+app.command()(budget.budget)
 app.command()(doctor.doctor)
 
 
