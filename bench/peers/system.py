@@ -74,11 +74,7 @@ class Launch:
         return self.driver_command("--once")
 
     def environment(self) -> dict[str, str]:
-        """PYTHONPATH belongs to the Python that runs us: another one's packages are its own."""
-        shown = dict(os.environ)
-        if self.kind != "ridgeline":
-            shown.pop("PYTHONPATH", None)
-        return shown
+        return environment_of(self.kind)
 
 
 class System:
@@ -258,6 +254,11 @@ def last_line(file: IO[bytes]) -> str:
     file.seek(0)
     lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     return lines[-1].strip() if lines else ""
+
+
+def environment_of(kind: str) -> dict[str, str]:
+    """PYTHONPATH belongs to the Python that runs us: another one's packages are its own."""
+    return {key: value for key, value in os.environ.items() if kind == "ridgeline" or key != "PYTHONPATH"}
 
 
 def kind_of(name: str) -> str:
