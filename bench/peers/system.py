@@ -48,7 +48,6 @@ class Launch:
     max_batch: int = 1
     options: tuple[str, ...] = ()
     cold: str | None = None
-    module: str | None = None
 
     def driver_command(self, *more: str) -> list[str]:
         limits = {
@@ -59,14 +58,14 @@ class Launch:
         }
         flags = [f"--{name}={value}" for name, value in limits.items()]
         flags += [f"--option={option}" for option in self.options]
-        return [self.python, "-m", self.module or f"bench.peers.{self.kind}", *flags, *more]
+        return [self.python, "-m", f"bench.peers.{self.kind}", *flags, *more]
 
     def cold_command(self) -> list[str]:
         """The system's own command line where it is known, else its driver for one token."""
         if self.cold is not None:
             places = {"model": self.model, "threads": self.threads, "prompt": _COLD_QUESTION}
             return [part.format(**places) for part in shlex.split(self.cold)]
-        if self.kind == "ridgeline" and self.module is None:
+        if self.kind == "ridgeline":
             verb = [self.python, "-m", "ridgeline.cli.main", "run", f"--model={self.model}"]
             settings = dict(option.split("=", 1) for option in self.options)
             weights = [f"--weights={settings['weights']}"] if "weights" in settings else []
