@@ -1,4 +1,4 @@
-"""Comparing systems side by side: the protocol with drivers that only pretend, and what is made of answers."""
+"""Comparing systems side by side: the protocol with drivers that pretend, and what is made of answers."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_options_reach_a_driver_as_values(start: Callable[..., System]) -> None:
 def test_a_failed_command_leaves_the_driver_alive(start: Callable[..., System]) -> None:
     driver = start("be=raising")
     for _ in range(2):
-        with pytest.raises(FailedError, match="^RuntimeError: no room$"):
+        with pytest.raises(FailedError, match=r"^RuntimeError: no room$"):
             driver.measure(cells.parse("1x8+2"), 0)
 
 
@@ -175,7 +175,7 @@ def test_a_python_that_is_not_there_is_absent() -> None:
 
 
 def test_a_driver_that_dies_or_hangs_is_absent(start: Callable[..., System]) -> None:
-    with pytest.raises(AbsentError, match="^out of luck$"):
+    with pytest.raises(AbsentError, match=r"^out of luck$"):
         start("be=dying").measure(cells.parse("1x8+2"), 0)
     slow = start("be=slow", timeout_s=60.0)
     slow._timeout_s = 0.2

@@ -13,8 +13,9 @@ It loads the model once, says so in its first line, and then answers each line o
     {"error": "…"}                                        this command failed, others may not
 
 The first line is {"ready": {"system": …, "version": …, "vocabulary": …, "load_s": …}}, or {"absent": "…"}
-where the system is not installed. All prompts of a command have one length. Decoding takes the likeliest
-token and goes on past end tokens. The clock of a decode starts when every sequence has its first token.
+where the system is not installed or does not load the model. All prompts of a command have one length.
+Decoding takes the likeliest token and goes on past end tokens. The clock of a decode starts when every
+sequence has its first token.
 
 With --once the driver produces one token of one short prompt, prints it and ends: a cold start.
 
@@ -30,6 +31,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
@@ -87,8 +89,9 @@ def main(load: Callable[[Options], Driver]) -> None:
         start = time.perf_counter()
         try:
             driver = load(options)
-        except ImportError as error:
-            _say(answers, {"absent": f"{type(error).__name__}: {error}"})
+        except Exception as error:  # not installed, or it does not load this model
+            traceback.print_exc()
+            _say(answers, {"absent": _one_line(error)})
             sys.exit(3)
         if chosen.once:
             _say(answers, driver.prefill([list(ONCE_PROMPT)]).to_json())
@@ -112,8 +115,7 @@ def answer_lines(driver: Driver, commands: TextIO, answers: TextIO) -> None:
         try:
             answer = _answer(driver, json.loads(line)).to_json()
         except Exception as error:  # whatever a system raises is its answer
-            text = " ".join(str(error).split())
-            answer = {"error": f"{type(error).__name__}: {text}"}
+            answer = {"error": _one_line(error)}
         _say(answers, answer)
 
 
@@ -123,6 +125,11 @@ def _answer(driver: Driver, command: dict[str, Any]) -> Answer:
     if command.get("do") == "decode":
         return driver.decode(command["prompts"], command["tokens"])
     raise ValueError(f"command is {command.get('do')!r}; accepted: prefill, decode")
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"
 
 
 def _say(answers: TextIO, content: dict[str, Any]) -> None:

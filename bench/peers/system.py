@@ -191,6 +191,10 @@ class System:
         return answer
 
     def _last_words(self) -> str:
+        """What the process said when it ended; its output closes a little before that."""
+        assert self._process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_S)
         return last_line(self._said) or "it ended without a message"
 
     def _signal(self, number: int) -> None:
