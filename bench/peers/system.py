@@ -176,6 +176,7 @@ class System:
         while b"\n" not in self._pending:
             ready, _, _ = select.select([output], [], [], max(end_s - time.monotonic(), 0))
             if not ready:
+                self._signal(signal.SIGKILL)  # it would not end when it is asked to, either
                 raise AbsentError(f"no answer within {self._timeout_s:.0f} s")
             part = os.read(output, 1 << 16)
             if not part:
