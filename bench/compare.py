@@ -50,6 +50,9 @@ from ridgeline.types import RidgelineError
 MIN_ROUNDS = 5
 """Fewer rounds have no median worth reporting; the output then says so."""
 
+MIN_CONTEXT = 64
+"""Tokens that every system has room for: a cold start's prompt fits."""
+
 
 @dataclass
 class Comparison:
@@ -151,7 +154,7 @@ def launches(chosen: argparse.Namespace, work: Sequence[Cell], threads: int) -> 
             python=str(Path(python).expanduser().absolute()) if "/" in python else python,
             model=str(Path(models.get(name, common)).expanduser().absolute()),
             threads=threads,
-            max_context=max(cell.longest for cell in work),
+            max_context=max(MIN_CONTEXT, *(cell.longest for cell in work)),
             max_batch=max(cell.batch for cell in work),
             options=tuple(options[name]),
             cold=colds.get(name),

@@ -30,6 +30,7 @@ class RidgelineDriver:
         settings = {
             "model": options.model,
             "threads": options.threads,
+            "max_model_len": options.max_context,
             "max_num_seqs": sequences,
             "max_num_batched_tokens": max(2 * sequences, default.max_num_batched_tokens),
             **options.more,
