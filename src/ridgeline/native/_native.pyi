@@ -60,9 +60,7 @@ def pack(
     With `out` (1-D, packed_bytes long, 64-byte aligned) the tiles are written there and it is returned.
     """
 
-def pack_rows(
-    data: NDArray[np.uint8], storage: str, cols: int, team: Team, out: NDArray[np.uint8]
-) -> bool:
+def pack_rows(data: NDArray[np.uint8], storage: str, cols: int, team: Team, out: NDArray[np.uint8]) -> bool:
     """Repack GGUF blocks, (rows, row_bytes), into `out`, which is 1-D, packed_bytes long and 64-byte aligned.
 
     False where a scale, or a value of a storage without scales, may not be finite: where it is not, and for

@@ -3,14 +3,14 @@
 **What is kept.** One file for each key: a header with the key and a sum of each block, then the region of
 `packing.Layout` as it lay in memory. The key is the SHA-256 of
 
-- `Weights.identity`: size, inode, times of change and header of the checkpoint's files, and for each matrix its
-  shape, format, storage and source;
+- `Weights.identity`: size, inode, times of change and header of the checkpoint's files, and for each matrix
+  its shape, format, storage and source;
 - what packing and quantising make of a sample, in every storage and format that the model has. So a change
   of a layout or of a rule of rounding is another key, without anybody raising a number. Layouts are the same
   at every instruction-set level; if they were not, this would tell them apart too.
 
-**Staleness.** Tensors are not read to know a checkpoint again. A file whose content changed while its size, its
-inode, both of its times (to the nanosecond) and its header stayed would be taken for what it was: that takes
+**Staleness.** Tensors are not read to know a checkpoint again. A file whose content changed while its size,
+its inode, both of its times (to the nanosecond) and its header stayed would be taken for what it was: that takes
 setting the system's clock back on purpose. Then the weights are those that were there before, whole and of
 the right shapes. Files that changed within the last two seconds are not looked up.
 
@@ -207,7 +207,9 @@ def key_of(weights: Weights, layout: Layout) -> bytes | None:
         return None
     storages = sorted({place.reader.storage.name for place in layout.places})
     converted = sorted({weights.formats[p.name].name for p in layout.places if p.reader.converts})
-    found = hashlib.sha256(repr((_VERSION, layout.nbytes, [(p.name, p.start) for p in layout.places])).encode())
+    found = hashlib.sha256(
+        repr((_VERSION, layout.nbytes, [(p.name, p.start) for p in layout.places])).encode()
+    )
     found.update(identity)
     for storage in storages:
         found.update(_packed_sample(storage))
@@ -270,7 +272,7 @@ def _data_start(region_bytes: int) -> int:
 
 
 def _write_all(descriptor: int, data: ByteArray) -> None:
-    left = memoryview(data)
+    left = data.data
     while left:
         left = left[os.write(descriptor, left) :]
 
