@@ -72,7 +72,7 @@ class Cuda:
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """The folder of models and measurements. `packed` models have packed weights under `packed_path`, which is
+    """The folder of models and measurements. `packed` models have packed weights in `packed_path`, which is
     empty where the native module does not load. `ceilings_age_days` is None where nothing was measured for
     this number of threads and this level."""
 

@@ -10,8 +10,8 @@
   at every instruction-set level; if they were not, this would tell them apart too.
 
 **Staleness.** Tensors are not read to know a checkpoint again. A file whose content changed while its size,
-its inode, both of its times (to the nanosecond) and its header stayed would be taken for what it was: that takes
-setting the system's clock back on purpose. Then the weights are those that were there before, whole and of
+its inode, both of its times (to the nanosecond) and its header stayed would be taken for what it was: for
+that one must set back the system's clock. Then the weights are those that were there before, whole and of
 the right shapes. Files that changed within the last two seconds are not looked up.
 
 **A private copy.** The file is read into memory of huge pages, by all threads, and not mapped: mapped files
