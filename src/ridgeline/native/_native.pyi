@@ -61,7 +61,7 @@ def pack(
     """
 
 def pack_rows(data: NDArray[np.uint8], storage: str, cols: int, team: Team, out: NDArray[np.uint8]) -> bool:
-    """Repack GGUF blocks, (rows, row_bytes), into `out`, which is 1-D and packed_bytes long: tiles of a matrix.
+    """Repack GGUF blocks, (rows, row_bytes), into `out`, 1-D and packed_bytes long, as tiles of a matrix.
 
     False where a scale, or a value of a storage without scales, may not be finite: where it is not, and for
     the largest exponents of MXFP4.

@@ -38,7 +38,8 @@ Sums block_sums(nb::object data, Team& team) {
 }
 
 bool read_packed(int64_t descriptor, int64_t offset, nb::object out, nb::object sums, Team& team) {
-  if (descriptor < 0 || descriptor > INT32_MAX) refuse("descriptor", std::to_string(descriptor), "an open file's");
+  if (descriptor < 0 || descriptor > INT32_MAX)
+    refuse("descriptor", std::to_string(descriptor), "that of an open file");
   if (offset < 0) refuse("offset", std::to_string(offset), "0 or more");
   const Array<uint8_t> bytes(out, "out", 1, Access::write);
   const Array<uint64_t> expected(sums, "sums", 1);

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,6 @@ from ridgeline.execution.cpu.buffers import Buffer, new_buffer, value_row_bytes
 from ridgeline.execution.cpu.launches import Binding, CpuLaunch
 from ridgeline.execution.cpu.load import load_matrices
 from ridgeline.execution.cpu.lower import lower
-from ridgeline.execution.cpu.packed_cache import PackedCache
 from ridgeline.execution.draw import Drawer, undrawn
 from ridgeline.execution.lowering import Footprint, WorkModel
 from ridgeline.execution.profiling import LaunchTime, label_of, launch_works
@@ -29,6 +29,9 @@ from ridgeline.native import Matrix, StepInputs, Tape, Team, allocate, copy_page
 from ridgeline.precision.storage import Tensor, float32_tensor
 from ridgeline.resources.machine import choose_isa
 from ridgeline.types import Float32Array, PageCopy, Step, StepResult
+
+if TYPE_CHECKING:
+    from ridgeline.execution.cpu.packed_cache import PackedCache
 
 _KV_DTYPES: dict[str, type[np.uint16] | type[np.float32]] = {"KV16": np.uint16, "KV32": np.float32}
 
