@@ -89,7 +89,8 @@ void sum_blocks(const uint8_t* data, size_t bytes, uint64_t* sums, Team& team) {
   });
 }
 
-bool read_blocks(int descriptor, int64_t offset, uint8_t* out, size_t bytes, const uint64_t* sums, Team& team) {
+bool read_blocks(int descriptor, int64_t offset, uint8_t* out, size_t bytes, const uint64_t* sums,
+                 Team& team) {
   std::atomic<bool> sound{true};
   team.run(1, [&](int index) {
     Worker{&team, index}.for_units(block_count(bytes), [&](int64_t b) {
