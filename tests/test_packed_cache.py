@@ -394,5 +394,5 @@ def test_the_doctor_says_where_it_is(
     assert cache.store(b"k" * 32, region_of(3 << 20), TEAM) or cache.bound_bytes < 4 << 20
     told = next(line for line in ridgeline("doctor").out.splitlines() if line.startswith("packed weights"))
     assert str(cache.folder) in told.replace("\n", "")
-    assert "1 model" in told
-    assert "at most" in told
+    assert " 1, " in told
+    assert "of at most" in told
