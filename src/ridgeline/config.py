@@ -45,6 +45,7 @@ class EngineConfig:
     `max_model_len` bounds prompt and output together (default: the model's context, or what fits).
     `max_num_batched_tokens` is a step's token budget, `max_num_seqs` how many sequences run at once.
     `kv_cache_memory_bytes` is the KV pool's size (default: from the memory that is free).
+    `packed_cache` lets the CPU executor keep packed weights on disk where that makes the next start faster.
     `seed` makes requests without a seed of their own repeatable.
     """
 
@@ -58,6 +59,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     kv_cache_memory_bytes: int | None = None
     seed: int | None = None
+    packed_cache: bool = True
 
     def __post_init__(self) -> None:
         _check(isinstance(self.model, str) and bool(self.model), "model", self.model, "a name or a path")
@@ -78,6 +80,7 @@ class EngineConfig:
             budget,
             f"at least max_num_seqs ({self.max_num_seqs})",
         )
+        _check(isinstance(self.packed_cache, bool), "packed_cache", self.packed_cache, "True or False")
         _check(self.seed is None or isinstance(self.seed, int), "seed", self.seed, "a whole number or none")
 
     @classmethod

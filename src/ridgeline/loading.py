@@ -266,4 +266,8 @@ def make_executor(config: EngineConfig, limits: Limits) -> Executor:
     from ridgeline.execution.cpu.executor import CpuExecutor
 
     assert config.threads is not None
-    return CpuExecutor(limits, config.threads)
+    if not config.packed_cache:
+        return CpuExecutor(limits, config.threads)
+    from ridgeline.execution.cpu.packed_cache import PackedCache
+
+    return CpuExecutor(limits, config.threads, cache=PackedCache())

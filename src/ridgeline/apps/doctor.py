@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from ridgeline.model.catalog import DEFAULT_MODEL, list_models
 from ridgeline.resources import installation
@@ -71,14 +72,19 @@ class Cuda:
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """The folder of models and measurements. `ceilings_age_days` is None where nothing was measured for this
-    number of threads and this level."""
+    """The folder of models and measurements. `packed` models have packed weights in `packed_path`, which is
+    empty where the native module does not load. `ceilings_age_days` is None where nothing was measured for
+    this number of threads and this level."""
 
     path: str
     writable: bool
     free_bytes: int
     models: int
     models_bytes: int
+    packed: int
+    packed_bytes: int
+    packed_bound_bytes: int
+    packed_path: str
     ceilings_age_days: float | None
 
 
@@ -185,8 +191,24 @@ def _cache(threads: int, levels: Levels) -> Cache:
         free_bytes=shutil.disk_usage(there).free,
         models=len(models),
         models_bytes=sum(model.size_bytes for model in models),
+        **_packed(levels),
         ceilings_age_days=_age_days(ceilings.measured_at) if ceilings is not None else None,
     )
+
+
+def _packed(levels: Levels) -> dict[str, Any]:
+    """The fields of packed weights."""
+    if not levels.built:
+        return {"packed": 0, "packed_bytes": 0, "packed_bound_bytes": 0, "packed_path": ""}
+    from ridgeline.execution.cpu.packed_cache import PackedCache
+
+    usage = PackedCache().usage()
+    return {
+        "packed": usage.files,
+        "packed_bytes": usage.used_bytes,
+        "packed_bound_bytes": usage.bound_bytes,
+        "packed_path": str(usage.folder),
+    }
 
 
 def _age_days(measured_at: str) -> float | None:

@@ -36,6 +36,7 @@ def bench(
     weights: options.WeightFormat = None,
     threads: options.Threads = None,
     device: options.Device = None,
+    no_packed_cache: options.NoPackedCache = False,
     json: options.Json = False,
 ) -> None:
     """Measure prefill and decode, as shares of the ceilings. The last line of --json is one JSON object."""
@@ -51,7 +52,13 @@ def bench(
     workload = Workload(prompt_tokens, output_tokens, batch)
     room = EngineConfig()
     config = EngineConfig(
-        **given(model=model, weights=weights, threads=threads, device=device),
+        **given(
+            model=model,
+            weights=weights,
+            threads=threads,
+            device=device,
+            packed_cache=options.packed_cache(no_packed_cache),
+        ),
         max_num_seqs=max(batch, room.max_num_seqs),
         max_num_batched_tokens=max(2 * batch, room.max_num_batched_tokens),
     )

@@ -33,12 +33,20 @@ def chat(
     max_model_len: options.MaxModelLen = None,
     threads: options.Threads = None,
     device: options.Device = None,
+    no_packed_cache: options.NoPackedCache = False,
 ) -> None:
     """Talk with a model, in several turns. Has slash commands, and renders markdown as it streams."""
     sampling = given(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
-    engine = given(model=model, weights=weights, max_model_len=max_model_len, threads=threads, device=device)
+    engine = given(
+        model=model,
+        weights=weights,
+        max_model_len=max_model_len,
+        threads=threads,
+        device=device,
+        packed_cache=options.packed_cache(no_packed_cache),
+    )
     from ridgeline.types import RequestError, SamplingParams
 
     SamplingParams(**sampling)

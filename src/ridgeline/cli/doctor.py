@@ -84,6 +84,8 @@ def _cache(cache: Cache) -> dict[str, str]:
     return {
         "cache": f"{cache.path}, {size(cache.free_bytes)} free",
         "models": f"{cache.models}, {size(cache.models_bytes)}",
+        "packed weights": f"{cache.packed}, {size(cache.packed_bytes)} of at most "
+        f"{size(cache.packed_bound_bytes)} in {cache.packed_path}",
         "ceilings": "not measured; `ridgeline probe` does" if age is None else f"measured {age:.0f} days ago",
     }
 

@@ -24,6 +24,9 @@ WeightFormat = Annotated[
     str | None,
     flag("weights", "Format of linear layers: auto, W4A8-g32, W8A8-g32, W32A32; on a GPU also W4A16-g32 …"),
 ]
+NoPackedCache = Annotated[
+    bool, flag("no-packed-cache", "Pack weights at every start, and keep none packed on disk.")
+]
 MaxModelLen = Annotated[
     int | None,
     flag("max-model-len", "Most tokens of prompt and answer (default: the model's)."),
@@ -40,6 +43,11 @@ TopK = Annotated[int | None, flag("top-k", "Sample from this many of the likelie
 MinP = Annotated[float | None, flag("min-p", "Drop tokens below this share of the best probability.")]
 Seed = Annotated[int | None, flag("seed", "Makes the answer repeatable.")]
 Json = Annotated[bool, flag("json", "Print JSON.")]
+
+
+def packed_cache(refused: bool) -> bool | None:
+    """The engine's setting: its default unless the flag refuses it."""
+    return False if refused else None
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def perplexity(
     weights: options.WeightFormat = None,
     threads: options.Threads = None,
     device: options.Device = None,
+    no_packed_cache: options.NoPackedCache = False,
     json: options.Json = False,
 ) -> None:
     """Perplexity of a text file, scored as llama-perplexity does."""
@@ -44,7 +45,13 @@ def perplexity(
         raise RequestError(f"chunks is {chunks}; accepted: at least 1")
     check_context(ctx)
     text = _read(file)
-    engine_options = given(model=model, weights=weights, threads=threads, device=device)
+    engine_options = given(
+        model=model,
+        weights=weights,
+        threads=threads,
+        device=device,
+        packed_cache=options.packed_cache(no_packed_cache),
+    )
     fetch(model)
     loaded = load_engine(EngineConfig(**engine_options, max_model_len=ctx, max_num_seqs=1))
     try:

@@ -44,13 +44,21 @@ def run(
     max_model_len: options.MaxModelLen = None,
     threads: options.Threads = None,
     device: options.Device = None,
+    no_packed_cache: options.NoPackedCache = False,
 ) -> None:
     """Answer PROMPT, streamed to standard output. A model without a chat template continues it instead."""
     text = read_prompt(prompt)
     sampling = given(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
-    engine = given(model=model, weights=weights, max_model_len=max_model_len, threads=threads, device=device)
+    engine = given(
+        model=model,
+        weights=weights,
+        max_model_len=max_model_len,
+        threads=threads,
+        device=device,
+        packed_cache=options.packed_cache(no_packed_cache),
+    )
     from ridgeline.types import SamplingParams
 
     SamplingParams(**sampling)  # a mistake is told before the model is loaded

@@ -68,6 +68,7 @@ def serve(
     device: options.Device = None,
     weights: options.WeightFormat = None,
     threads: options.Threads = None,
+    no_packed_cache: options.NoPackedCache = False,
     seed: options.Seed = None,
     max_queue: MaxQueue = None,
     max_queue_tokens: MaxQueueTokens = None,
@@ -93,6 +94,7 @@ def serve(
             device=device,
             weights=weights,
             threads=threads,
+            packed_cache=options.packed_cache(no_packed_cache),
             seed=seed,
         )
     )

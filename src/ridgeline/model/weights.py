@@ -5,6 +5,7 @@ A store owns no weights either: it reads, converts and hands over, and an execut
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
@@ -13,12 +14,13 @@ from ridgeline.model.checkpoint import Checkpoint
 from ridgeline.model.checkpoint.files import held_storage
 from ridgeline.model.families import family_of
 from ridgeline.model.families.family import Family, Source
+from ridgeline.model.matrix_reader import MatrixReader
 from ridgeline.model.program import Embed, ExpertLinear, Linear, Program
 from ridgeline.model.spec import ModelSpec
 from ridgeline.precision.formats import Format, auto_format, native_storages, parse_format
 from ridgeline.precision.quantise import quantise_tensor, storage_of
 from ridgeline.precision.recode import recode
-from ridgeline.precision.storage import STORAGES, Tensor, check_finite
+from ridgeline.precision.storage import STORAGES, Storage, Tensor, check_finite
 from ridgeline.types import CheckpointError, Float32Array
 
 
@@ -58,6 +60,29 @@ class Weights:
         if held.storage.name in native_storages(fmt, self._device):
             return held
         return recode(held, fmt) or quantise_tensor(held, fmt, self._sources[name].tensors[0])
+
+    def reader(self, name: str) -> MatrixReader:
+        """The same matrix, to be read some rows at a time; it is valid until the store is closed."""
+        return MatrixReader(
+            self._checkpoint,
+            self._sources[name],
+            self._shapes[name],
+            self.formats[name],
+            self._device,
+            self._storage(name),
+        )
+
+    def identity(self) -> bytes | None:
+        """What tells the values of all matrices from others, without reading them: the checkpoint's identity,
+        and how each matrix is made of its tensors. None where the checkpoint has none."""
+        checkpoint = self._checkpoint.identity()
+        if checkpoint is None:
+            return None
+        made = [
+            (name, self._shapes[name], fmt.name, self._storage(name).name, self._sources[name])
+            for name, fmt in sorted(self.formats.items())
+        ]
+        return hashlib.sha256(checkpoint + repr((self._device, made)).encode()).digest()
 
     def vector(self, name: str) -> Float32Array:
         """A norm's gain, a bias or a table of positions, in float32 and in memory of its own."""
@@ -104,10 +129,13 @@ class Weights:
         shape = self._shapes[name]
         if name not in self.formats:
             return 4 * math.prod(shape)
+        return math.prod(shape[:-1]) * self._storage(name).row_bytes(shape[-1])
+
+    def _storage(self, name: str) -> Storage:
+        """That of a matrix in its format."""
         held = "F32" if self._is_decoded(name) else self._held(name)
         fmt = self.formats[name]
-        storage = STORAGES[held] if held in native_storages(fmt, self._device) else storage_of(fmt)
-        return math.prod(shape[:-1]) * storage.row_bytes(shape[-1])
+        return STORAGES[held] if held in native_storages(fmt, self._device) else storage_of(fmt)
 
     def _check_stored(self) -> None:
         for name, source in self._sources.items():

@@ -4,6 +4,7 @@ Everything is in the extension `_native`; its stub documents each name.
 """
 
 from ridgeline.native._native import (
+    BLOCK_BYTES,
     PAGE_TOKENS,
     Matrix,
     Part,
@@ -12,18 +13,22 @@ from ridgeline.native._native import (
     Team,
     a8_row_bytes,
     allocate,
+    block_sums,
     copy_page,
     dequantise_a8,
     isa_levels,
     pack,
+    pack_rows,
     packed_bytes,
     probe_peak,
     probe_read,
     quantise,
+    read_packed,
     routes_size,
 )
 
 __all__ = [
+    "BLOCK_BYTES",
     "PAGE_TOKENS",
     "Matrix",
     "Part",
@@ -32,13 +37,16 @@ __all__ = [
     "Team",
     "a8_row_bytes",
     "allocate",
+    "block_sums",
     "copy_page",
     "dequantise_a8",
     "isa_levels",
     "pack",
+    "pack_rows",
     "packed_bytes",
     "probe_peak",
     "probe_read",
     "quantise",
+    "read_packed",
     "routes_size",
 ]

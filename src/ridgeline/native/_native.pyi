@@ -60,6 +60,27 @@ def pack(
     With `out` (1-D, packed_bytes long, 64-byte aligned) the tiles are written there and it is returned.
     """
 
+def pack_rows(data: NDArray[np.uint8], storage: str, cols: int, team: Team, out: NDArray[np.uint8]) -> bool:
+    """Repack GGUF blocks, (rows, row_bytes), into `out`, 1-D and packed_bytes long, as tiles of a matrix.
+
+    False where a scale, or a value of a storage without scales, may not be finite: where it is not, and for
+    the largest exponents of MXFP4.
+    """
+
+BLOCK_BYTES: int
+"""Bytes that `block_sums` and `read_packed` sum up together; the last of them may be fewer."""
+
+def block_sums(data: NDArray[np.uint8], team: Team) -> NDArray[np.uint64]:
+    """A sum of each block of `data`, 1-D, that damage of any one byte changes. It is not for security."""
+
+def read_packed(
+    descriptor: int, offset: int, out: NDArray[np.uint8], sums: NDArray[np.uint64], team: Team
+) -> bool:
+    """Fill `out`, 1-D, from an open file; False if the file ends before, cannot be read or has other sums.
+
+    `out` then holds anything.
+    """
+
 def routes_size(max_rows: int, width: int) -> int:
     """Elements of a routes buffer."""
 

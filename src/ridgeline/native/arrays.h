@@ -37,6 +37,10 @@ template <>
 struct ItemFormat<uint16_t> {
   static constexpr const char *codes = "H", *name = "uint16";
 };
+template <>
+struct ItemFormat<uint64_t> {
+  static constexpr const char *codes = "LQ", *name = "uint64";
+};
 
 // A C-contiguous array of T. Holds a reference; create and destroy with the GIL held.
 template <class T>

@@ -13,6 +13,7 @@ namespace ridgeline {
 // Throws std::invalid_argument for a level that was not built or that this machine lacks.
 const Kernels& kernels_named(const std::string& isa);
 
+void bind_blocks(nb::module_& m);
 void bind_tape(nb::module_& m);
 
 }  // namespace ridgeline

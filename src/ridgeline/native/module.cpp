@@ -228,5 +228,6 @@ NB_MODULE(_native, m) {
   m.def("copy_page", &copy_page, "pool"_a, "source"_a, "target"_a);
   m.def("probe_read", &probe_read, "team"_a, "working_set_bytes"_a, "seconds"_a);
   m.def("probe_peak", &probe_peak, "team"_a, "isa"_a, "format"_a);
+  bind_blocks(m);
   bind_tape(m);
 }

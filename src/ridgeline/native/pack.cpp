@@ -1,5 +1,6 @@
 #include "pack.h"
 
+#include <atomic>
 #include <bit>
 #include <cstring>
 
@@ -57,19 +58,25 @@ void place_lines(const uint8_t* lines, uint8_t* header, int lane) {
   }
 }
 
+bool is_finite_f16(const uint8_t* p) { return (p[1] & 0x7c) != 0x7c; }
+
+// Returns whether all scales and minima are finite.
 template <Storage kStorage>
-void pack_quantised_row(const uint8_t* row, int32_t cols, int lane, uint8_t* tile) {
+bool pack_quantised_row(const uint8_t* row, int32_t cols, int lane, uint8_t* tile) {
   constexpr Traits kTraits = traits(kStorage);
   constexpr int kGroups = kTraits.file_inputs / kGroup;
   constexpr size_t kScaleBytes = kTraits.scale == Scale::exponent ? 1 : 2;
   FileBlock block;
+  bool finite = true;
   for (int g = 0; g < group_count(cols); g += kGroups, row += kTraits.file_bytes) {
     take_codes<kStorage>(row, block.codes);
     take_scales<kStorage>(row, block);
     uint8_t* header = tile + group_place(kStorage, g).scales;
     std::memcpy(header + kScaleBytes * size_t(lane), block.scale, kScaleBytes);
+    finite &= kScaleBytes == 1 ? block.scale[0] < 0xfd : is_finite_f16(block.scale);
     if constexpr (kTraits.minimum != Minimum::none) {
       std::memcpy(header + 2 * (kTileRows + lane), block.minimum, 2);
+      finite &= is_finite_f16(block.minimum);
     }
     if constexpr (header_lines(kStorage) > 0) {
       place_lines<kStorage>(block.lines, header + lines_place(kStorage), lane);
@@ -82,6 +89,7 @@ void pack_quantised_row(const uint8_t* row, int32_t cols, int lane, uint8_t* til
       }
     }
   }
+  return finite;
 }
 
 uint32_t widen_f16(uint16_t half) {
@@ -93,7 +101,8 @@ uint32_t widen_f16(uint16_t half) {
   return sign | uint32_t(113 - shift) << 23 | (fraction << shift & 0x3ff) << 13;
 }
 
-void pack_float_row(const uint8_t* row, Storage storage, int32_t cols, int lane, uint8_t* tile) {
+bool pack_float_row(const uint8_t* row, Storage storage, int32_t cols, int lane, uint8_t* tile) {
+  bool finite = true;
   for (int32_t k = 0; k < cols; ++k) {
     uint32_t wide;
     uint16_t half;
@@ -103,22 +112,36 @@ void pack_float_row(const uint8_t* row, Storage storage, int32_t cols, int lane,
       std::memcpy(&half, row + size_t(k) * 2, 2);
       wide = widen_f16(half);
     }
+    finite &= (wide & 0x7f800000) != 0x7f800000;
     write32(tile + (size_t(k) * kTileRows + lane) * 4, wide);
   }
+  return finite;
 }
 
-void pack_bf16_row(const uint8_t* row, int32_t cols, int lane, uint8_t* tile) {
+bool pack_bf16_row(const uint8_t* row, int32_t cols, int lane, uint8_t* tile) {
+  bool finite = true;
   for (int32_t k = 0; k < cols; k += 2) {
     uint32_t pair = 0;
     std::memcpy(&pair, row + size_t(k) * 2, k + 1 < cols ? 4 : 2);
+    finite &= (pair & 0x7f80) != 0x7f80 && (pair & 0x7f800000) != 0x7f800000;
     write32(tile + (size_t(k / 2) * kTileRows + lane) * 4, pair);
   }
+  return finite;
+}
+
+bool pack_row(const uint8_t* row, Storage storage, int32_t cols, int lane, uint8_t* tile) {
+  if (storage == Storage::bf16) return pack_bf16_row(row, cols, lane, tile);
+  if (!is_quantised(storage)) return pack_float_row(row, storage, cols, lane, tile);
+  bool finite = true;
+  with_quantised(storage, [&](auto tag) { finite = pack_quantised_row<tag.value>(row, cols, lane, tile); });
+  return finite;
 }
 
 }  // namespace
 
-void pack_matrix(const uint8_t* data, Storage storage, int32_t rows, int32_t cols, uint8_t* out, Team& team) {
+bool pack_matrix(const uint8_t* data, Storage storage, int32_t rows, int32_t cols, uint8_t* out, Team& team) {
   const size_t row_bytes = file_row_bytes(storage, cols), bytes = tile_bytes(storage, cols);
+  std::atomic<bool> finite{true};
   team.run(1, [&](int index) {
     Worker{&team, index}.for_units(tile_count(rows), [&](int64_t t) {
       uint8_t* tile = out + size_t(t) * bytes;
@@ -126,16 +149,11 @@ void pack_matrix(const uint8_t* data, Storage storage, int32_t rows, int32_t col
       if (rows - first < kTileRows) std::memset(tile, 0, bytes);
       for (int lane = 0; lane < kTileRows && first + lane < rows; ++lane) {
         const uint8_t* row = data + size_t(first + lane) * row_bytes;
-        if (is_quantised(storage)) {
-          with_quantised(storage, [&](auto tag) { pack_quantised_row<tag.value>(row, cols, lane, tile); });
-        } else if (storage == Storage::bf16) {
-          pack_bf16_row(row, cols, lane, tile);
-        } else {
-          pack_float_row(row, storage, cols, lane, tile);
-        }
+        if (!pack_row(row, storage, cols, lane, tile)) finite.store(false, std::memory_order_relaxed);
       }
     });
   });
+  return finite.load(std::memory_order_relaxed);
 }
 
 }  // namespace ridgeline

@@ -8,7 +8,8 @@
 
 namespace ridgeline {
 
-// Fills the tiles of a (rows, cols) matrix from its rows in the file's format.
-void pack_matrix(const uint8_t* data, Storage storage, int32_t rows, int32_t cols, uint8_t* out, Team& team);
+// Fills the tiles of a (rows, cols) matrix from its rows in the file's format. Returns whether all its scales,
+// or the values of one without scales, are finite; an exponent of a byte is not where it means NaN.
+bool pack_matrix(const uint8_t* data, Storage storage, int32_t rows, int32_t cols, uint8_t* out, Team& team);
 
 }  // namespace ridgeline

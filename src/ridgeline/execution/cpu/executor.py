@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from ridgeline.execution.base import KV_VALUE_BYTES, FinishedStep, Limits, check
 from ridgeline.execution.buffers import assign_buffers
 from ridgeline.execution.cpu.buffers import Buffer, new_buffer, value_row_bytes
 from ridgeline.execution.cpu.launches import Binding, CpuLaunch
+from ridgeline.execution.cpu.load import load_matrices
 from ridgeline.execution.cpu.lower import lower
 from ridgeline.execution.draw import Drawer, undrawn
 from ridgeline.execution.lowering import Footprint, WorkModel
@@ -27,6 +29,9 @@ from ridgeline.native import Matrix, StepInputs, Tape, Team, allocate, copy_page
 from ridgeline.precision.storage import Tensor, float32_tensor
 from ridgeline.resources.machine import choose_isa
 from ridgeline.types import Float32Array, PageCopy, Step, StepResult
+
+if TYPE_CHECKING:
+    from ridgeline.execution.cpu.packed_cache import PackedCache
 
 _KV_DTYPES: dict[str, type[np.uint16] | type[np.float32]] = {"KV16": np.uint16, "KV32": np.float32}
 
@@ -51,10 +56,14 @@ class CpuExecutor:
 
     asynchronous = False
 
-    def __init__(self, limits: Limits, threads: int, isa: str | None = None) -> None:
+    def __init__(
+        self, limits: Limits, threads: int, isa: str | None = None, cache: PackedCache | None = None
+    ) -> None:
+        """`cache` keeps packed weights for the next start."""
         self.isa = isa or choose_isa()
         self._limits = limits
         self._team = Team(threads)
+        self._cache = cache
         self._matrices: dict[str, Matrix] = {}
         self._vectors: dict[str, Float32Array] = {}
         self._pools: dict[int, NDArray[np.uint16] | Float32Array] = {}
@@ -65,11 +74,9 @@ class CpuExecutor:
         self._logits = [np.empty((0, 0), np.float32)] * 2
 
     def load(self, weights: Weights) -> None:
+        self._matrices |= load_matrices(weights, self._team, self._cache)
         for name in weights:
-            if name in weights.formats:
-                self._matrices[name] = self._pack(weights.matrix(name))
-                weights.release(name)
-            else:
+            if name not in weights.formats:
                 self._vectors[name] = weights.vector(name)
 
     def compile(self, program: Program) -> CpuHandle:

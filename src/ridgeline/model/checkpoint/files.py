@@ -6,11 +6,14 @@ while a checkpoint is opened leaves as a CheckpointError of one line.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import mmap
 import os
 import stat
 import struct
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +29,9 @@ from ridgeline.precision.storage import STORAGES, Storage, Tensor
 from ridgeline.types import ByteArray, CheckpointError
 
 SIDECAR_LIMIT_BYTES = 256 << 20
+_READ_AHEAD_BYTES = 128 << 10
+# A file changed this recently could change again without its times moving.
+_SETTLED_S = 2.0
 Kind = Literal["gguf", "safetensors"]
 
 
@@ -60,8 +66,19 @@ class Checkpoint(Protocol):
         do not read."""
         ...
 
-    def release(self, name: str) -> None:
-        """Let the system take back the memory that reading this tensor filled; it stays readable."""
+    def prefetch(self, name: str, rows: slice) -> None:
+        """Start to bring rows of a tensor from the disk, where they are read from there one by one."""
+        ...
+
+    def release(self, name: str, rows: slice | None = None) -> None:
+        """Let the system take back the memory that reading this tensor, or some rows, filled; it stays
+        readable."""
+        ...
+
+    def identity(self) -> bytes | None:
+        """What tells these files from all others, and from themselves after a change; None where they
+        changed so recently that the next change might not show. It is made of their sizes, inodes and times
+        of change, their headers and the model's other metadata, and so takes no reading of tensors."""
         ...
 
     def sidecar(self, name: str) -> bytes | None:
@@ -95,6 +112,7 @@ class MappedFile:
                     seen = "empty" if stat.S_ISREG(status.st_mode) else "not a file"
                     raise CheckpointError(f"{path} is {seen}; accepted: a model file")
                 self.size_bytes = status.st_size
+                self.status = status
                 self.map = mmap.mmap(descriptor, self.size_bytes, access=mmap.ACCESS_READ)
             finally:
                 os.close(descriptor)
@@ -104,6 +122,26 @@ class MappedFile:
         if self.map.closed:
             raise CheckpointError(f"{self.path} is closed; accepted: reads before it is closed")
         return np.frombuffer(self.map, np.uint8, nbytes, offset)
+
+    def prefetch(self, offset: int, nbytes: int) -> None:
+        """Have the system read these bytes while something else is done."""
+        if hasattr(mmap, "MADV_WILLNEED") and not self.map.closed:
+            start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            # Of one call Linux reads no more than its read-ahead window, which is seldom smaller than this.
+            for at in range(start, offset + nbytes, _READ_AHEAD_BYTES):
+                self.map.madvise(mmap.MADV_WILLNEED, at, min(_READ_AHEAD_BYTES, offset + nbytes - at))
+
+    def identity(self, header_bytes: int) -> bytes | None:
+        """What `Checkpoint.identity` says of one file that begins with such a header.
+
+        A file that is written in place changes its time of change, which nobody sets by hand, whatever its
+        time of writing is set to; one that takes its place is another inode.
+        """
+        status = self.status
+        if time.time() - max(status.st_mtime, status.st_ctime) < _SETTLED_S:
+            return None
+        stated = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
+        return hashlib.sha256(repr(stated).encode() + self.map[:header_bytes]).digest()
 
     def release(self, offset: int, nbytes: int) -> None:
         """Drop the resident pages that lie wholly within these bytes."""
@@ -178,9 +216,25 @@ class MappedCheckpoint:
         entry = self._entry(name)
         return entry.file.view(entry.offset, entry.info.nbytes)
 
-    def release(self, name: str) -> None:
+    def prefetch(self, name: str, rows: slice) -> None:
         entry = self._entry(name)
-        entry.file.release(entry.offset, entry.info.nbytes)
+        entry.file.prefetch(*_extent(entry, rows))
+
+    def release(self, name: str, rows: slice | None = None) -> None:
+        entry = self._entry(name)
+        entry.file.release(*_extent(entry, rows))
+
+    def identity(self) -> bytes | None:
+        found = hashlib.sha256()
+        for file in self._files:
+            offsets = [entry.offset for entry in self._entries.values() if entry.file is file]
+            identity = file.identity(min(offsets, default=file.size_bytes))
+            if identity is None:
+                return None
+            found.update(identity)
+        if self.kind != "gguf":  # whose metadata is in its header
+            found.update(json.dumps(self.metadata, sort_keys=True).encode())
+        return found.digest()
 
     def close(self) -> None:
         for file in self._files:
@@ -201,6 +255,15 @@ class MappedCheckpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _extent(entry: Entry, rows: slice | None) -> tuple[int, int]:
+    """Where some rows of a tensor lie in its file, or all: their offset and bytes."""
+    info = entry.info
+    if rows is None or not info.shape:
+        return entry.offset, info.nbytes
+    row_bytes = info.nbytes // math.prod(info.shape[:-1])
+    return entry.offset + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes
 
 
 def check_layout(path: Path, entries: Iterable[Entry]) -> list[Entry]:

@@ -6,10 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ridgeline.model.checkpoint import Checkpoint
 from ridgeline.model.spec import AttentionSpec, LayerSpec, ModelSpec
 from ridgeline.precision.storage import Tensor, float32_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Neighbouring rows: parts of them are slices, which tensors give without a copy."""
+
+    start: int
+    stop: int
+
+    def __getitem__(self, part: slice) -> slice:
+        start, stop, _ = part.indices(self.stop - self.start)
+        return slice(self.start + start, self.start + stop)
+
+
+_Order = _Run | NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +82,43 @@ class Source:
             tensors = [_entry(tensors[0], expert) for expert in range(self.experts)]
         return _stacked([self._apply_to_one(tensor) for tensor in tensors])
 
+    def entries(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What `rows_of` takes rows from: a matrix of each expert, or one, with its outputs in front."""
+        if self.experts is not None and "{e}" not in self.tensor:
+            tensors = [_entry(tensors[0], expert) for expert in range(self.experts)]
+        return [_transposed(tensor) for tensor in tensors] if self.transposed else list(tensors)
+
+    def rows_of(self, entry: Tensor, part: slice) -> Tensor:
+        """`part` of the rows of the weight, or of one of its experts, from what `entries` gave for it."""
+        return self._adjusted(entry.rows(self._order(entry.shape[0])[part]))
+
     def _apply_to_one(self, tensor: Tensor) -> Tensor:
         if len(tensor.shape) == 1:  # entries of a vector can only be picked once they are decoded
             tensor = float32_tensor(tensor.dequantise())
         if self.transposed:
             tensor = _transposed(tensor)
-        if self.rows:
-            one = slice(*self.rows)
-            tensor = tensor.rows(
-                one if self.row_groups == 1 else _of_each(tensor.shape[0], self.row_groups, one)
-            )
-        if self.interleaved_heads:
-            tensor = tensor.rows(_halves_from_pairs(tensor.shape[0], self.interleaved_heads))
+        if self.rows or self.interleaved_heads:
+            tensor = tensor.rows(self._order(tensor.shape[0])[:])
+        tensor = self._adjusted(tensor)
+        return Tensor(tensor.storage, (1, *tensor.shape), tensor.data) if self.squeezed else tensor
+
+    def _order(self, rows: int) -> _Order:
+        """Which rows of a tensor with so many are the weight's, and in which order."""
+        if not (self.rows or self.interleaved_heads):
+            return _Run(0, rows)
+        one = slice(*self.rows) if self.rows else slice(0, rows // self.row_groups)
+        if self.row_groups == 1 and not self.interleaved_heads:
+            return _Run(one.start, one.stop)
+        order = _of_each(rows, self.row_groups, one)
+        heads = self.interleaved_heads
+        return order[_halves_from_pairs(len(order), heads)] if heads else order
+
+    def _adjusted(self, tensor: Tensor) -> Tensor:
         if self.offset:
             tensor = float32_tensor(tensor.dequantise() + np.float32(self.offset))
         if self.factor != 1.0:
             tensor = float32_tensor(tensor.dequantise() * np.float32(self.factor))
-        return Tensor(tensor.storage, (1, *tensor.shape), tensor.data) if self.squeezed else tensor
+        return tensor
 
 
 def _transposed(tensor: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def logical_checkpoint(files: MappedCheckpoint) -> Checkpoint:
     for name in found.tensors:
         for part in found.tensors[name].parts:
             files.release(part)
-    return QuantisedCheckpoint(files, found)
+    return QuantisedCheckpoint(files, found, repr(settings.values))
 
 
 def _settings(files: MappedCheckpoint) -> Settings | None:

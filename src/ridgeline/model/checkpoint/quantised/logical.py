@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -52,11 +53,13 @@ class QuantisedCheckpoint:
     """Owns the checkpoint of the files' own tensors; what is not quantised is handed through.
 
     `tensor` gives a logical tensor in memory of its own. `TensorInfo` speaks of what is handed over, not of
-    what the files hold. Raises CheckpointError when a logical tensor is there as a plain one too.
+    what the files hold. `settings` are those of the scheme, of which some may lie in a file of their own.
+    Raises CheckpointError when a logical tensor is there as a plain one too.
     """
 
-    def __init__(self, files: MappedCheckpoint, found: Found) -> None:
+    def __init__(self, files: MappedCheckpoint, found: Found, settings: str = "") -> None:
         self._files = files
+        self._settings = settings
         self._logical = found.tensors
         hidden = {part for logical in found.tensors.values() for part in logical.parts} | set(found.hidden)
         tensors = {name: info for name, info in files.tensors.items() if name not in hidden}
@@ -84,10 +87,21 @@ class QuantisedCheckpoint:
             data[rows] = decode(rows)
         return Tensor(storage, logical.shape, data)
 
-    def release(self, name: str) -> None:
+    def prefetch(self, name: str, rows: slice) -> None:
+        if name not in self._logical:
+            self._files.prefetch(name, rows)
+
+    def release(self, name: str, rows: slice | None = None) -> None:
         logical = self._logical.get(name)
-        for part in (name,) if logical is None else logical.parts:
-            self._files.release(part)
+        if logical is None:
+            self._files.release(name, rows)
+        elif rows is None:  # all rows read the same parts
+            for part in logical.parts:
+                self._files.release(part)
+
+    def identity(self) -> bytes | None:
+        files = self._files.identity()
+        return None if files is None else hashlib.sha256(files + self._settings.encode()).digest()
 
     def close(self) -> None:
         self._files.close()
