@@ -34,6 +34,7 @@ def bench(
     repeats: Repeats = 5,
     ops: Operations = False,
     weights: options.WeightFormat = None,
+    kv_format: options.KVFormat = None,
     threads: options.Threads = None,
     device: options.Device = None,
     json: options.Json = False,
@@ -51,7 +52,7 @@ def bench(
     workload = Workload(prompt_tokens, output_tokens, batch)
     room = EngineConfig()
     config = EngineConfig(
-        **given(model=model, weights=weights, threads=threads, device=device),
+        **given(model=model, weights=weights, kv_format=kv_format, threads=threads, device=device),
         max_num_seqs=max(batch, room.max_num_seqs),
         max_num_batched_tokens=max(2 * batch, room.max_num_batched_tokens),
     )

@@ -30,6 +30,7 @@ def chat(
     min_p: options.MinP = None,
     seed: options.Seed = None,
     weights: options.WeightFormat = None,
+    kv_format: options.KVFormat = None,
     max_model_len: options.MaxModelLen = None,
     threads: options.Threads = None,
     device: options.Device = None,
@@ -38,7 +39,14 @@ def chat(
     sampling = given(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
-    engine = given(model=model, weights=weights, max_model_len=max_model_len, threads=threads, device=device)
+    engine = given(
+        model=model,
+        weights=weights,
+        kv_format=kv_format,
+        max_model_len=max_model_len,
+        threads=threads,
+        device=device,
+    )
     from ridgeline.types import RequestError, SamplingParams
 
     SamplingParams(**sampling)

@@ -24,6 +24,9 @@ WeightFormat = Annotated[
     str | None,
     flag("weights", "Format of linear layers: auto, W4A8-g32, W8A8-g32, W32A32; on a GPU also W4A16-g32 …"),
 ]
+KVFormat = Annotated[
+    str | None, flag("kv-format", "Format of stored keys and values: auto, KV8, KV16, KV32.")
+]
 MaxModelLen = Annotated[
     int | None,
     flag("max-model-len", "Most tokens of prompt and answer (default: the model's)."),

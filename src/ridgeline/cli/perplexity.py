@@ -30,6 +30,7 @@ def perplexity(
     ctx: Context = 512,
     chunks: Chunks = None,
     weights: options.WeightFormat = None,
+    kv_format: options.KVFormat = None,
     threads: options.Threads = None,
     device: options.Device = None,
     json: options.Json = False,
@@ -44,7 +45,7 @@ def perplexity(
         raise RequestError(f"chunks is {chunks}; accepted: at least 1")
     check_context(ctx)
     text = _read(file)
-    engine_options = given(model=model, weights=weights, threads=threads, device=device)
+    engine_options = given(model=model, weights=weights, kv_format=kv_format, threads=threads, device=device)
     fetch(model)
     loaded = load_engine(EngineConfig(**engine_options, max_model_len=ctx, max_num_seqs=1))
     try:

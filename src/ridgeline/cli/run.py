@@ -41,6 +41,7 @@ def run(
     min_p: options.MinP = None,
     seed: options.Seed = None,
     weights: options.WeightFormat = None,
+    kv_format: options.KVFormat = None,
     max_model_len: options.MaxModelLen = None,
     threads: options.Threads = None,
     device: options.Device = None,
@@ -50,7 +51,14 @@ def run(
     sampling = given(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
     )
-    engine = given(model=model, weights=weights, max_model_len=max_model_len, threads=threads, device=device)
+    engine = given(
+        model=model,
+        weights=weights,
+        kv_format=kv_format,
+        max_model_len=max_model_len,
+        threads=threads,
+        device=device,
+    )
     from ridgeline.types import SamplingParams
 
     SamplingParams(**sampling)  # a mistake is told before the model is loaded

@@ -67,6 +67,7 @@ def serve(
     kv_cache_memory: KvMemory = None,
     device: options.Device = None,
     weights: options.WeightFormat = None,
+    kv_format: options.KVFormat = None,
     threads: options.Threads = None,
     seed: options.Seed = None,
     max_queue: MaxQueue = None,
@@ -92,6 +93,7 @@ def serve(
             kv_cache_memory_bytes=None if kv_cache_memory is None else memory_bytes(kv_cache_memory),
             device=device,
             weights=weights,
+            kv_format=kv_format,
             threads=threads,
             seed=seed,
         )

@@ -11,7 +11,8 @@ constexpr int kTilePages = 4;
 constexpr int kTileSlots = kTilePages * kPageTokens;  // one step of the online softmax, anchored at slot 0
 
 // Where a tile's keys and values come from. keys() gives one pair of dimensions of 16 slots, value() 16
-// dimensions of a slot; slots and pages count from the tile's start.
+// dimensions of a slot; slots and pages count from the tile's start. A factor that the whole of a slot's key
+// or value has in common is left to scale_products() and scale_weights(), for the 16 slots of a page.
 struct Bf16Pages {
   const uint16_t* page[kTilePages];
   int head_dim;
@@ -22,6 +23,8 @@ struct Bf16Pages {
   RIDGELINE_MEMBER vfloat value(int slot, int column, vmask m) const {
     return load_bf16(m, page[slot / kPageTokens] + (kPageTokens + slot % kPageTokens) * head_dim + column);
   }
+  RIDGELINE_MEMBER vfloat scale_products(int, vfloat products) const { return products; }
+  RIDGELINE_MEMBER vfloat scale_weights(int, vfloat weights) const { return weights; }
 };
 struct F32Pages {
   const float* page[kTilePages];
@@ -33,6 +36,29 @@ struct F32Pages {
   }
   RIDGELINE_MEMBER vfloat value(int slot, int column, vmask m) const {
     return load(m, page[slot / kPageTokens] + (kPageTokens + slot % kPageTokens) * head_dim + column);
+  }
+  RIDGELINE_MEMBER vfloat scale_products(int, vfloat products) const { return products; }
+  RIDGELINE_MEMBER vfloat scale_weights(int, vfloat weights) const { return weights; }
+};
+// Beyond a head's end, a value's lanes hold other codes, which nobody reads.
+struct Int8Pages {
+  const uint8_t* page[kTilePages];
+  int head_dim;
+
+  RIDGELINE_MEMBER void keys(int p, int pair, vfloat& even, vfloat& odd) const {
+    even = to_float(load_signed_bytes(page[p] + 2 * pair * kPageTokens));
+    odd = to_float(load_signed_bytes(page[p] + (2 * pair + 1) * kPageTokens));
+  }
+  RIDGELINE_MEMBER vfloat value(int slot, int column, vmask) const {
+    const int row = kPageTokens + slot % kPageTokens;
+    return to_float(load_signed_bytes(page[slot / kPageTokens] + row * head_dim + column));
+  }
+  RIDGELINE_MEMBER vfloat scale_products(int p, vfloat products) const { return products * load(scales(p)); }
+  RIDGELINE_MEMBER vfloat scale_weights(int p, vfloat weights) const {
+    return weights * load(scales(p) + kPageTokens);
+  }
+  RIDGELINE_MEMBER const float* scales(int p) const {
+    return reinterpret_cast<const float*>(page[p] + page_values(head_dim));
   }
 };
 // A tile widened to float32 for many queries: keys [head_dim][kTileSlots], values [kTileSlots][stride].

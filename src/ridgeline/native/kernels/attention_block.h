@@ -221,17 +221,15 @@ class BlockTask {
     }
   }
 
-  // Where the page of a slot begins in the pool, for this head, counted in values.
-  int64_t page_of(int segment, int slot) const {
+  // The page of a slot, for this head.
+  const uint8_t* page_of(int segment, int slot) const {
     const int32_t* table = step_.tables + launch_.group * step_.pages + step_.table_begin[segment];
-    return (int64_t(table[slot / kPageTokens]) * launch_.kv_heads + kv_head_) *
-           int64_t(page_values(launch_.head_dim));
+    return launch_.pool.head(table[slot / kPageTokens], launch_.kv_heads, kv_head_, launch_.head_dim);
   }
 
-  void prefetch_page(int64_t page) const {
-    const size_t value_bytes = launch_.pool.wide ? sizeof(float) : sizeof(uint16_t);
-    const char* data = static_cast<const char*>(launch_.pool.data) + page * int64_t(value_bytes);
-    for (size_t i = 0; i < page_values(launch_.head_dim) * value_bytes; i += kLineBytes) prefetch(data + i);
+  void prefetch_page(const uint8_t* page) const {
+    const size_t bytes = page_bytes(launch_.pool.format, launch_.head_dim);
+    for (size_t i = 0; i < bytes; i += kLineBytes) prefetch(page + i);
   }
 
   // Slots [slots.begin, slots.end) of the tile that begins at slot `begin`; pages of others are not touched.
@@ -242,20 +240,17 @@ class BlockTask {
          slot += kPageTokens) {
       prefetch_page(page_of(segment, slot));
     }
-    if (launch_.pool.wide) {
-      F32Pages source{{}, launch_.head_dim};
+    const auto run_on = [&](auto source) {
       for (int p = pages.begin; p < pages.end; ++p) {
-        source.page[p] =
-            static_cast<const float*>(launch_.pool.data) + page_of(segment, begin + p * kPageTokens);
+        const uint8_t* page = page_of(segment, begin + p * kPageTokens);
+        source.page[p] = reinterpret_cast<std::remove_reference_t<decltype(source.page[p])>>(page);
       }
       run_tile(source, begin, own, pages, step_.segment_bias[segment], state);
-    } else {
-      Bf16Pages source{{}, launch_.head_dim};
-      for (int p = pages.begin; p < pages.end; ++p) {
-        source.page[p] =
-            static_cast<const uint16_t*>(launch_.pool.data) + page_of(segment, begin + p * kPageTokens);
-      }
-      run_tile(source, begin, own, pages, step_.segment_bias[segment], state);
+    };
+    switch (launch_.pool.format) {
+      case KvFormat::bf16: return run_on(Bf16Pages{{}, launch_.head_dim});
+      case KvFormat::f32: return run_on(F32Pages{{}, launch_.head_dim});
+      case KvFormat::int8: return run_on(Int8Pages{{}, launch_.head_dim});
     }
   }
 
@@ -266,13 +261,13 @@ class BlockTask {
     const int head_dim = launch_.head_dim, stride = b_.value_stride;
     if (block_.row_count == 1) {
       score(source, pages, b_.q, queries_, head_dim, b_.p);
-      for (int i = 0; i < queries_; ++i) softmax(i, begin, pages, bias, state);
+      for (int i = 0; i < queries_; ++i) softmax(source, i, begin, pages, bias, state);
       add_values(source, slots, queries_, head_dim, b_.p, b_.decay, state.o, stride);
       return;
     }
     const bool finite = widen(source, slots, pages);
     score(b_.widened, pages, b_.q, queries_, head_dim, b_.p);
-    for (int i = 0; i < queries_; ++i) softmax(i, begin, pages, bias, state);
+    for (int i = 0; i < queries_; ++i) softmax(source, i, begin, pages, bias, state);
     if (finite) {
       add_values(b_.widened, slots, queries_, head_dim, b_.p, b_.decay, state.o, stride);
       return;
@@ -285,7 +280,7 @@ class BlockTask {
     }
   }
 
-  // False if a value is infinite or not a number.
+  // False if a value, or its factor, is infinite or not a number.
   template <class Pages>
   bool widen(const Pages& source, SlotRange slots, PageRange pages) const {
     const Widened& w = b_.widened;
@@ -298,6 +293,10 @@ class BlockTask {
       }
     }
     vint largest = izero();
+    for (int p = pages.begin; p < pages.end; ++p) {
+      const vmask own = lanes(slots.begin - p * kPageTokens, slots.end - p * kPageTokens);
+      largest = max(largest, bits(abs(select(own, source.scale_weights(p, splat(1.0f)), zero()))));
+    }
     for (int column = 0; column < launch_.head_dim; column += 16) {
       const vmask m = first_lanes(launch_.head_dim - column);
       for (int slot = slots.begin; slot < slots.end; ++slot) {
@@ -316,12 +315,13 @@ class BlockTask {
   }
 
   // Scores to weights, for one query; updates its maximum, its sum and the decay of what it has so far.
-  void softmax(int i, int begin, PageRange pages, float bias, const State& state) {
+  template <class Pages>
+  void softmax(const Pages& source, int i, int begin, PageRange pages, float bias, const State& state) {
     const SlotRange own = b_.visible[i];
     float* p = b_.p + i * kTileSlots;
     vfloat s[kTilePages], largest = splat(-__builtin_inff());
     for (int j = pages.begin; j < pages.end; ++j) {
-      s[j] = scaled(load(p + j * kPageTokens), bias);
+      s[j] = scaled(source.scale_products(j, load(p + j * kPageTokens)), bias);
       const int first = begin + j * kPageTokens;
       if (own.begin > first || own.end < first + kPageTokens) {
         s[j] = select(lanes(own.begin - first, own.end - first), s[j], splat(-__builtin_inff()));
@@ -335,7 +335,7 @@ class BlockTask {
     for (int j = pages.begin; j < pages.end; ++j) {
       const vfloat weight = exp(s[j] - splat(top));
       sum = sum + weight;
-      store(p + j * kPageTokens, weight);
+      store(p + j * kPageTokens, source.scale_weights(j, weight));
     }
     store(b_.lanes + 16 * i, sum);
     store(first_lanes(1), b_.decay + i, decay);
