@@ -42,6 +42,7 @@ from ridgeline.execution.cuda.arrays import (
     WorkList,
 )
 from ridgeline.execution.cuda.kernels.activate import tanh
+from ridgeline.execution.cuda.kernels.codes import float_of_code
 from ridgeline.execution.cuda.kernels.pages import check_pool
 
 SPLIT_TOKENS = 512
@@ -154,7 +155,8 @@ def _attend_split(
         key = tl.load(keys + at[:, None] + d[None, :], mask=inside, other=0.0)
         value = tl.load(keys + _PAGE_TOKENS * HEAD_DIM + at[:, None] + d[None, :], mask=inside, other=0.0)
         if pool_scales is not None:  # int8 codes, each of which is a bfloat16
-            key, value = key.to(tl.bfloat16), value.to(tl.bfloat16)
+            key = float_of_code(key, 8).to(tl.bfloat16)
+            value = float_of_code(value, 8).to(tl.bfloat16)
             place = pool_scales + page * (KV_HEADS * 2 * _PAGE_TOKENS) + slots % _PAGE_TOKENS
         if MODE == _FLOAT32:
             scores = tl.dot(high, tl.trans(key), input_precision="ieee")
