@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from running import PAGES, Loaded, assert_executors_agree, load, relative_error
+from tiny_experts import make_sparse
 from tiny_models import VOCABULARY, TinyModel, write_gguf
 
 from ridgeline.config import KV_FORMATS, WEIGHT_FORMATS
-from ridgeline.execution.base import KV_STORAGES
+from ridgeline.execution.base import KV_STORAGES, page_bytes, slot_bytes
 from ridgeline.execution.cpu.executor import CpuExecutor
 from ridgeline.execution.reference import ReferenceExecutor
+from ridgeline.model.program import MemoryGroup
 from ridgeline.native import isa_levels
 from ridgeline.precision.formats import FORMATS
 from ridgeline.types import PageCopy, Segment, SequenceRows
@@ -82,6 +84,29 @@ def test_what_pages_held_before_does_not_matter(tiny: Tiny, family: str, kind: s
         else:
             np.testing.assert_array_equal(seen, expected[start:stop])
     loaded.executor.close()
+
+
+@pytest.mark.parametrize("weights", ["W32A32", "W8A8-g32"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "odd", "gpt-oss"])
+def test_kv8_rounds_like_the_reference(tiny: Tiny, tmp_path: Path, family: str, weights: str) -> None:
+    model = make_sparse(family, tmp_path) if family == "gpt-oss" else tiny(family)
+    assert_executors_agree(model.folder, weights, [token % 50 for token in TOKENS], "KV8")
+
+
+@KINDS
+def test_kv8_is_near_what_it_rounds(tiny: Tiny, kind: str) -> None:
+    exact = load(tiny("gemma3").folder, kind, "W32A32", "KV32").run(TOKENS)
+    seen = load(tiny("gemma3").folder, kind, "W32A32", "KV8").run(TOKENS)
+    assert 1e-5 < relative_error(seen, exact) < 0.05
+
+
+@pytest.mark.parametrize("head_dim", [6, 64])
+def test_bytes_of_a_token(head_dim: int) -> None:
+    group = MemoryGroup("full", (0, 1), 3, head_dim)
+    for kv_format, value_bytes, scale_bytes in (("KV8", 1, 4), ("KV16", 2, 0), ("KV32", 4, 0)):
+        each = 2 * 3 * (value_bytes * head_dim + scale_bytes)
+        assert slot_bytes(group, kv_format) == each
+        assert page_bytes(group, kv_format) == 2 * 16 * each
 
 
 @KINDS
