@@ -148,7 +148,7 @@ def test_norms_of_heads(heads: Heads, rotated: int, kind: Literal["rms", "layer"
 @pytest.mark.parametrize("rotated", [0, 1, 2])
 @pytest.mark.parametrize("heads", SHAPES[2:5], ids=str)
 def test_what_becomes_codes_is_normed_and_rotated(heads: Heads, rotated: int) -> None:
-    """A layer norm takes the mean of a head's own values, and codes their largest: not of what fills a tile."""
+    """A layer norm takes the mean of a head's own values, and codes the largest of them."""
     rope = rope_of(ints(7, 1000), max(rotated * heads.head_dim // 4, 1)) if rotated else None
     norm = NormWeights("layer", 1e-6, normal(heads.head_dim, seed=3))
     case = Case(heads, 2, torch.int8)
