@@ -174,7 +174,7 @@ class BenchExecutor(CudaExecutor):
         """Random keys and values in all pages: contexts that nobody had to compute."""
         random = torch.Generator(self._device.where).manual_seed(seed)
         for pool in self._pools.values():
-            for layer in pool:
+            for layer in pool.values:
                 layer.normal_(generator=random)
 
     def footprint(self, program: Program) -> Footprint:

@@ -42,6 +42,8 @@ SETTINGS = (
     Setting("llama-3.1-8b", "W4A16-g32"),
     Setting("llama-3.1-8b", "W8A8-g32"),
     Setting("llama-3.1-8b", "W16A16"),
+    Setting("llama-3.1-8b", "W8A8-g32", "KV8"),
+    Setting("llama-3.1-8b", "W16A16", "KV8"),
     Setting("llama with head norms", "W16A16"),
     Setting("qwen3-0.6b", "W8A16-g32"),
     Setting("qwen3-0.6b", "W16A16"),
@@ -49,6 +51,7 @@ SETTINGS = (
     Setting("gemma-2-2b", "W16A16"),
     Setting("gemma-3-1b", "W16A16"),
     Setting("gemma-3-1b", "W32A32", "KV16"),
+    Setting("gemma-3-1b", "W32A32", "KV8"),
     Setting("mixtral-8x7b", "W4A16-g32"),
     Setting("mixtral-8x7b", "W8A8-g32"),
     Setting("gpt-oss-20b", "W16A16"),
@@ -59,7 +62,8 @@ SETTINGS = (
 
 
 def every_setting() -> tuple[Setting, ...]:
-    kv = {name: ("KV16", "KV32") if name == "W32A32" else ("KV16",) for name in FORMATS}
+    kv = {name: ("KV16", "KV32", "KV8") if name == "W32A32" else ("KV16",) for name in FORMATS}
+    kv["W16A16"] = ("KV16", "KV8")
     return tuple(Setting(model, name, kept) for model in SPECS for name in FORMATS for kept in kv[name])
 
 

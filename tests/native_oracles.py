@@ -40,12 +40,22 @@ def quantise_a8(x: Floats) -> tuple[NDArray[np.int8], Floats]:
     groups = -(-width // 32)
     padded = np.zeros((rows, groups * 32), np.float32)
     padded[:, :width] = x
-    grouped = padded.reshape(rows, groups, 32)
-    amax = np.abs(grouped).max(axis=2)
+    return quantise_groups(padded.reshape(rows, groups, 32))
+
+
+def quantise_groups(grouped: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """Codes (..., group) and scales (...) by the rule, in float32."""
+    amax = np.abs(grouped).max(axis=-1)
     large = amax >= np.float32(2.0**-100)
     inverse = np.where(large, np.float32(127) / np.where(large, amax, np.float32(1)), np.float32(0))
-    codes = np.clip(np.rint(grouped * inverse[:, :, None].astype(np.float32)), -127, 127)
+    codes = np.clip(np.rint(grouped * inverse[..., None].astype(np.float32)), -127, 127)
     return codes.astype(np.int8), amax * np.float32(1 / 127)
+
+
+def kv8_values(heads: Floats) -> Floats:
+    """What KV8 keeps of heads, (..., head_dim)."""
+    codes, scales = quantise_groups(heads)
+    return codes.astype(np.float32) * scales[..., None]
 
 
 def a8_values(x: Floats) -> Floats:

@@ -20,7 +20,7 @@ from ridgeline.model.program import Program
 from ridgeline.model.rewrite import with_precision
 from ridgeline.model.weights import Weights
 from ridgeline.native import isa_levels
-from ridgeline.precision.quantise import quantise_activations
+from ridgeline.precision.quantise import quantise_groups
 from ridgeline.types import Segment, SequenceRows, Step
 
 PAGES = 64
@@ -97,20 +97,19 @@ class Margins:
     def __init__(self, rows: int) -> None:
         self.of_row = np.full(rows, np.inf)
 
-    def quantise(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        codes, scales = quantise_activations(x)
-        exact = np.pad(x, ((0, 0), (0, codes.shape[1] - x.shape[1]))).reshape(*scales.shape, 32)
+    def quantise(self, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        codes, scales = quantise_groups(groups)
         with np.errstate(divide="ignore", invalid="ignore"):
-            exact = np.nan_to_num(exact.astype(np.float64) / scales[..., None])
-        distance = np.abs(np.abs(exact - np.floor(exact)) - 0.5).min(axis=(1, 2))
-        of_row = distance.reshape(len(self.of_row), -1).min(axis=1)  # of all of a row's experts
+            exact = np.nan_to_num(groups.astype(np.float64) / scales[..., None])
+        distance = np.abs(np.abs(exact - np.floor(exact)) - 0.5)
+        of_row = distance.reshape(len(self.of_row), -1).min(axis=1)  # of all of a row's experts, or heads
         np.minimum(self.of_row, of_row, out=self.of_row)
         return codes, scales
 
 
-def assert_executors_agree(path: Path, weights: str, tokens: Sequence[int]) -> None:
+def assert_executors_agree(path: Path, weights: str, tokens: Sequence[int], kv_format: str = "KV32") -> None:
     """`assert_agree` for a checkpoint in one format."""
-    assert_agree(lambda kind: load(path, kind, weights, "KV32"), tokens, sixteen=weights == "W16A16")
+    assert_agree(lambda kind: load(path, kind, weights, kv_format), tokens, sixteen=weights == "W16A16")
 
 
 def assert_agree(make: Callable[[str], Loaded], tokens: Sequence[int], sixteen: bool = False) -> None:
@@ -125,7 +124,7 @@ def assert_agree(make: Callable[[str], Loaded], tokens: Sequence[int], sixteen: 
     batch = [reference.rows(tokens[at : at + length], pages=[page]) for page, at in enumerate(starts)]
     margins = Margins(len(batch) * length)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ridgeline.execution.reference.quantise_activations", margins.quantise)
+        patch.setattr("ridgeline.precision.quantise.quantise_groups", margins.quantise)
         expected = reference.logits(*batch)
     # A row also reads what the rows before it stored.
     near = np.minimum.accumulate(margins.of_row.reshape(-1, length), axis=1).reshape(-1) < 1e-4

@@ -110,6 +110,10 @@ MISTAKES = [
         ["run", "-m", "TINY", "--weights", "W4A16-g32", "--device", "cpu", "hi"],
         "weights is 'W4A16-g32'; accepted on cpu: auto, W4A8-g32",
     ),
+    (
+        ["run", "-m", "TINY", "--kv-format", "KV4", "hi"],
+        "kv_format is 'KV4'; accepted: auto, KV8, KV16, KV32",
+    ),
     (["run", "-m", "TINY", "--device", "tpu", "hi"], "device is 'tpu'; accepted: auto, cpu"),
     (["run", "-m", "TINY", "--threads", "0", "hi"], "threads is 0"),
     (["run", "-m", "TINY", "--max-model-len", "99999", "hi"], "max_model_len is 99999; accepted: up to 512"),

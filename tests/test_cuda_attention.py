@@ -27,11 +27,12 @@ from ridgeline.execution.cuda.kernels.attention import (
 )
 from ridgeline.execution.cuda.work_list import WorkLimits, attention_work, segment_records
 from ridgeline.execution.step_arrays import StepArrays
+from ridgeline.precision.quantise import quantise_groups
 from ridgeline.types import Segment, SequenceRows, Step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPLIT = 64
-BF16, F32 = torch.bfloat16, torch.float32
+BF16, F32, INT8 = torch.bfloat16, torch.float32, torch.int8
 NO_PAGE = 2**30
 CUT, WHOLE = WorkLimits(items=64, partials=64, programs=10**6), WorkLimits(items=64, partials=0, programs=1)
 
@@ -83,6 +84,11 @@ class Case:
     query: Tensor
     pool: Tensor
     tables: Tensor
+    pool_scales: Tensor | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**self.model.options, "pool_scales": self.pool_scales}
 
     @property
     def rows(self) -> int:
@@ -125,12 +131,16 @@ def make(model: Model, *sequences: SequenceRows, seed: int = 0) -> Case:
             held = random.standard_normal((len(slots), model.kv_heads, 2, model.head_dim))
             pool[ids[places], :, :, slots % PAGE_TOKENS] = held
     query = random.standard_normal((len(arrays.tokens), model.width)) * 2
+    scales = None
+    if model.pool == INT8:
+        pool, scales = quantise_groups(pool)  # what is poisoned has a scale of NaN
     return Case(
         model,
         arrays,
         torch.tensor(query, dtype=model.query, device=DEVICE),
         torch.tensor(pool, dtype=model.pool, device=DEVICE),
         torch.tensor(tables, device=DEVICE),
+        None if scales is None else torch.tensor(scales, device=DEVICE),
     )
 
 
@@ -166,7 +176,7 @@ def run(
     out = torch.full((case.rows, case.model.width), torch.nan, dtype=dtype, device=DEVICE)
     positions = torch.tensor(case.arrays.positions, device=DEVICE)
     work, partials = work_list(case, block_m, limits), room(case.model, block_m)
-    options = {**case.model.options, "block_m": block_m, "programs": programs}
+    options = {**case.options, "block_m": block_m, "programs": programs}
     attention(case.query, out, case.pool, positions, work, partials, **options)
     return out
 
@@ -176,7 +186,7 @@ def expected(case: Case, limits: WorkLimits = CUT) -> Tensor:
     out = torch.full((case.rows, case.model.width), torch.nan, dtype=torch.float64, device=DEVICE)
     positions = torch.tensor(case.arrays.positions, device=DEVICE)
     work, partials = work_list(case, block_m, limits), room(case.model, block_m)
-    options = {**case.model.options, "block_m": block_m, "programs": 1}
+    options = {**case.options, "block_m": block_m, "programs": 1}
     attention_reference(case.query, out, case.pool, positions, work, partials, **options)
     return out
 
@@ -188,7 +198,7 @@ def assert_close(got: Tensor, want: Tensor, relative: float) -> None:
 
 
 def tolerance(model: Model) -> float:
-    return 1e-2 if (model.query, model.pool) == (BF16, BF16) else 1e-5
+    return 1e-2 if model.query == BF16 and model.pool != F32 else 1e-5
 
 
 RAGGED = (sequence(150, 1), sequence(30, 7), sequence(0, 1), sequence(64, 3))
@@ -200,7 +210,9 @@ SEGMENTS = (
 
 
 @pytest.mark.parametrize(("group", "head_dim"), [(1, 6), (2, 16), (3, 64), (4, 32), (5, 80)])
-@pytest.mark.parametrize(("query", "pool"), [(F32, BF16), (BF16, BF16), (F32, F32), (BF16, F32)])
+@pytest.mark.parametrize(
+    ("query", "pool"), [(F32, BF16), (BF16, BF16), (F32, F32), (BF16, F32), (F32, INT8), (BF16, INT8)]
+)
 def test_ragged_rows_match_float64(group: int, head_dim: int, query: torch.dtype, pool: torch.dtype) -> None:
     model = Model(group, 2 if head_dim < 64 else 1, head_dim, query, pool)
     case = make(model, *RAGGED)
@@ -218,10 +230,10 @@ def test_windows_and_segments_match_float64(sequences: Sequence[SequenceRows], w
 
 
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("query", [F32, BF16])
-def test_sinks_take_their_share_once(query: torch.dtype, window: int | None) -> None:
+@pytest.mark.parametrize(("query", "pool"), [(F32, BF16), (BF16, BF16), (F32, INT8)])
+def test_sinks_take_their_share_once(query: torch.dtype, pool: torch.dtype, window: int | None) -> None:
     """However many splits and segments a row sees, and whether they are merged by one program or later."""
-    model = Model(group=3, kv_heads=2, query=query, window=window, sinks=True)
+    model = Model(group=3, kv_heads=2, query=query, pool=pool, window=window, sinks=True)
     case = make(model, sequence(150, 2), SEGMENTS[1])
     cut = run(case)
     assert_close(cut, expected(case), 2 * tolerance(model))
@@ -237,7 +249,7 @@ def test_with_sinks_a_row_that_sees_nothing_becomes_zeros() -> None:
     assert_close(run(case)[1:], expected(case)[1:], 1e-5)
 
 
-@pytest.mark.parametrize(("query", "pool"), [(F32, BF16), (BF16, BF16), (F32, F32)])
+@pytest.mark.parametrize(("query", "pool"), [(F32, BF16), (BF16, BF16), (F32, F32), (BF16, INT8)])
 def test_how_the_work_is_cut_changes_no_bit(query: torch.dtype, pool: torch.dtype) -> None:
     sequences = (sequence(150, 1), sequence(60, 6), SEGMENTS[0])
     case = make(Model(kv_heads=1, query=query, pool=pool), *sequences)
@@ -248,11 +260,11 @@ def test_how_the_work_is_cut_changes_no_bit(query: torch.dtype, pool: torch.dtyp
     assert torch.equal(cut, run(case, WorkLimits(items=64, partials=5, programs=10**6), programs=9))
 
 
-@pytest.mark.parametrize("window", [None, 30])
-def test_a_row_has_the_same_bits_alone_and_in_a_batch(window: int | None) -> None:
+@pytest.mark.parametrize(("window", "pool"), [(None, BF16), (30, BF16), (30, INT8)])
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(window: int | None, pool: torch.dtype) -> None:
     """A row's place in its block and the block's other rows do not matter."""
     sequences = (sequence(62, 4), sequence(150, 1), sequence(20, 2, [(70, 0, 0.7, True)]))
-    model = Model(group=3, kv_heads=1, window=window, softcap=1.5)
+    model = Model(group=3, kv_heads=1, pool=pool, window=window, softcap=1.5)
     case = make(model, *sequences)
     together = run(case, block_m=64)
     row = 0
@@ -268,7 +280,8 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(window: int | None) -> Non
             arrays = StepArrays.of(Step((alone,)), 1)
             begin = int(case.arrays.table_begin[case.arrays.segment_begin[index]])
             tables = case.tables[begin : begin + arrays.tables.shape[1]]
-            single = Case(model, arrays, case.query[row : row + 1], case.pool, tables)
+            query = case.query[row : row + 1]
+            single = Case(model, arrays, query, case.pool, tables, case.pool_scales)
             assert torch.equal(run(single, WHOLE, block_m=64)[0], together[row])
             row += 1
 
@@ -309,7 +322,7 @@ def test_column_views_bfloat16_results_and_foreign_rows() -> None:
         positions,
         work,
         partials,
-        **case.model.options,
+        **case.options,
         block_m=block_m,
         programs=2,
     )
@@ -334,9 +347,7 @@ def test_an_empty_work_list_writes_nothing() -> None:
     out = torch.full((1, case.model.width), 7.0, device=DEVICE)
     positions = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     partials = room(case.model, 16)
-    attention(
-        case.query, out, case.pool, positions, work, partials, **case.model.options, block_m=16, programs=3
-    )
+    attention(case.query, out, case.pool, positions, work, partials, **case.options, block_m=16, programs=3)
     assert (out == 7.0).all()
 
 

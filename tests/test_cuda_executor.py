@@ -51,7 +51,7 @@ def test_every_family_gives_the_tokens_of_the_reference_in_float32(tiny: Tiny, f
     cuda.executor.close()
 
 
-@pytest.mark.parametrize("kv_format", ["KV16", "KV32"])
+@pytest.mark.parametrize("kv_format", ["KV8", "KV16", "KV32"])
 @pytest.mark.parametrize("weights", [name for name in FORMATS if name != "W32A32"])
 def test_every_format_follows_the_reference(tiny: Tiny, weights: str, kv_format: str) -> None:
     """Not to the last place: one more or less there may change a rounded activation by a whole step."""
@@ -118,8 +118,9 @@ def test_rows_see_every_segment(tiny: Tiny, causal: bool) -> None:
     cuda.executor.close()
 
 
-def test_copied_pages_stand_for_their_source(tiny: Tiny) -> None:
-    loaded = load(tiny("llama").folder, "cuda", "W32A32", "KV16")
+@pytest.mark.parametrize("kv_format", ["KV8", "KV16"])
+def test_copied_pages_stand_for_their_source(tiny: Tiny, kv_format: str) -> None:
+    loaded = load(tiny("llama").folder, "cuda", "W32A32", kv_format)
     groups = range(len(loaded.program.groups))
     loaded.run(TOKENS[:18], pages=[0, 1])
     loaded.executor.transfer([PageCopy(g, *pair) for g in groups for pair in ((0, 5), (1, 9), (9, 6))])

@@ -85,19 +85,37 @@ class Case:
         widths = (heads.heads * heads.head_dim, kv_width, kv_width)
         self.query, self.key, self.value = views(*widths, rows=rows, seed=seed)
         shape = (6, heads.kv_heads, 2, 16, heads.head_dim)
-        self.pool = torch.full(shape, torch.nan, dtype=pool_dtype, device=DEVICE)
+        coded = pool_dtype == torch.int8
+        self.pool = torch.full(shape, 99 if coded else torch.nan, dtype=pool_dtype, device=DEVICE)
+        self.scales = torch.full(shape[:-1], torch.nan, device=DEVICE) if coded else None
 
-    def check(self, slots: Tensor, query_kind: str, **parts: Rope | NormWeights | None) -> None:
+    def check(self, slots: Tensor, query_kind: str, **parts: Rope | NormWeights | Tensor | None) -> None:
         """Launcher and reference give the same queries and pool."""
         rows, width = self.query.shape
         expected, expected_pool = torch.empty((rows, width), device=DEVICE), self.pool.clone()
-        inputs = (self.query, self.key, self.value)
+        expected_scales = None if self.scales is None else self.scales.clone()
+        inputs, parts = (self.query, self.key, self.value), parts | {"pool_scales": expected_scales}
         rope_store_reference(*inputs, expected, expected_pool, slots, self.heads, **parts)  # type: ignore[arg-type]
         out = poisoned(query_kind, rows, width)
         assert isinstance(out, Tensor)
+        parts["pool_scales"] = self.scales
         rope_store(*inputs, out[:rows], self.pool, slots, self.heads, **parts)  # type: ignore[arg-type]
         assert_written(out, expected)
-        self.check_pool(expected_pool)
+        if expected_scales is None:
+            self.check_pool(expected_pool)
+        else:
+            self.check_codes(expected_pool, expected_scales)
+
+    def check_codes(self, expected: Tensor, scales: Tensor) -> None:
+        """Values bit for bit; keys as near as their rotation is, which may take one to the code beside it."""
+        assert self.scales is not None
+        torch.testing.assert_close(self.scales, scales, rtol=2e-6, atol=0, equal_nan=True)
+        stored = ~scales[:, :, 1].isnan()
+        assert torch.equal(self.scales[:, :, 1][stored], scales[:, :, 1][stored])
+        assert torch.equal(self.pool[:, :, 1], expected[:, :, 1])
+        apart = (self.pool[:, :, 0].int() - expected[:, :, 0].int()).abs()
+        assert apart.max() <= 1
+        assert apart[stored].float().mean() < 0.02
 
     def check_pool(self, expected: Tensor) -> None:
         tolerance = 2**-7 if self.pool.dtype == torch.bfloat16 else 2e-6
@@ -107,7 +125,7 @@ class Case:
 
 
 @pytest.mark.parametrize("query_kind", ["f32", "bf16"])
-@pytest.mark.parametrize("pool_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("pool_dtype", [torch.bfloat16, torch.float32, torch.int8])
 @pytest.mark.parametrize("heads", SHAPES, ids=str)
 def test_rotates_and_stores(heads: Heads, pool_dtype: torch.dtype, query_kind: str) -> None:
     rope = rope_of(ints(0, 5, 131071), heads.head_dim // 2)
@@ -125,6 +143,18 @@ def test_norms_of_heads(heads: Heads, rotated: int, kind: Literal["rms", "layer"
         for count, eps in ((heads.heads, 1e-6), (heads.kv_heads, 1e-2))
     )
     Case(heads, 2).check(ints(16, 40), "f32", rope=rope, query_norm=query_norm, key_norm=key_norm)
+
+
+@pytest.mark.parametrize("rotated", [0, 1, 2])
+@pytest.mark.parametrize("heads", SHAPES[2:5], ids=str)
+def test_what_becomes_codes_is_normed_and_rotated(heads: Heads, rotated: int) -> None:
+    """A layer norm takes the mean of a head's own values, and codes the largest of them."""
+    rope = rope_of(ints(7, 1000), max(rotated * heads.head_dim // 4, 1)) if rotated else None
+    norm = NormWeights("layer", 1e-6, normal(heads.head_dim, seed=3))
+    case = Case(heads, 2, torch.int8)
+    case.key[1] += 5
+    case.value[0] = 0  # no largest magnitude to divide by
+    case.check(ints(16, 40), "f32", rope=rope, key_norm=norm)
 
 
 def test_norm_of_queries_alone() -> None:

@@ -253,12 +253,13 @@ def test_softcap(width: int) -> None:
 # ------------------------------------------------------------------------------------------- pages
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
 @pytest.mark.parametrize("head_dim", [6, 64])
 def test_copies_pages_of_all_layers(dtype: torch.dtype, head_dim: int) -> None:
-    pool = normal(3, 7, 2, 2, 16, head_dim).to(dtype)
-    pool[:, 1] = torch.nan  # a recycled page; copied as it is
-    pool[:, 3] = torch.nan
+    pool = (normal(3, 7, 2, 2, 16, head_dim) * 40).to(dtype)
+    if dtype != torch.int8:
+        pool[:, 1] = torch.nan  # a recycled page; copied as it is
+        pool[:, 3] = torch.nan
     pairs = torch.tensor([[0, 3], [5, 6], [1, 4]], dtype=torch.int32, device=DEVICE)
     expected = pool.clone()
     copy_pages_reference(expected, pairs)
@@ -269,7 +270,7 @@ def test_copies_pages_of_all_layers(dtype: torch.dtype, head_dim: int) -> None:
 
 
 def bits(x: Tensor) -> Tensor:
-    return x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
+    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), max_size=30), st.randoms())

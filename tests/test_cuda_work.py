@@ -157,9 +157,10 @@ def count_store(
     rope: Rope | None = None,
     query_norm: NormWeights | None = None,
     key_norm: NormWeights | None = None,
+    pool_scales: Tensor | None = None,
 ) -> Work:
     stored = int((slots >= 0).sum())
-    slot_bytes = pool[0, :, :, 0].numel() * pool.element_size()
+    slot_bytes = bytes_of_slot(pool, pool_scales)
     work = moved([query, key, value], [query_out]) + Work(written_bytes=stored * slot_bytes)
     work += norming(key_norm, key)
     if query is not None and query_out is not None:
@@ -168,6 +169,11 @@ def count_store(
         turned = 2 * rope.cos.shape[1] * (heads.heads + heads.kv_heads)
         work += Work(fp32_flops=3 * len(key) * turned)
     return work
+
+
+def bytes_of_slot(pool: Tensor, scales: Tensor | None) -> int:
+    """Of all heads' keys and values."""
+    return sum(held[0, :, :, 0].numel() * held.element_size() for held in (pool, scales) if held is not None)
 
 
 def count_attention(
@@ -184,13 +190,14 @@ def count_attention(
     programs: int,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    pool_scales: Tensor | None = None,
 ) -> Work:
-    _, kv_heads, _, _, head_dim = pool.shape
+    head_dim = pool.shape[-1]
     pairs, slots = visible(positions.numpy(), work, window)
     of_heads = pairs * (query.shape[1] // head_dim)
     products = 4 * head_dim * of_heads
     sums = Work(bf16_flops=products) if query.dtype == torch.bfloat16 else Work(fp32_flops=products)
-    slot_bytes = 2 * kv_heads * head_dim * pool.element_size()
+    slot_bytes = bytes_of_slot(pool, pool_scales)
     narrowed = flops(int(out.dtype == torch.bfloat16), out)
     rest = Work(fp32_flops=(3 if softcap is None else 6) * of_heads, read_bytes=slots * slot_bytes)
     return sums + rest + narrowed + moved([query, sinks], [out])
@@ -322,7 +329,7 @@ def steps(groups: int) -> dict[str, Step]:
 
 
 def kept(weights: str) -> str:
-    return "KV32" if weights == "W32A32" else "KV16"
+    return {"W32A32": "KV32", "W8A16-g32": "KV8"}.get(weights, "KV16")
 
 
 @pytest.mark.parametrize("weights", FORMATS)

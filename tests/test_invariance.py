@@ -29,15 +29,16 @@ PROMPTS = st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=70)
 # ---------------------------------------------------------------------- one step at a time, to the bit
 
 
-MODELS = [(f, "W4A8-g32", isa) for f in ("llama", "gemma3") for isa in ISA_LEVELS]
-MODELS += [("llama", "W16A16", isa) for isa in ISA_LEVELS]
+FORMATS = [("llama", "W4A8-g32", "KV16"), ("gemma3", "W4A8-g32", "KV16"), ("llama", "W16A16", "KV16")]
+FORMATS += [("llama", "W8A8-g32", "KV8"), ("gemma3", "W16A16", "KV8")]
+MODELS = [(*formats, isa) for formats in FORMATS for isa in ISA_LEVELS]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=str)
 def pair(request: pytest.FixtureRequest, tiny: Tiny) -> Iterator[tuple[Loaded, Loaded]]:
     """The same model at one and at two threads."""
-    family, weights, isa = request.param
-    both = tuple(load(tiny(family).folder, isa, weights, threads=threads) for threads in (1, 2))
+    family, weights, kv_format, isa = request.param
+    both = tuple(load(tiny(family).folder, isa, weights, kv_format, threads) for threads in (1, 2))
     yield both[0], both[1]
     for loaded in both:
         loaded.executor.close()

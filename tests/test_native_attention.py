@@ -20,6 +20,7 @@ from native_oracles import (
     a8_values,
     bf16_bits,
     f32_buffer,
+    kv8_values,
     step_inputs,
     widen,
 )
@@ -29,8 +30,9 @@ from ridgeline import native
 TEAM = native.Team(2)
 ONE_THREAD = native.Team(1)
 FIVE_THREADS = native.Team(5)
-NAN = 0x7FFF  # as bfloat16
-BF16, F32 = np.dtype(np.uint16), np.dtype(np.float32)
+BF16, F32, INT8 = np.dtype(np.uint16), np.dtype(np.float32), np.dtype(np.uint8)
+NAN = {BF16: 0x7FFF, F32: np.nan, INT8: 0xFF}  # what fills a pool with NaN: int8 codes have NaN scales
+POOLS = pytest.mark.parametrize("pool", NAN, ids=["bf16", "f32", "int8"])
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Shape:
     pool: np.dtype[Any] = BF16
 
     def stored(self, x: Floats) -> Floats:
-        """x as the pool rounds it."""
+        """x as the pool rounds it, (..., kv_width)."""
+        if self.pool == INT8:
+            return kv8_values(x.reshape(-1, self.head_dim)).reshape(x.shape)
         return x if self.pool == F32 else widen(bf16_bits(x))
 
     @property
@@ -67,8 +71,8 @@ class Harness:
 
     def __init__(self, isa: str, shape: Shape, max_rows: int, pages: int, team: native.Team = TEAM) -> None:
         self.shape, self.max_rows = shape, max_rows
-        unwritten = np.nan if shape.pool == F32 else NAN
-        self.pool = np.full((pages, shape.kv_heads, 2 * 16 * shape.head_dim), unwritten, shape.pool)
+        head_values = 2 * 16 * (shape.head_dim + 4 * (shape.pool == INT8))
+        self.pool = np.full((pages, shape.kv_heads, head_values), NAN[shape.pool], shape.pool)
         self.q, self.out = f32_buffer(max_rows, shape.q_width), f32_buffer(max_rows, shape.q_width)
         self.k, self.v = f32_buffer(max_rows, shape.kv_width), f32_buffer(max_rows, shape.kv_width)
         geometry = (0, shape.heads, shape.kv_heads, shape.head_dim)
@@ -96,11 +100,14 @@ class Harness:
 
     def stored(self, page: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
         """K and V of a slot, (kv_heads, head_dim)."""
-        half, wide = 16 * self.shape.head_dim, self.shape.pool == F32
-        k = self.pool[page, :, :half].reshape(self.shape.kv_heads, -1, 16, 1 if wide else 2)[:, :, slot]
-        v = self.pool[page, :, half:].reshape(self.shape.kv_heads, 16, -1)[:, slot]
-        k = k.reshape(self.shape.kv_heads, -1)
-        return (k, v) if wide else (widen(k), widen(v))
+        half, pool = 16 * self.shape.head_dim, self.shape.pool
+        heads, held = self.shape.kv_heads, self.pool[page]
+        k = held[:, :half].reshape(heads, -1, 16, 2 if pool == BF16 else 1)[:, :, slot].reshape(heads, -1)
+        v = held[:, half : 2 * half].reshape(heads, 16, -1)[:, slot]
+        if pool == INT8:
+            scales = held[:, 2 * half :].copy().view(np.float32).reshape(heads, 2, 16)[:, :, slot, None]
+            return k.view(np.int8) * scales[:, 0], v.view(np.int8) * scales[:, 1]
+        return (widen(k), widen(v)) if pool == BF16 else (k, v)
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,10 @@ SHAPES = [
     Shape(heads=4, kv_heads=2, head_dim=32, pool=F32),
     Shape(heads=3, kv_heads=1, head_dim=18, pool=F32, window=20),
     Shape(heads=6, kv_heads=2, head_dim=32, window=30, with_sinks=True),
+    Shape(heads=9, kv_heads=3, head_dim=64, scale=0.125, pool=INT8),
+    Shape(heads=4, kv_heads=4, head_dim=6, softcap=1.5, pool=INT8),
+    Shape(heads=5, kv_heads=1, head_dim=18, window=20, pool=INT8),
+    Shape(heads=6, kv_heads=2, head_dim=32, window=30, with_sinks=True, pool=INT8),
 ]
 
 
@@ -192,7 +203,7 @@ def run_in_chunks(
     for a, b in pairwise(cuts):
         if poison and shape.window:
             for page in range(max(0, a - shape.window + 1) // 16):
-                harness.pool[pages[page]] = np.nan if shape.pool == F32 else NAN
+                harness.pool[pages[page]] = NAN[shape.pool]
         rows = Rows(a, b - a, (Part(b),), (tuple(pages[: -(-b // 16)]),))
         outs.append(harness.run([rows], *(x[a:b] for x in tokens)))
     return np.concatenate(outs)
@@ -216,9 +227,10 @@ def test_chunks_pages_and_threads_change_no_bit(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("window", [0, 600])
-def test_long_contexts_by_one_row_and_by_many(isa: str, window: int) -> None:
+@pytest.mark.parametrize("pool", [BF16, INT8], ids=["bf16", "int8"])
+def test_long_contexts_by_one_row_and_by_many(isa: str, window: int, pool: np.dtype[Any]) -> None:
     """Several splits: one new token alone, and as the last of a chunk, on one thread and on two."""
-    shape = Shape(heads=3, kv_heads=1, head_dim=16, window=window)
+    shape = Shape(heads=3, kv_heads=1, head_dim=16, window=window, pool=pool)
     length = 1400
     tokens = make_tokens(np.random.default_rng(2), shape, length)
     pages = np.random.default_rng(3).permutation(-(-length // 16)).tolist()
@@ -226,13 +238,13 @@ def test_long_contexts_by_one_row_and_by_many(isa: str, window: int) -> None:
     for team in (TEAM, ONE_THREAD):
         by_row = run_in_chunks(isa, shape, tokens, [0, 1390, *range(1391, length + 1)], pages, team)
         np.testing.assert_array_equal(by_row.view(np.uint32), whole.view(np.uint32))
-    k, v = (widen(bf16_bits(x)).reshape(length, 1, -1) for x in tokens[1:])
+    k, v = (shape.stored(x).reshape(length, 1, -1) for x in tokens[1:])
     expected = attention_of(shape, tokens[0][-1].reshape(3, -1), length - 1, [Context(k, v, Part(length))])
     np.testing.assert_allclose(whole[-1], expected, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("isa", LEVELS)
-@pytest.mark.parametrize("pool", [BF16, F32], ids=str)
+@POOLS
 def test_a_row_is_not_touched_by_values_that_it_cannot_see(isa: str, pool: np.dtype[Any]) -> None:
     """A later row of the same block stores infinities and NaN: earlier rows keep their bits."""
     shape = Shape(pool=pool)
@@ -244,7 +256,7 @@ def test_a_row_is_not_touched_by_values_that_it_cannot_see(isa: str, pool: np.dt
     np.testing.assert_array_equal(dirty[:7], clean[:7])
     by_row = run_in_chunks(isa, shape, (q, bad_k, bad_v), range(21), [1, 0])
     np.testing.assert_array_equal(by_row, dirty)
-    assert np.isinf(dirty[7:9]).any()
+    assert not np.isfinite(dirty[7:9]).all()
     assert np.isnan(dirty[9:]).any()
 
 
@@ -263,9 +275,10 @@ def test_the_sign_of_a_zero_does_not_depend_on_the_block(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("window", [0, 25])
-def test_several_segments_with_bias_and_without_mask(isa: str, window: int) -> None:
+@POOLS
+def test_several_segments_with_bias_and_without_mask(isa: str, window: int, pool: np.dtype[Any]) -> None:
     """Two stored segments, one of them seen whole, and the sequence's own: alone and beside others."""
-    shape = Shape(heads=4, kv_heads=2, head_dim=32, window=window)
+    shape = Shape(heads=4, kv_heads=2, head_dim=32, window=window, pool=pool)
     rng = np.random.default_rng(5)
     harness = Harness(isa, shape, 40, 20)
     first, second, own = Part(20), Part(35, 3, -0.5, causal=False), Part(13, 18, 1.25)
@@ -274,10 +287,10 @@ def test_several_segments_with_bias_and_without_mask(isa: str, window: int) -> N
     for segment in (first, second):
         q, k, v = make_tokens(rng, shape, segment.length)
         harness.run([Rows(0, segment.length, (Part(segment.length),), (places[segment],))], q, k, v)
-        kv = [widen(bf16_bits(x)).reshape(segment.length, 2, -1) for x in (k, v)]
+        kv = [shape.stored(x).reshape(segment.length, 2, -1) for x in (k, v)]
         contexts.append(Context(kv[0], kv[1], segment))
     q, k, v = make_tokens(rng, shape, 13)
-    kv = [widen(bf16_bits(x)).reshape(13, 2, -1) for x in (k, v)]
+    kv = [shape.stored(x).reshape(13, 2, -1) for x in (k, v)]
     contexts.append(Context(kv[0], kv[1], own))
     mine = Rows(0, 13, (first, second, own), tuple(places.values()))
     alone = harness.run([mine], q, k, v)
@@ -291,9 +304,10 @@ def test_several_segments_with_bias_and_without_mask(isa: str, window: int) -> N
 
 
 @pytest.mark.parametrize("isa", LEVELS)
-def test_long_segments_are_split_alike_by_one_thread_and_by_many(isa: str) -> None:
+@POOLS
+def test_long_segments_are_split_alike_by_one_thread_and_by_many(isa: str, pool: np.dtype[Any]) -> None:
     """A row over two stored segments and its own, each of several splits, alone and in company."""
-    shape = Shape(heads=4, kv_heads=2, head_dim=16)
+    shape = Shape(heads=4, kv_heads=2, head_dim=16, pool=pool)
     first, second, own = Part(300), Part(530, 300, -1.0, causal=False), Part(261, 830, 0.5)
     outs = []
     for team in (ONE_THREAD, TEAM, FIVE_THREADS):
@@ -305,7 +319,7 @@ def test_long_segments_are_split_alike_by_one_thread_and_by_many(isa: str) -> No
         for segment, place in zip((first, second, own), places, strict=True):
             q, k, v = make_tokens(rng, shape, segment.length)
             harness.run([Rows(0, segment.length, (Part(segment.length),), (place,))], q, k, v)
-            kv = [widen(bf16_bits(x)).reshape(segment.length, 2, -1) for x in (k, v)]
+            kv = [shape.stored(x).reshape(segment.length, 2, -1) for x in (k, v)]
             contexts.append(Context(kv[0], kv[1], segment))
         last = tuple(x[-1:] for x in (q, k, v))
         mine = Rows(260, 1, (first, second, own), tuple(places))
@@ -357,7 +371,7 @@ def test_rope_and_head_norms(
     k_norm = normal(rng, head_dim) if norm else None
     tape = native.Tape(TEAM, isa, 8)
     buffers = [f32_buffer(8, x.shape[1], x) for x in (q, k, v)]
-    pool = np.full((3, 1, 32 * head_dim), NAN, np.uint16)
+    pool = np.full((3, 1, 32 * head_dim), NAN[BF16], np.uint16)
     norms = (q_norm, k_norm, 1e-5, norm or "rms", by_head)
     tape.rope_store(*buffers, pool, 0, 3, 1, head_dim, cos, sin, rotary_dim, *norms)
     tape.run(step_inputs([Rows(13, 5, (Part(18),), ((2, 0),))]))
@@ -383,10 +397,10 @@ def test_rope_and_head_norms(
         np.testing.assert_allclose(widen(bits), expected_k[row], rtol=2**-8, atol=1e-5)
         value = pool[page, 0, 16 * head_dim :].reshape(16, -1)[slot]
         np.testing.assert_array_equal(value, bf16_bits(v[row]))
-    assert (pool[1] == NAN).all()
+    assert (pool[1] == NAN[BF16]).all()
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("dtype", NAN, ids=str)
 def test_pages_are_copied_whole(dtype: np.dtype[Any]) -> None:
     pool = np.arange(4 * 2 * 64).astype(dtype).reshape(4, 2, 64)
     expected = pool.copy()
@@ -406,6 +420,8 @@ def test_geometry_is_checked() -> None:
         tape.attention(q, q, pool, 0, 5, 2, 24, 1.0)
     with pytest.raises(ValueError, match=r"^pool.shape\[2\] is 768; accepted: 512"):
         tape.attention(q, q, pool, 0, 4, 2, 16, 1.0)
+    with pytest.raises(ValueError, match=r"^pool.shape\[2\] is 768; accepted: 896"):
+        tape.attention(q, q, pool.astype(np.uint8), 0, 4, 2, 24, 1.0)
     with pytest.raises(ValueError, match=r"^head_dim is 25"):
         tape.rope_store(q, k, k, pool, 0, 4, 2, 25)
     with pytest.raises(ValueError, match=r"^sin is not given with cos"):

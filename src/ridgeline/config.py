@@ -9,7 +9,7 @@ from typing import Any
 from ridgeline.types import ConfigError
 
 DEVICES = ("auto", "cpu", "cuda", "reference")
-KV_FORMATS = ("auto", "KV16", "KV32")
+KV_FORMATS = ("auto", "KV8", "KV16", "KV32")
 WEIGHT_FORMATS = ("auto", "W4A8-g32", "W8A8-g32", "W4A16-g32", "W8A16-g32", "W16A16", "W32A32")
 MAX_THREADS = 4096
 PAGE_TOKENS = 16

@@ -12,7 +12,7 @@ constexpr int kHeads = 6, kKvHeads = 2;
 
 struct Shape {
   int head_dim, window;
-  bool wide;
+  KvFormat format;
   float softcap;
 };
 
@@ -44,14 +44,22 @@ Context make_context(const Sequences& sequences, int head_dim) {
   return c;
 }
 
-// What bfloat16 keeps of a value.
-float rounded(float value, bool wide) {
-  if (wide) return value;
+float rounded_bf16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+
+// What a pool keeps of a head.
+void round_head(float* head, const Shape& shape) {
+  float largest = 0;
+  for (int d = 0; d < shape.head_dim; ++d) largest = std::max(largest, std::abs(head[d]));
+  for (int d = 0; d < shape.head_dim; ++d) {
+    if (shape.format == KvFormat::bf16) head[d] = rounded_bf16(head[d]);
+    if (shape.format == KvFormat::int8) head[d] = std::nearbyint(head[d] * (127 / largest)) * (largest / 127);
+  }
 }
 
 void rotate(float* head, int head_dim, const float* cos, const float* sin) {
@@ -91,14 +99,14 @@ class Run {
       : level_(level),
         shape_(shape),
         all_(Sequences{context.sequences.lengths, context.sequences.lengths}),
-        pool_(size_t(all_.pages()) * kKvHeads * page_values(shape.head_dim) * (shape.wide ? 4 : 2)),
+        pool_(size_t(all_.pages()) * kKvHeads * page_bytes(shape.format, shape.head_dim)),
         q_(context.q) {
     Floats k = context.k, v = context.v;
     RopeStoreLaunch launch{};
     launch.q = q_.rows();
     launch.k = k.rows();
     launch.v = v.rows();
-    launch.pool = {pool_.data(), all_.pages(), shape.wide};
+    launch.pool = {pool_.data(), all_.pages(), shape.format};
     launch.heads = kHeads;
     launch.kv_heads = kKvHeads;
     launch.head_dim = launch.rotary_dim = shape.head_dim;
@@ -121,7 +129,7 @@ class Run {
     AttentionLaunch launch{};
     launch.q = q.rows();
     launch.out.f32 = out.rows();
-    launch.pool = {pool_.data(), all_.pages(), shape_.wide};
+    launch.pool = {pool_.data(), all_.pages(), shape_.format};
     launch.heads = kHeads;
     launch.kv_heads = kKvHeads;
     launch.head_dim = shape_.head_dim;
@@ -144,7 +152,9 @@ class Run {
 
 void check_shape(const Level& level, const Shape& shape) {
   const std::string what = "attention, head_dim " + std::to_string(shape.head_dim) +
-                           (shape.wide ? ", float32" : ", bfloat16") +
+                           (shape.format == KvFormat::f32    ? ", float32"
+                            : shape.format == KvFormat::bf16 ? ", bfloat16"
+                                                             : ", int8") +
                            (shape.window > 0 ? ", window" : "") + (shape.softcap > 0 ? ", soft cap" : "");
   const std::vector<int> lengths = {330, 19, 1};
   const Sequences sequences{lengths, lengths};
@@ -156,9 +166,8 @@ void check_shape(const Level& level, const Shape& shape) {
     for (int h = 0; h < kHeads; ++h) rotate(c.q.row(t) + h * shape.head_dim, shape.head_dim, cos, sin);
     for (int h = 0; h < kKvHeads; ++h) rotate(c.k.row(t) + h * shape.head_dim, shape.head_dim, cos, sin);
     for (int i = 0; i < kHeads * shape.head_dim; ++i) ropes = ropes && near(run.q().row(t)[i], c.q.row(t)[i], 1e-6);
-    for (int i = 0; i < kKvHeads * shape.head_dim; ++i) {
-      c.k.row(t)[i] = rounded(c.k.row(t)[i], shape.wide);
-      c.v.row(t)[i] = rounded(c.v.row(t)[i], shape.wide);
+    for (int h = 0; h < kKvHeads; ++h) {
+      for (Floats* x : {&c.k, &c.v}) round_head(x->row(t) + h * shape.head_dim, shape);
     }
   }
   Floats whole = run.attention(lengths, lengths, false);
@@ -169,8 +178,9 @@ void check_shape(const Level& level, const Shape& shape) {
     for (int h = 0; h < kHeads; ++h) {
       attend(shape, c, first, t, h, expected.data());
       for (int d = 0; d < shape.head_dim; ++d) {
-        // A key on the edge between two values of bfloat16 may have been rounded to the other.
-        right = right && near(whole.row(t)[h * shape.head_dim + d], expected[size_t(d)], shape.wide ? 1e-5 : 1e-3);
+        // A key on the edge between two codes or values of bfloat16 may have been rounded to the other.
+        const double tolerance = shape.format == KvFormat::f32 ? 1e-5 : 1e-3;
+        right = right && near(whole.row(t)[h * shape.head_dim + d], expected[size_t(d)], tolerance);
       }
     }
   }
@@ -194,10 +204,10 @@ void check_shape(const Level& level, const Shape& shape) {
 }  // namespace
 
 void check_attention(const Level& level) {
-  for (const bool wide : {false, true}) {
-    check_shape(level, {64, 0, wide, 0.0f});
-    check_shape(level, {40, 50, wide, 0.0f});
-    check_shape(level, {80, 0, wide, 20.0f});
+  for (const KvFormat format : {KvFormat::bf16, KvFormat::f32, KvFormat::int8}) {
+    check_shape(level, {64, 0, format, 0.0f});
+    check_shape(level, {40, 50, format, 0.0f});
+    check_shape(level, {80, 0, format, 20.0f});
   }
 }
 

@@ -34,6 +34,7 @@ def bench(
     repeats: Repeats = 5,
     ops: Operations = False,
     weights: options.WeightFormat = None,
+    kv_format: options.KVFormat = None,
     threads: options.Threads = None,
     device: options.Device = None,
     no_packed_cache: options.NoPackedCache = False,
@@ -55,6 +56,7 @@ def bench(
         **given(
             model=model,
             weights=weights,
+            kv_format=kv_format,
             threads=threads,
             device=device,
             packed_cache=options.packed_cache(no_packed_cache),

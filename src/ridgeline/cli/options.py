@@ -27,6 +27,9 @@ WeightFormat = Annotated[
 NoPackedCache = Annotated[
     bool, flag("no-packed-cache", "Pack weights at every start, and keep none packed on disk.")
 ]
+KVFormat = Annotated[
+    str | None, flag("kv-format", "Format of stored keys and values: auto, KV8, KV16, KV32.")
+]
 MaxModelLen = Annotated[
     int | None,
     flag("max-model-len", "Most tokens of prompt and answer (default: the model's)."),

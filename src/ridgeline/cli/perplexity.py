@@ -30,6 +30,7 @@ def perplexity(
     ctx: Context = 512,
     chunks: Chunks = None,
     weights: options.WeightFormat = None,
+    kv_format: options.KVFormat = None,
     threads: options.Threads = None,
     device: options.Device = None,
     no_packed_cache: options.NoPackedCache = False,
@@ -48,6 +49,7 @@ def perplexity(
     engine_options = given(
         model=model,
         weights=weights,
+        kv_format=kv_format,
         threads=threads,
         device=device,
         packed_cache=options.packed_cache(no_packed_cache),

@@ -41,6 +41,7 @@ def run(
     min_p: options.MinP = None,
     seed: options.Seed = None,
     weights: options.WeightFormat = None,
+    kv_format: options.KVFormat = None,
     max_model_len: options.MaxModelLen = None,
     threads: options.Threads = None,
     device: options.Device = None,
@@ -54,6 +55,7 @@ def run(
     engine = given(
         model=model,
         weights=weights,
+        kv_format=kv_format,
         max_model_len=max_model_len,
         threads=threads,
         device=device,

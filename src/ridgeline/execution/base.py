@@ -11,8 +11,17 @@ from ridgeline.model.program import MemoryGroup, Program
 from ridgeline.model.weights import Weights
 from ridgeline.types import CheckpointError, PageCopy, Step, StepFuture, StepResult
 
-KV_VALUE_BYTES = {"KV16": 2, "KV32": 4}
-"""Bytes of a stored key or value by the cache's format: KV16 is bfloat16, KV32 is float32."""
+
+@dataclass(frozen=True, slots=True)
+class KVStorage:
+    """Bytes of a number of a stored key or value, and those of a scale for each of a token's KV heads."""
+
+    value_bytes: int
+    scale_bytes: int = 0
+
+
+KV_STORAGES = {"KV8": KVStorage(1, 4), "KV16": KVStorage(2), "KV32": KVStorage(4)}
+"""By the cache's format: KV8 is int8 with float32 scales, KV16 is bfloat16, KV32 is float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +37,15 @@ class Limits:
     max_sequences: int = 64
 
 
+def slot_bytes(group: MemoryGroup, kv_format: str) -> int:
+    """Memory of one token's keys and values in one layer of a group."""
+    storage = KV_STORAGES[kv_format]
+    return 2 * group.kv_heads * (group.head_dim * storage.value_bytes + storage.scale_bytes)
+
+
 def page_bytes(group: MemoryGroup, kv_format: str) -> int:
     """Memory of one page of a group, all of its layers together."""
-    return group.values_per_slot * PAGE_TOKENS * KV_VALUE_BYTES[kv_format]
+    return len(group.layers) * PAGE_TOKENS * slot_bytes(group, kv_format)
 
 
 class Executor(Protocol):

@@ -41,13 +41,23 @@ from ridgeline.model.program import (
     Weight,
 )
 from ridgeline.model.weights import Weights
-from ridgeline.precision.quantise import dequantise_activations, quantise_activations, round_bfloat16
+from ridgeline.precision.quantise import (
+    dequantise_activations,
+    quantise_activations,
+    round_bfloat16,
+    round_kv8,
+)
 from ridgeline.types import Float32Array, Int32Array, PageCopy, Step, StepResult
 
 Float64Array = NDArray[np.float64]
 
 
-_ROUND: dict[str, Callable[[Float32Array], Float32Array]] = {"KV16": round_bfloat16, "KV32": np.asarray}
+_ROUND: dict[str, Callable[[Float32Array], Float32Array]] = {
+    "KV8": round_kv8,
+    "KV16": round_bfloat16,
+    "KV32": np.asarray,
+}
+"""What a format of the KV cache keeps of heads, (..., head_dim)."""
 
 
 @dataclass(slots=True)
@@ -209,8 +219,8 @@ class ReferenceExecutor:
         arrays, memory = run.arrays, self._memory[op.layer]
         pages = arrays.row_pages(op.group)
         for side, value in enumerate((op.key, op.value)):
-            stored = self._round(run.values[value.name]).reshape(len(pages), *memory.shape[3:])
-            memory[side, pages, arrays.slots % PAGE_TOKENS] = stored
+            heads = run.values[value.name].reshape(len(pages), *memory.shape[3:])
+            memory[side, pages, arrays.slots % PAGE_TOKENS] = self._round(heads)
         return np.empty((0, 0), np.float32)
 
     @_apply.register

@@ -54,11 +54,6 @@ class MemoryGroup:
     head_dim: int
     window: int | None = None
 
-    @property
-    def values_per_slot(self) -> int:
-        """Numbers kept for each slot, keys and values of all layers."""
-        return 2 * self.kv_heads * self.head_dim * len(self.layers)
-
 
 @dataclass(frozen=True, slots=True)
 class StepLoad:

@@ -14,7 +14,9 @@ Buffers of activations:
            scores (bits of float32) and, with a shared gate, its score; then work lists of the kernels.
            width is 2 * chosen, and 1 more with a shared gate.
 Where a row has a result for each of its experts, buffers have as many rows for each of max_rows.
-KV pool of a layer: uint16 (bfloat16 bits) or float32, (pages, kv_heads, 2 * PAGE_TOKENS * head_dim).
+KV pool of a layer: uint16 (bfloat16 bits) or float32, (pages, kv_heads, 2 * PAGE_TOKENS * head_dim); or
+uint8, (pages, kv_heads, 2 * PAGE_TOKENS * (head_dim + 4)): int8 codes, then the float32 scales of keys and
+those of values.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _Buffer: TypeAlias = NDArray[np.float32] | NDArray[np.uint8] | NDArray[np.uint16]
-_Pool: TypeAlias = NDArray[np.uint16] | NDArray[np.float32]
+_Pool: TypeAlias = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
 
 PAGE_TOKENS: int
 """Slots in a KV page."""
@@ -308,8 +310,9 @@ class Tape:
     ) -> None:
         """Per row: "rms" or "layer" norm of each head of q and k (optional), rotate-half rope on the first
         `rotary_dim` of each head with cos, sin (max_rows, rotary_dim / 2), then k and v to the row's slot as
-        bfloat16. q_norm and k_norm hold head_dim gains, or so many for each head in turn if `norm_by_head`.
-        q is written to the bfloat16 buffer `rounded_q`, or else back in place; k is left as it was."""
+        the pool stores them. q_norm and k_norm hold head_dim gains, or so many for each head in turn if
+        `norm_by_head`. q is written to the bfloat16 buffer `rounded_q`, or else back in place; k is left as
+        it was."""
 
     def attention(
         self,

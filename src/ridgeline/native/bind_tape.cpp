@@ -206,18 +206,22 @@ class PyTape : public ExpertTape {
   }
 
   KvPool pages(nb::handle object, int64_t kv_heads, int64_t head_dim, Access access) {
-    if (Array<float>::holds(object)) return pages(wide_pools_, object, kv_heads, head_dim, access);
-    return pages(pools_, object, kv_heads, head_dim, access);
+    if (Array<float>::holds(object))
+      return pages(f32_pools_, KvFormat::f32, object, kv_heads, head_dim, access);
+    if (Array<uint8_t>::holds(object))
+      return pages(int8_pools_, KvFormat::int8, object, kv_heads, head_dim, access);
+    return pages(bf16_pools_, KvFormat::bf16, object, kv_heads, head_dim, access);
   }
 
   template <class T>
-  static KvPool pages(std::vector<Array<T>>& kept, nb::handle object, int64_t kv_heads, int64_t head_dim,
-                      Access access) {
+  static KvPool pages(std::vector<Array<T>>& kept, KvFormat format, nb::handle object, int64_t kv_heads,
+                      int64_t head_dim, Access access) {
     Array<T> array(object, "pool", 3, access);
     array.expect(1, kv_heads, "pool");
-    array.expect(2, int64_t(page_values(int(head_dim))), "pool");
+    array.expect(2, int64_t(page_bytes(format, int(head_dim)) / sizeof(T)), "pool");
+    if (format == KvFormat::int8) array.expect_aligned(sizeof(float), "pool");
     kept.push_back(std::move(array));
-    return {kept.back().data(), kept.back().size(0), std::is_same_v<T, float>};
+    return {kept.back().data(), kept.back().size(0), format};
   }
 
   static void check_heads(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t group) {
@@ -253,8 +257,9 @@ class PyTape : public ExpertTape {
     return bound;
   }
 
-  std::vector<Array<float>> wide_pools_;
-  std::vector<Array<uint16_t>> pools_;
+  std::vector<Array<float>> f32_pools_;
+  std::vector<Array<uint16_t>> bf16_pools_;
+  std::vector<Array<uint8_t>> int8_pools_;
 };
 
 }  // namespace

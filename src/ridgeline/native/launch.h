@@ -133,11 +133,16 @@ struct SoftcapLaunch {
   int32_t width;
   float cap;
 };
-// A layer's keys and values, page after page (layout.h): bfloat16, or float32 where `wide`.
+// A layer's keys and values (layout.h): pages, and in each the heads one after the other.
 struct KvPool {
   void* data;
   int64_t pages;
-  bool wide;
+  KvFormat format;
+
+  RIDGELINE_MEMBER uint8_t* head(int64_t page, int kv_heads, int kv_head, int head_dim) const {
+    const int64_t index = page * kv_heads + kv_head;
+    return static_cast<uint8_t*>(data) + index * int64_t(page_bytes(format, head_dim));
+  }
 };
 struct RopeStoreLaunch {
   F32Rows q, k, v;

@@ -8,8 +8,9 @@
 // Routes: for each row its experts as int32, their scores as float32 and, where the width is odd, one score
 //   more; after room for all rows, what the experts' products share: the number of blocks (a line), the
 //   blocks, and the step's pairs of a row and one of its experts, row * chosen + k, by expert and then row.
-// KV page of one head: K as [head_dim/2][16 slots][2], then V as [16 slots][head_dim], bfloat16. In float32
-// pools K lies as [head_dim][16 slots].
+// KV page of one head: K, then V as [16 slots][head_dim]. In bfloat16 K lies as [head_dim/2][16 slots][2],
+//   else as [head_dim][16 slots]. In int8 a float32 scale of each slot's key follows the codes, and then one of
+//   each slot's value: two lines, so that 16 bytes may be read from any code on.
 #pragma once
 
 #include <cstddef>
@@ -58,7 +59,16 @@ RIDGELINE_INLINE constexpr RoutesLayout routes_layout(int64_t max_rows, int widt
   return {blocks, pairs, pairs + most_pairs};
 }
 
+// How keys and values are stored.
+enum class KvFormat : uint8_t { bf16, f32, int8 };
+
 // Values of one head's page; the offset of V is half of it.
 RIDGELINE_INLINE constexpr size_t page_values(int head_dim) { return size_t(2) * kPageTokens * head_dim; }
+
+RIDGELINE_INLINE constexpr size_t page_bytes(KvFormat format, int head_dim) {
+  const size_t values = page_values(head_dim);
+  if (format == KvFormat::int8) return values + size_t(2) * kPageTokens * sizeof(float);
+  return values * (format == KvFormat::f32 ? sizeof(float) : sizeof(uint16_t));
+}
 
 }  // namespace ridgeline

@@ -139,8 +139,9 @@ void copy_page_of(nb::object pool, int64_t source, int64_t target) {
 }
 
 void copy_page(nb::object pool, int64_t source, int64_t target) {
-  Array<float>::holds(pool) ? copy_page_of<float>(pool, source, target)
-                            : copy_page_of<uint16_t>(pool, source, target);
+  if (Array<float>::holds(pool)) return copy_page_of<float>(pool, source, target);
+  if (Array<uint8_t>::holds(pool)) return copy_page_of<uint8_t>(pool, source, target);
+  copy_page_of<uint16_t>(pool, source, target);
 }
 
 std::vector<std::pair<std::string, double>> probe_read(Team& team, int64_t bytes, double seconds) {

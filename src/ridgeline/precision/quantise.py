@@ -14,6 +14,9 @@ The rule says nothing about groups that hold an infinity or NaN.
 
 **Activations, A16.** The nearest bfloat16, ties to even.
 
+**Keys and values, KV8.** The rule of A8-g32 with what one token's KV head holds as the group: a scale for its
+key, after norm and rope, and one for its value. KV16 is the nearest bfloat16.
+
 **Weights of 8 bits**, stored as Q8_0: d = float16(amax / 127), code = rint(w / d), clipped to -127..127.
 
 **Weights of 4 bits**, stored as Q4_1: m = float16(min), rounded down, d = float16((max - m) / 15),
@@ -53,14 +56,26 @@ _RECIPROCAL_127 = np.float32(1 / 127)
 
 def quantise_activations(x: Float32Array) -> tuple[Int8Array, Float32Array]:
     """A8-g32 of float32 (rows, width): int8 codes (rows, groups * 32) and float32 scales (rows, groups)."""
-    groups = _grouped(x)
-    amax = np.abs(groups).max(axis=2)
-    scales = amax * _RECIPROCAL_127
+    codes, scales = quantise_groups(_grouped(x))
+    return codes.reshape(len(x), scales.shape[1] * GROUP), scales
+
+
+def quantise_groups(groups: Float32Array) -> tuple[Int8Array, Float32Array]:
+    """The rule of activations: int8 codes of float32 (..., group), and the groups' scales, float32 (...)."""
+    amax = np.abs(groups).max(axis=-1)
+    scales: Float32Array = amax * _RECIPROCAL_127
     inverse = np.zeros_like(amax)
     np.divide(np.float32(127), amax, out=inverse, where=amax >= TINY)
     with np.errstate(invalid="ignore", over="ignore"):
         codes = np.clip(np.rint(groups * inverse[..., None]), -127, 127).astype(np.int8)
-    return codes.reshape(len(x), groups.shape[1] * GROUP), scales
+    return codes, scales
+
+
+def round_kv8(heads: Float32Array) -> Float32Array:
+    """What KV8 keeps of keys or values, float32 (..., head_dim)."""
+    codes, scales = quantise_groups(heads)
+    rounded: Float32Array = codes * scales[..., None]
+    return rounded
 
 
 def dequantise_activations(codes: Int8Array, scales: Float32Array, width: int) -> Float32Array:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ridgeline.config import PAGE_TOKENS
-from ridgeline.execution.base import KV_VALUE_BYTES, FinishedStep, Limits, check_memory_kinds
+from ridgeline.execution.base import FinishedStep, Limits, check_memory_kinds, slot_bytes
 from ridgeline.execution.buffers import assign_buffers
 from ridgeline.execution.cpu.buffers import Buffer, new_buffer, value_row_bytes
 from ridgeline.execution.cpu.launches import Binding, CpuLaunch
@@ -28,12 +28,17 @@ from ridgeline.model.weights import Weights
 from ridgeline.native import Matrix, StepInputs, Tape, Team, allocate, copy_page, pack
 from ridgeline.precision.storage import Tensor, float32_tensor
 from ridgeline.resources.machine import choose_isa
-from ridgeline.types import Float32Array, PageCopy, Step, StepResult
+from ridgeline.types import ByteArray, Float32Array, PageCopy, Step, StepResult
 
 if TYPE_CHECKING:
     from ridgeline.execution.cpu.packed_cache import PackedCache
 
-_KV_DTYPES: dict[str, type[np.uint16] | type[np.float32]] = {"KV16": np.uint16, "KV32": np.float32}
+_Pool = ByteArray | NDArray[np.uint16] | Float32Array
+_KV_DTYPES: dict[str, type[np.uint8 | np.uint16 | np.float32]] = {
+    "KV8": np.uint8,
+    "KV16": np.uint16,
+    "KV32": np.float32,
+}
 
 _NO_LOGITS = np.empty((0, 1), np.float32)
 
@@ -66,7 +71,7 @@ class CpuExecutor:
         self._cache = cache
         self._matrices: dict[str, Matrix] = {}
         self._vectors: dict[str, Float32Array] = {}
-        self._pools: dict[int, NDArray[np.uint16] | Float32Array] = {}
+        self._pools: dict[int, _Pool] = {}
         self._groups: dict[int, MemoryGroup] = {}
         self._drawer = Drawer()
         self._drawn = np.empty(0, np.int32)
@@ -174,7 +179,8 @@ class CpuExecutor:
         for index, (group, pages) in enumerate(zip(program.groups, self._limits.pages, strict=True)):
             self._groups[index] = group
             dtype = np.dtype(_KV_DTYPES[self._limits.kv_format])
-            shape = (pages, group.kv_heads, 2 * PAGE_TOKENS * group.head_dim)
+            head_bytes = PAGE_TOKENS * slot_bytes(group, self._limits.kv_format) // group.kv_heads
+            shape = (pages, group.kv_heads, head_bytes // dtype.itemsize)
             for layer in group.layers:
                 if layer not in self._pools:
                     # Small pages: a short prompt touches the start of every layer's pool.
@@ -191,13 +197,12 @@ class CpuExecutor:
         return mine[:outputs]
 
     def _footprint(self, program: Program) -> Footprint:
-        value_bytes = KV_VALUE_BYTES[self._limits.kv_format]
         groups = program.groups
         return Footprint(
             weight_bytes=self._weight_bytes,
             weight_row_bytes=lambda name: self._matrices[name].nbytes // self._matrices[name].rows,
             value_row_bytes=value_row_bytes,
-            slot_bytes=lambda g: groups[g].values_per_slot // len(groups[g].layers) * value_bytes,
+            slot_bytes=lambda g: slot_bytes(groups[g], self._limits.kv_format),
         )
 
     def _weight_bytes(self, name: str) -> int:

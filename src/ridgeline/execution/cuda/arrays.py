@@ -33,6 +33,19 @@ Activations = Tensor | A8
 
 
 @dataclass(frozen=True, slots=True)
+class KVPool:
+    """Keys and values of a memory group: `values` (layers, pages, kv_heads, 2, PAGE_TOKENS, head_dim), of
+    bfloat16 or float32; or of KV8's int8 codes, with float32 `scales` of the same shape but for head_dim."""
+
+    values: Tensor
+    scales: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.values,) if self.scales is None else (self.values, self.scales)
+
+
+@dataclass(frozen=True, slots=True)
 class Packed:
     """A matrix of `rows` outputs by `cols` inputs as it lies on the device, output-major.
 

@@ -13,6 +13,7 @@ from ridgeline.execution.buffers import assign_buffers
 from ridgeline.execution.cuda.arrays import (
     GROUP,
     Activations,
+    KVPool,
     Partials,
     Routes,
     empty_activations,
@@ -50,7 +51,7 @@ class DeviceBinding:
         device: Device,
         inputs: StepInputs,
         weights: DeviceWeights,
-        pools: Mapping[int, Tensor],
+        pools: Mapping[int, KVPool],
         program: Program,
         launches: Sequence[Launch],
         limits: Limits,
@@ -142,10 +143,11 @@ class DeviceBinding:
 
     # -- attention
 
-    def pool(self, layer: int) -> Tensor:
-        """A layer's keys and values, (pages, kv_heads, 2, PAGE_TOKENS, head_dim)."""
+    def pool(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """A layer's keys and values, (pages, kv_heads, 2, PAGE_TOKENS, head_dim), and the scales of codes."""
         group, place = self._places[layer]
-        return self._pools[group][place]
+        pool = self._pools[group]
+        return pool.values[place], pool.scales[place] if pool.scales is not None else None
 
     def attention_grid(self, attention: Attention, size: StepSize) -> tuple[int, int, Partials]:
         """(rows of a tile, programs per KV head, room for partial results)."""

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ridgeline.config import PAGE_TOKENS
-from ridgeline.execution.base import KV_VALUE_BYTES, Limits, check_memory_kinds
+from ridgeline.execution.base import KV_STORAGES, Limits, check_memory_kinds, slot_bytes
+from ridgeline.execution.cuda.arrays import KVPool
 from ridgeline.execution.cuda.binding import MAX_PARTIALS, DeviceBinding, value_row_bytes
 from ridgeline.execution.cuda.device import Device, Event
 from ridgeline.execution.cuda.graphs import GraphBook
@@ -32,7 +33,7 @@ from ridgeline.model.program import MemoryGroup, Program, StepLoad
 from ridgeline.model.weights import Weights
 from ridgeline.types import CapacityError, Draw, PageCopy, Step, StepResult, Work
 
-_KV_DTYPES = {"KV16": torch.bfloat16, "KV32": torch.float32}
+_KV_DTYPES = {"KV8": torch.int8, "KV16": torch.bfloat16, "KV32": torch.float32}
 
 T = TypeVar("T")
 
@@ -97,7 +98,7 @@ class CudaExecutor:
         self._device = device
         self._use_graphs = graphs
         self._weights = DeviceWeights(device.where)
-        self._pools: dict[int, Tensor] = {}  # group -> (layers, pages, kv_heads, 2, PAGE_TOKENS, head_dim)
+        self._pools: dict[int, KVPool] = {}  # of each group
         self._capacity = max(limits.max_rows, limits.max_sequences)
         self._inputs: StepInputs | None = None
         self._books: list[GraphBook] = []
@@ -178,7 +179,8 @@ class CudaExecutor:
         for group, pool in self._pools.items():
             for pairs in independent_runs([(m.source, m.target) for m in moves if m.group == group]):
                 where = torch.tensor(pairs, dtype=torch.int32).to(self._device.where)
-                copy_pages(pool.flatten(2), where)
+                for held in pool.tensors:
+                    copy_pages(held.flatten(2), where)
 
     def close(self) -> None:
         self._weights.clear()
@@ -189,18 +191,20 @@ class CudaExecutor:
         if self._device.where.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _new_pool(self, group: MemoryGroup, pages: int) -> Tensor:
-        shape = (len(group.layers), pages, group.kv_heads, 2, PAGE_TOKENS, group.head_dim)
-        return torch.empty(shape, dtype=_KV_DTYPES[self._limits.kv_format], device=self._device.where)
+    def _new_pool(self, group: MemoryGroup, pages: int) -> KVPool:
+        kv_format, where = self._limits.kv_format, self._device.where
+        shape = (len(group.layers), pages, group.kv_heads, 2, PAGE_TOKENS)
+        values = torch.empty((*shape, group.head_dim), dtype=_KV_DTYPES[kv_format], device=where)
+        scaled = KV_STORAGES[kv_format].scale_bytes > 0
+        return KVPool(values, torch.empty(shape, device=where) if scaled else None)
 
     def _footprint(self, program: Program) -> Footprint:
-        value_bytes = KV_VALUE_BYTES[self._limits.kv_format]
         groups = program.groups
         return Footprint(
             weight_bytes=self._weights.nbytes,
             weight_row_bytes=self._weights.row_nbytes,
             value_row_bytes=value_row_bytes,
-            slot_bytes=lambda g: groups[g].values_per_slot // len(groups[g].layers) * value_bytes,
+            slot_bytes=lambda g: slot_bytes(groups[g], self._limits.kv_format),
         )
 
     def _within_memory(self, what: str, work: Callable[[], T]) -> T:

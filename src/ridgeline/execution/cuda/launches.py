@@ -228,7 +228,8 @@ class RopeStoreLaunch(Launch):
         heads = Heads(op.heads, op.kv_heads, op.head_dim)
         query_norm, key_norm = (_norm_weights(norm, to) for norm in (self.query_norm, self.key_norm))
         tables = to.rope(self.rope) if self.rope else None
-        slots, pool = to.inputs.slots[self.store.group], to.pool(self.store.layer)
+        slots = to.inputs.slots[self.store.group]
+        pool, scales = to.pool(self.store.layer)
         turned = op.query.name != self.query.name
 
         def run(size: StepSize) -> None:
@@ -243,6 +244,7 @@ class RopeStoreLaunch(Launch):
                 rope=Rope(tables.cos[: size.rows], tables.sin[: size.rows]) if tables else None,
                 query_norm=query_norm,
                 key_norm=key_norm,
+                pool_scales=scales,
             )
 
         return run
@@ -257,7 +259,7 @@ class AttentionLaunch(Launch):
 
     def bind(self, to: DeviceBinding) -> Run:
         op = self.attention
-        pool = to.pool(op.layer)
+        pool, scales = to.pool(op.layer)
         sinks = to.weights.vector(op.sinks) if op.sinks else None
 
         def run(size: StepSize) -> None:
@@ -275,6 +277,7 @@ class AttentionLaunch(Launch):
                 programs=programs,
                 softcap=op.softcap,
                 sinks=sinks,
+                pool_scales=scales,
             )
 
         return run

@@ -36,7 +36,8 @@ RIDGELINE_INLINE vfloat add_product(vfloat sum, vint x, vint y) { return dot_bf1
 // Where a tile's keys and values come from. keys() gives one pair of dimensions of 16 slots. value_row() is where
 // the values of a slot begin, those of the page's next slot being value_stride() further, and values() are 32 of
 // them: from pages of bfloat16 the even ones and the odd ones, since they are widened so, elsewhere one half and
-// the other. Slots and pages count from the tile's start.
+// the other. A factor that the whole of a slot's key or value has in common is left to scale_products() and
+// scale_weights(), for the 16 slots of a page. Slots and pages count from the tile's start.
 struct Bf16Pages {
   const uint16_t* page[kTilePages];
   int head_dim;
@@ -53,6 +54,8 @@ struct Bf16Pages {
   static RIDGELINE_MEMBER FloatPair values(vmask m, const uint16_t* p) {
     return widen_pairs(bits(load(m, reinterpret_cast<const float*>(p))));
   }
+  RIDGELINE_MEMBER vfloat scale_products(int, vfloat products) const { return products; }
+  RIDGELINE_MEMBER vfloat scale_weights(int, vfloat weights) const { return weights; }
 };
 struct TwoMasks {
   vmask even, odd;
@@ -74,7 +77,40 @@ struct F32Pages {
   static RIDGELINE_MEMBER FloatPair values(const TwoMasks& m, const float* p) {
     return {load(m.even, p), load(m.odd, p + 16)};
   }
+  RIDGELINE_MEMBER vfloat scale_products(int, vfloat products) const { return products; }
+  RIDGELINE_MEMBER vfloat scale_weights(int, vfloat weights) const { return weights; }
 };
+// A page's scales lie behind its codes, so that all 32 bytes may be read wherever a value begins.
+struct Int8Pages {
+  const uint8_t* page[kTilePages];
+  int head_dim;
+
+  RIDGELINE_MEMBER FloatPair keys(int p, int pair) const {
+    const uint8_t* k = page[p] + 2 * pair * kPageTokens;
+    return {to_float(load_signed_bytes(k)), to_float(load_signed_bytes(k + kPageTokens))};
+  }
+  RIDGELINE_MEMBER const uint8_t* value_row(int p, int slot) const {
+    return page[p] + (kPageTokens + slot) * head_dim;
+  }
+  RIDGELINE_MEMBER int value_stride() const { return head_dim; }
+  RIDGELINE_MEMBER TwoMasks value_mask(int column) const {
+    return {first_lanes(head_dim - column), first_lanes(head_dim - column - 16)};
+  }
+  static RIDGELINE_MEMBER FloatPair values(const TwoMasks& m, const uint8_t* p) {
+    return {select(m.even, to_float(load_signed_bytes(p)), zero()),
+            select(m.odd, to_float(load_signed_bytes(p + 16)), zero())};
+  }
+  RIDGELINE_MEMBER vfloat scale_products(int p, vfloat products) const { return products * load(scales(p)); }
+  RIDGELINE_MEMBER vfloat scale_weights(int p, vfloat weights) const {
+    return weights * load(scales(p) + kPageTokens);
+  }
+  RIDGELINE_MEMBER const float* scales(int p) const {
+    return reinterpret_cast<const float*>(page[p] + page_values(head_dim));
+  }
+};
+// Whether the values of a pool come as even and odd dimensions.
+RIDGELINE_INLINE constexpr bool values_by_pairs(KvFormat format) { return format == KvFormat::bf16; }
+
 // A tile widened to float32 for many queries: keys [head_dim][kTileSlots], values [kTileSlots][stride].
 struct Widened {
   float *key_rows, *value_rows;

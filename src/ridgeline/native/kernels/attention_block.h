@@ -7,6 +7,8 @@
 // would break that; a tile that holds one takes each row's own slots only.
 #pragma once
 
+#include <type_traits>
+
 #include "attention.h"
 #include "rows.h"
 #include "vector_math.h"
@@ -115,7 +117,7 @@ class BlockTask {
         b_(buffers),
         ratio_(launch.heads / launch.kv_heads),
         queries_(block.row_count * ratio_),
-        packed_(kFastBf16Dot && launch.rounded_q.data != nullptr && !launch.pool.wide) {
+        packed_(kFastBf16Dot && launch.rounded_q.data != nullptr && launch.pool.format == KvFormat::bf16) {
     for (int i = 0; i < queries_; ++i) {
       const int64_t row = block.row_begin + i / ratio_;
       const int64_t column = int64_t(kv_head * ratio_ + i % ratio_) * launch.head_dim;
@@ -199,7 +201,7 @@ class BlockTask {
       for (int d = 0; d < launch_.head_dim; d += kGroup) {
         const float* o = b_.total.o + i * b_.value_stride + d;
         vfloat a = load(o) * factor + zero(), b = load(o + 16) * factor + zero();
-        if (!launch_.pool.wide) interleave(a, b);
+        if (values_by_pairs(launch_.pool.format)) interleave(a, b);
         write_group(launch_.out, layout, {row, column + d, launch_.head_dim - d}, a, b);
       }
     }
@@ -227,17 +229,15 @@ class BlockTask {
     }
   }
 
-  // Where the page of a slot begins in the pool, for this head, counted in values.
-  int64_t page_of(int segment, int slot) const {
+  // The page of a slot, for this head.
+  const uint8_t* page_of(int segment, int slot) const {
     const int32_t* table = step_.tables + launch_.group * step_.pages + step_.table_begin[segment];
-    return (int64_t(table[slot / kPageTokens]) * launch_.kv_heads + kv_head_) *
-           int64_t(page_values(launch_.head_dim));
+    return launch_.pool.head(table[slot / kPageTokens], launch_.kv_heads, kv_head_, launch_.head_dim);
   }
 
-  void prefetch_page(int64_t page) const {
-    const size_t value_bytes = launch_.pool.wide ? sizeof(float) : sizeof(uint16_t);
-    const char* data = static_cast<const char*>(launch_.pool.data) + page * int64_t(value_bytes);
-    for (size_t i = 0; i < page_values(launch_.head_dim) * value_bytes; i += kLineBytes) prefetch(data + i);
+  void prefetch_page(const uint8_t* page) const {
+    const size_t bytes = page_bytes(launch_.pool.format, launch_.head_dim);
+    for (size_t i = 0; i < bytes; i += kLineBytes) prefetch(page + i);
   }
 
   // Slots [slots.begin, slots.end) of the tile that begins at slot `begin`; pages of others are not touched.
@@ -248,20 +248,17 @@ class BlockTask {
          slot += kPageTokens) {
       prefetch_page(page_of(segment, slot));
     }
-    if (launch_.pool.wide) {
-      F32Pages source{{}, launch_.head_dim};
+    const auto run_on = [&](auto source) {
       for (int p = pages.begin; p < pages.end; ++p) {
-        source.page[p] =
-            static_cast<const float*>(launch_.pool.data) + page_of(segment, begin + p * kPageTokens);
+        const uint8_t* page = page_of(segment, begin + p * kPageTokens);
+        source.page[p] = reinterpret_cast<std::remove_reference_t<decltype(source.page[p])>>(page);
       }
       run_tile(source, begin, own, pages, step_.segment_bias[segment], state);
-    } else {
-      Bf16Pages source{{}, launch_.head_dim};
-      for (int p = pages.begin; p < pages.end; ++p) {
-        source.page[p] =
-            static_cast<const uint16_t*>(launch_.pool.data) + page_of(segment, begin + p * kPageTokens);
-      }
-      run_tile(source, begin, own, pages, step_.segment_bias[segment], state);
+    };
+    switch (launch_.pool.format) {
+      case KvFormat::bf16: return run_on(Bf16Pages{{}, launch_.head_dim});
+      case KvFormat::f32: return run_on(F32Pages{{}, launch_.head_dim});
+      case KvFormat::int8: return run_on(Int8Pages{{}, launch_.head_dim});
     }
   }
 
@@ -272,11 +269,11 @@ class BlockTask {
                 const State& state) {
     const bool alone = block_.row_count == 1;
     if (!alone && !packed_) widen_keys(source, pages);
-    const bool finite = alone || widen_values(source, slots);
+    const bool finite = alone || widen_values(source, slots, pages);
     by_queries(queries_, [&](auto count, int first) RIDGELINE_INLINED {
       constexpr int kQueries = decltype(count)::value;
       score_queries<kQueries>(source, pages, first);
-      for (int i = first; i < first + kQueries; ++i) softmax(i, begin, pages, bias, state);
+      for (int i = first; i < first + kQueries; ++i) softmax(source, i, begin, pages, bias, state);
       const float *p = b_.p + first * kTileSlots, *decay = b_.decay + first;
       float* o = state.o + first * b_.value_stride;
       if (alone) return add_values<kQueries>(source, slots, p, decay, o, b_.value_stride);
@@ -285,19 +282,13 @@ class BlockTask {
     });
   }
 
-  template <int kQueries>
-  void score_queries(const Bf16Pages& source, PageRange pages, int first) const {
-    if (!packed_) return score_wide<kQueries>(source, pages, first);
-    score<kQueries>(PackedKeys{source}, pages, b_.rounded_q + first, launch_.head_dim,
-                    b_.p + first * kTileSlots);
-  }
-  template <int kQueries>
-  void score_queries(const F32Pages& source, PageRange pages, int first) const {
-    score_wide<kQueries>(source, pages, first);
-  }
   template <int kQueries, class Pages>
-  void score_wide(const Pages& source, PageRange pages, int first) const {
+  void score_queries(const Pages& source, PageRange pages, int first) const {
     float* out = b_.p + first * kTileSlots;
+    if constexpr (std::is_same_v<Pages, Bf16Pages>) {
+      if (packed_)
+        return score<kQueries>(PackedKeys{source}, pages, b_.rounded_q + first, launch_.head_dim, out);
+    }
     if (block_.row_count == 1) return score<kQueries>(source, pages, b_.q + first, launch_.head_dim, out);
     score<kQueries>(b_.widened, pages, b_.q + first, launch_.head_dim, out);
   }
@@ -322,11 +313,16 @@ class BlockTask {
     }
   }
 
-  // False if a value is infinite or not a number.
+  // False if a value, or its factor, is infinite or not a number.
   template <class Pages>
-  bool widen_values(const Pages& source, SlotRange slots) const {
+  bool widen_values(const Pages& source, SlotRange slots, PageRange pages) const {
     const vint magnitude = isplat(0x7fffffff);
     vint largest = izero();
+    for (int p = pages.begin; p < pages.end; ++p) {
+      const vmask own = lanes(slots.begin - p * kPageTokens, slots.end - p * kPageTokens);
+      const vfloat factors = select(own, source.scale_weights(p, splat(1.0f)), zero());
+      largest = max(largest, bit_and(bits(factors), magnitude));
+    }
     for (int column = 0; column < launch_.head_dim; column += kGroup) {
       const auto mask = source.value_mask(column);
       const auto* row = source.value_row(slots.begin / kPageTokens, slots.begin % kPageTokens);
@@ -348,12 +344,13 @@ class BlockTask {
   }
 
   // Scores to weights, for one query; updates its maximum, its sum and the decay of what it has so far.
-  void softmax(int i, int begin, PageRange pages, float bias, const State& state) {
+  template <class Pages>
+  void softmax(const Pages& source, int i, int begin, PageRange pages, float bias, const State& state) {
     const SlotRange own = b_.visible[i];
     float* p = b_.p + i * kTileSlots;
     vfloat s[kTilePages], largest = splat(-__builtin_inff());
     for (int j = pages.begin; j < pages.end; ++j) {
-      s[j] = scaled(load(p + j * kPageTokens), bias);
+      s[j] = scaled(source.scale_products(j, load(p + j * kPageTokens)), bias);
       const int first = begin + j * kPageTokens;
       if (own.begin > first || own.end < first + kPageTokens) {
         s[j] = select(lanes(own.begin - first, own.end - first), s[j], splat(-__builtin_inff()));
@@ -367,7 +364,7 @@ class BlockTask {
     for (int j = pages.begin; j < pages.end; ++j) {
       const vfloat weight = exp(s[j] - splat(top));
       sum = sum + weight;
-      store(p + j * kPageTokens, weight);
+      store(p + j * kPageTokens, source.scale_weights(j, weight));
     }
     store(b_.lanes + 16 * i, sum);
     store(first_lanes(1), b_.decay + i, decay);

@@ -44,8 +44,8 @@ void rotate_head(float* head, int rotary_dim, const float* cos, const float* sin
   }
 }
 
-// Keys lie by pairs of values, then by slot; values by slot. In float32, keys lie value by value.
-void store_wide(const float* key, const float* value, int head_dim, float* page, int slot) {
+// One slot's key and value into a page, as layout.h has them.
+void store_f32(const float* key, const float* value, int head_dim, float* page, int slot) {
   for (int d = 0; d < head_dim; ++d) page[d * kPageTokens + slot] = key[d];
   std::memcpy(page + page_values(head_dim) / 2 + size_t(slot) * head_dim, value,
               size_t(head_dim) * sizeof(float));
@@ -58,15 +58,42 @@ void round_head(const float* head, int head_dim, uint16_t* out) {
   }
 }
 
-void store_key(const float* head, int head_dim, uint16_t* page, int slot) {
+void store_bf16(const float* key, const float* value, int head_dim, uint16_t* page, int slot) {
   alignas(64) uint16_t values[kMaxHeadDim];
-  round_head(head, head_dim, values);
+  round_head(key, head_dim, values);
   for (int pair = 0; pair < head_dim / 2; ++pair)
     std::memcpy(page + (pair * kPageTokens + slot) * 2, values + 2 * pair, 4);
+  round_head(value, head_dim, page + page_values(head_dim) / 2 + size_t(slot) * head_dim);
 }
 
-void store_value(const float* head, int head_dim, uint16_t* page, int slot) {
-  round_head(head, head_dim, page + page_values(head_dim) / 2 + size_t(slot) * head_dim);
+// Codes of a head by the rule of an A8 group, and zeros up to the next 16; returns their scale.
+float quantise_head(const float* head, int head_dim, int8_t* codes) {
+  vint magnitudes = izero();
+  for (int d = 0; d < head_dim; d += 16)
+    magnitudes = max(magnitudes, bits(abs(load(first_lanes(head_dim - d), head + d))));
+  const float largest = largest_magnitude(magnitudes);
+  const vfloat inverse = splat(code_factor(largest));
+  for (int d = 0; d < head_dim; d += 16)
+    store_codes(codes + d, to_int(load(first_lanes(head_dim - d), head + d) * inverse));
+  return largest * kInverse127;
+}
+
+void store_int8(const float* key, const float* value, int head_dim, uint8_t* page, int slot) {
+  alignas(64) int8_t codes[kMaxHeadDim];
+  float* scales = reinterpret_cast<float*>(page + page_values(head_dim)) + slot;
+  scales[0] = quantise_head(key, head_dim, codes);
+  for (int d = 0; d < head_dim; ++d) page[d * kPageTokens + slot] = uint8_t(codes[d]);
+  scales[kPageTokens] = quantise_head(value, head_dim, codes);
+  std::memcpy(page + page_values(head_dim) / 2 + size_t(slot) * head_dim, codes, size_t(head_dim));
+}
+
+void store_slot(KvFormat format, const float* key, const float* value, int head_dim, uint8_t* page,
+                int slot) {
+  switch (format) {
+    case KvFormat::f32: return store_f32(key, value, head_dim, reinterpret_cast<float*>(page), slot);
+    case KvFormat::bf16: return store_bf16(key, value, head_dim, reinterpret_cast<uint16_t*>(page), slot);
+    case KvFormat::int8: return store_int8(key, value, head_dim, page, slot);
+  }
 }
 
 void rope_store_row(const RopeStoreLaunch& launch, const StepView& step, int64_t row) {
@@ -85,19 +112,14 @@ void rope_store_row(const RopeStoreLaunch& launch, const StepView& step, int64_t
   }
   const int segment = step.segment_begin[step.row_sequence[row] + 1] - 1;
   const int32_t* table = step.tables + launch.group * step.pages + step.table_begin[segment];
-  int64_t page = int64_t(table[slot / kPageTokens]) * launch.kv_heads * int64_t(page_values(head_dim));
-  for (int h = 0; h < launch.kv_heads; ++h, page += int64_t(page_values(head_dim))) {
+  for (int h = 0; h < launch.kv_heads; ++h) {
     alignas(64) float k[kMaxHeadDim];
     std::memcpy(k, launch.k.data + row * launch.k.stride + int64_t(h) * head_dim, size_t(head_dim) * 4);
     if (launch.k_norm != nullptr) norm_head(k, h, launch.k_norm, launch);
     if (cos != nullptr) rotate_head(k, launch.rotary_dim, cos, sin);
     const float* v = launch.v.data + row * launch.v.stride + int64_t(h) * head_dim;
-    if (launch.pool.wide) {
-      store_wide(k, v, head_dim, static_cast<float*>(launch.pool.data) + page, slot % kPageTokens);
-    } else {
-      store_key(k, head_dim, static_cast<uint16_t*>(launch.pool.data) + page, slot % kPageTokens);
-      store_value(v, head_dim, static_cast<uint16_t*>(launch.pool.data) + page, slot % kPageTokens);
-    }
+    uint8_t* page = launch.pool.head(table[slot / kPageTokens], launch.kv_heads, h, head_dim);
+    store_slot(launch.pool.format, k, v, head_dim, page, slot % kPageTokens);
   }
 }
 

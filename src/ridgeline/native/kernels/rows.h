@@ -8,22 +8,23 @@ RIDGELINE_BEGIN
 
 constexpr float kInverse127 = 1.0f / 127.0f, kTiny = 0x1p-100f;
 
-// The largest magnitude of 32 values. Compared as integers, so that a NaN is the largest and shows in the
-// scale.
-RIDGELINE_INLINE float largest_magnitude(vfloat a, vfloat b) {
-  const int32_t largest = reduce_max(max(bits(abs(a)), bits(abs(b))));
+// The largest of some magnitudes. Compared as integers, so that a NaN is the largest and shows in the scale.
+RIDGELINE_INLINE float largest_magnitude(vint magnitudes) {
+  const int32_t largest = reduce_max(magnitudes);
   float magnitude;
   std::memcpy(&magnitude, &largest, 4);
   return magnitude;
 }
 
-// One group of an A8 row from 32 values: scale = amax / 127, codes rounded to nearest even; all zeros where
-// 127 / amax would come near the end of float32's range.
+// What values are multiplied with to become codes. None that is finite needs clipping: amax * (127 / amax) is
+// below 127.5 with any rounding. Codes are zeros where 127 / amax would come near the end of float32's range.
+RIDGELINE_INLINE float code_factor(float largest) { return largest < kTiny ? 0.0f : 127.0f / largest; }
+
+// One group of an A8 row from 32 values: scale = amax / 127, codes rounded to nearest even.
 RIDGELINE_INLINE void quantise_group(vfloat a, vfloat b, uint8_t* row, const A8Layout& layout, int group) {
-  const float largest = largest_magnitude(a, b);
+  const float largest = largest_magnitude(max(bits(abs(a)), bits(abs(b))));
   const float scale = largest * kInverse127;
-  const vfloat inverse = splat(largest < kTiny ? 0.0f : 127.0f / largest);
-  // No finite value needs clipping: amax * (127 / amax) is below 127.5 with any rounding.
+  const vfloat inverse = splat(code_factor(largest));
   const vint first = to_int(a * inverse), second = to_int(b * inverse);
   int8_t* codes = reinterpret_cast<int8_t*>(row) + size_t(group) * kGroup;
   store_codes(codes, first);

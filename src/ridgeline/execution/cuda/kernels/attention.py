@@ -42,6 +42,8 @@ from ridgeline.execution.cuda.arrays import (
     WorkList,
 )
 from ridgeline.execution.cuda.kernels.activate import tanh
+from ridgeline.execution.cuda.kernels.codes import float_of_code
+from ridgeline.execution.cuda.kernels.pages import check_pool
 
 SPLIT_TOKENS = 512
 """Slots of a split. Results depend on it in the last bits, so it never follows the load."""
@@ -64,7 +66,7 @@ _MERGE_COUNT = tl.constexpr(MERGE_COUNT)
 
 # How queries and probabilities meet the pool. BF16: both are bfloat16. TWO_TERMS: a float32 value is the sum
 # of two bfloat16 ones, which keeps 16 of its 24 bits on the tensor cores. FLOAT32: a float32 pool, no
-# tensor cores.
+# tensor cores. In the first two, the pool holds bfloat16 or codes that are widened to it.
 _BF16, _TWO_TERMS, _FLOAT32 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -129,14 +131,16 @@ def _store_rows(
 
 @triton.jit
 def _attend_split(
-    high, low, keys, table, begin, end, first_seen, end_seen, seen_from, seen_to, scale, bias,
-    PAGE_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, CAP: tl.constexpr, MODE: tl.constexpr,
+    high, low, keys, pool_scales, table, begin, end, first_seen, end_seen, seen_from, seen_to, scale, bias,
+    KV_HEADS: tl.constexpr, PAGE_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    CAP: tl.constexpr, MODE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the tiles from slot `begin` to `end`: (mixed, top, total) of the split.
 
     A row sees the slots `seen_from` … `seen_to` − 1, the whole block `first_seen` … `end_seen` − 1. Other
-    slots are not read, nor is the table for them: they may belong to nobody, or hold NaN.
+    slots are not read, nor is the table for them: they may belong to nobody, or hold NaN. What `pool_scales`
+    hold belongs to a whole key or value, so scores and probabilities are multiplied with it instead.
     """
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -150,12 +154,18 @@ def _attend_split(
         inside = used[:, None] & (d < HEAD_DIM)[None, :]
         key = tl.load(keys + at[:, None] + d[None, :], mask=inside, other=0.0)
         value = tl.load(keys + _PAGE_TOKENS * HEAD_DIM + at[:, None] + d[None, :], mask=inside, other=0.0)
+        if pool_scales is not None:  # int8 codes, each of which is a bfloat16
+            key = float_of_code(key, 8).to(tl.bfloat16)
+            value = float_of_code(value, 8).to(tl.bfloat16)
+            place = pool_scales + page * (KV_HEADS * 2 * _PAGE_TOKENS) + slots % _PAGE_TOKENS
         if MODE == _FLOAT32:
             scores = tl.dot(high, tl.trans(key), input_precision="ieee")
         else:
             scores = tl.dot(high, tl.trans(key))
             if MODE == _TWO_TERMS:
                 scores = tl.dot(low, tl.trans(key), scores)
+        if pool_scales is not None:
+            scores *= tl.load(place, mask=used, other=0.0)[None, :]
         seen = (slots[None, :] >= seen_from[:, None]) & (slots[None, :] < seen_to[:, None])
         if CAP > 0:
             scores = tl.math.fma(tanh(scores * scale), CAP * _LOG2_E_DEVICE, bias)
@@ -169,6 +179,8 @@ def _attend_split(
         total = tl.math.fma(total, keep, tl.sum(chances, axis=1))
         mixed *= keep[:, None]
         top = highest
+        if pool_scales is not None:
+            chances *= tl.load(place + _PAGE_TOKENS, mask=used, other=0.0)[None, :]
         if MODE == _FLOAT32:
             mixed = tl.dot(chances, value, mixed, input_precision="ieee")
         else:
@@ -181,7 +193,7 @@ def _attend_split(
 
 @triton.jit
 def _attention_kernel(
-    query, out, pool, positions, sinks, counts, items, segments, tables,
+    query, out, pool, pool_scales, positions, sinks, counts, items, segments, tables,
     partial_mixed, partial_top, partial_total, query_stride, out_stride, scale,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_STRIDE: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SPLIT: tl.constexpr, MODE: tl.constexpr,
@@ -192,6 +204,8 @@ def _attention_kernel(
     kv_head = tl.program_id(1)
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     keys = pool + kv_head * (2 * _PAGE_TOKENS * HEAD_DIM)
+    if pool_scales is not None:
+        pool_scales += kv_head * (2 * _PAGE_TOKENS)
     for index in range(tl.program_id(0), tl.load(counts), tl.num_programs(0)):
         item = items + index * _ITEM_FIELDS
         row, rows = tl.load(item + _ITEM_ROW), tl.load(item + _ITEM_ROWS)
@@ -238,8 +252,8 @@ def _attention_kernel(
                 begin = tl.maximum(first_seen, split * SPLIT) // BLOCK_N * BLOCK_N
                 end = tl.minimum(end_seen, split * SPLIT + SPLIT)
                 mixed_next, top_next, total_next = _attend_split(
-                    high, low, keys, table, begin, end, first_seen, end_seen, seen_from, seen_to, scale, bias,
-                    PAGE_STRIDE, HEAD_DIM, CAP, MODE, BLOCK_M, BLOCK_N, BLOCK_D,
+                    high, low, keys, pool_scales, table, begin, end, first_seen, end_seen, seen_from, seen_to,
+                    scale, bias, KV_HEADS, PAGE_STRIDE, HEAD_DIM, CAP, MODE, BLOCK_M, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 mixed, top, total = _merge(mixed, top, total, mixed_next, top_next, total_next)
 
@@ -316,24 +330,26 @@ def attention(
     programs: int,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    pool_scales: Tensor | None = None,
     split_tokens: int = SPLIT_TOKENS,
 ) -> None:
     """Attention of the work list's rows over the pages that its segments name.
 
     query, out (rows, heads * head_dim) float32 or bfloat16; pool (pages, kv_heads, 2, PAGE_TOKENS,
-    head_dim) bfloat16 or float32 with keys at 0 and values at 1 of its third axis; positions int32 (rows,)
-    rotary. `softcap` bounds scaled scores s: softcap * tanh(s / softcap). `sinks` float32 (heads,) are
-    scores that take part in each head's softmax and have no value. Rows that no item names are left as they
-    are. A row's result depends on `block_m`, on `split_tokens` and on what the row sees, but not on how the
-    list cuts the work, nor on `programs`, the width of the grid. float32 queries give about five
-    digits over a bfloat16 pool; bfloat16 ones have their probabilities rounded to bfloat16 as well.
+    head_dim) bfloat16, float32, or int8 codes with `pool_scales` float32 (pages, kv_heads, 2, PAGE_TOKENS),
+    keys at 0 and values at 1 of their third axis; positions int32 (rows,) rotary. `softcap` bounds scaled
+    scores s: softcap * tanh(s / softcap). `sinks` float32 (heads,) are scores that take part in each head's
+    softmax and have no value. Rows that no item names are left as they are. A row's result depends on
+    `block_m`, on `split_tokens` and on what the row sees, but not on how the list cuts the work, nor on
+    `programs`, the width of the grid. float32 queries give about five digits over a bfloat16 or int8 pool;
+    bfloat16 ones have their probabilities rounded to bfloat16 as well.
     """
     kv_heads, head_dim = pool.shape[1], pool.shape[4]
     block_d = padded_head_dim(head_dim)
     heads = query.shape[1] // head_dim
     mode = _mode(query, pool)
     block_n, options = _configuration(mode, block_m, block_d)
-    _check(query, out, pool, positions, work, partials, block_m)
+    _check(query, out, pool, pool_scales, positions, work, partials, block_m)
     assert split_tokens % block_n == 0, "splits are whole tiles"
     assert window is None or window > 0, "a row sees itself"
     assert sinks is None or (sinks.dtype == torch.float32 and sinks.shape == (heads,)), "a sink for each head"
@@ -341,7 +357,8 @@ def attention(
     results = (partials.mixed, partials.top, partials.total)
     grid = (programs, kv_heads)
     _attention_kernel[grid](
-        query, out, pool, positions, sinks, work.counts, work.items, work.segments, work.tables, *results,
+        query, out, pool, pool_scales, positions, sinks,
+        work.counts, work.items, work.segments, work.tables, *results,
         query.stride(0), out.stride(0), scale / softcap if softcap else scale * _LOG2_E,
         **shape, PAGE_STRIDE=pool.stride(0), WINDOW=window or 0, CAP=softcap or 0.0, SPLIT=split_tokens,
         MODE=mode,
@@ -357,6 +374,7 @@ def _check(
     query: Tensor,
     out: Tensor,
     pool: Tensor,
+    scales: Tensor | None,
     positions: Tensor,
     work: WorkList,
     partials: Partials,
@@ -365,7 +383,7 @@ def _check(
     _, kv_heads, sides, page, head_dim = pool.shape
     assert (sides, page) == (2, PAGE_TOKENS), "a page holds keys and values of PAGE_TOKENS slots"
     assert pool.stride()[1:] == (2 * page * head_dim, page * head_dim, head_dim, 1), "pages are contiguous"
-    assert pool.dtype in (torch.bfloat16, torch.float32)
+    check_pool(pool, scales)
     assert query.shape == out.shape, "a result for each query"
     assert query.shape[1] % (kv_heads * head_dim) == 0, "each KV head serves as many query heads"
     assert query.shape[1] <= block_m * kv_heads * head_dim, "a tile holds a row with all its query heads"
@@ -397,6 +415,7 @@ def attention_reference(
     programs: int,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    pool_scales: Tensor | None = None,
     split_tokens: int = SPLIT_TOKENS,
 ) -> None:
     """What `attention` writes to `out`, in float64: each row over all that its items cover, at once.
@@ -417,6 +436,8 @@ def attention_reference(
                 slots = slots[(split >= item[ITEM_SPLIT_BEGIN]) & (split < item[ITEM_SPLIT_END])]
                 pages = work.tables[int(segment[SEGMENT_TABLE]) + slots // PAGE_TOKENS].long()
                 held = pool[pages, :, :, slots % PAGE_TOKENS].double()  # (slots, kv_heads, 2, head_dim)
+                if pool_scales is not None:
+                    held *= pool_scales[pages, :, :, slots % PAGE_TOKENS].double()[..., None]
                 bias = segment[SEGMENT_BIAS].view(torch.float32).double()
                 products = torch.einsum("khd,skd->khs", q, held[:, :, 0]) * scale
                 if softcap is not None:

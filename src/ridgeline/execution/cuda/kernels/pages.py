@@ -66,6 +66,18 @@ def independent_runs(moves: Sequence[tuple[int, int]]) -> list[list[tuple[int, i
     return runs
 
 
+def check_pool(pool: Tensor, scales: Tensor | None) -> None:
+    """Assert that a layer's pool (pages, kv_heads, 2, PAGE_TOKENS, head_dim) holds what kernels read:
+    bfloat16 or float32, or int8 codes with float32 `scales` (pages, kv_heads, 2, PAGE_TOKENS)."""
+    if scales is None:
+        assert pool.dtype in (torch.float32, torch.bfloat16), pool.dtype
+        return
+    assert pool.dtype == torch.int8, pool.dtype
+    assert scales.dtype == torch.float32, scales.dtype
+    assert scales.shape == pool.shape[:-1], (scales.shape, pool.shape)
+    assert scales.is_contiguous()
+
+
 def _configuration(values: int, value_bytes: int) -> tuple[int, int]:
     """Values of a program, and its warps: four 16-byte loads in flight for each of 128 threads."""
     return min(triton.next_power_of_2(values), _BLOCK_BYTES // value_bytes), 4
@@ -74,7 +86,7 @@ def _configuration(values: int, value_bytes: int) -> tuple[int, int]:
 def _check(pool: Tensor, pairs: Tensor) -> tuple[int, int]:
     """How many pairs there are, and values in a page of a layer."""
     assert pool.dim() >= 3, pool.shape
-    assert pool.dtype in (torch.float32, torch.bfloat16), pool.dtype
+    assert pool.dtype in (torch.float32, torch.bfloat16, torch.int8), pool.dtype
     assert pool[0].is_contiguous()
     assert pairs.dim() == 2, pairs.shape
     assert pairs.shape[1] == 2, pairs.shape

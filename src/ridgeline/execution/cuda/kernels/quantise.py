@@ -21,6 +21,24 @@ _MAGIC = tl.constexpr(1.5 * 2.0**23)
 
 
 @triton.jit
+def codes_of(values, largest):
+    """int8 codes of float32 `values`; `largest`, of a shape that fits, are the magnitudes of their groups."""
+    inverse = tl.math.div_rn(127.0, tl.where(largest >= _TINY, largest, 1.0))
+    inverse = tl.where(largest >= _TINY, inverse, 0.0)
+    # Clipping before rounding gives the same codes, and keeps the compiler from fusing the product and
+    # the sum below into one operation that would round only once.
+    scaled = tl.minimum(tl.maximum(values * inverse, -127.0), 127.0)
+    # At this size a float32's unit is 1, so the sum is rounded half to even; its low byte is the code.
+    return (scaled + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def scale_of(largest):
+    """What the codes of a group with this largest magnitude are multiplied with."""
+    return largest * _RECIPROCAL_127
+
+
+@triton.jit
 def store_row(out, scales, begin, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Write float32 `y` (BLOCK,), the values from column `begin` of a row of WIDTH values, to the row `out`.
 
@@ -34,16 +52,10 @@ def store_row(out, scales, begin, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
         GROUPS: tl.constexpr = (WIDTH + _GROUP - 1) // _GROUP
         grouped = tl.reshape(tl.where(columns < WIDTH, y, 0.0), (BLOCK // _GROUP, _GROUP))
         largest = tl.max(tl.abs(grouped), axis=1)
-        inverse = tl.math.div_rn(127.0, tl.where(largest >= _TINY, largest, 1.0))
-        inverse = tl.where(largest >= _TINY, inverse, 0.0)
-        # Clipping before rounding gives the same codes, and keeps the compiler from fusing the product and
-        # the sum below into one operation that would round only once.
-        scaled = tl.minimum(tl.maximum(grouped * inverse[:, None], -127.0), 127.0)
-        # At this size a float32's unit is 1, so the sum is rounded half to even; its low byte is the code.
-        codes = (scaled + _MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+        codes = codes_of(grouped, largest[:, None])
         tl.store(out + columns, tl.reshape(codes, (BLOCK,)), mask=columns < GROUPS * _GROUP)
         groups = begin // _GROUP + tl.arange(0, BLOCK // _GROUP)
-        tl.store(scales + groups, largest * _RECIPROCAL_127, mask=groups < GROUPS)
+        tl.store(scales + groups, scale_of(largest), mask=groups < GROUPS)
 
 
 @triton.jit

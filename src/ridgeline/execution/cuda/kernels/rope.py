@@ -12,9 +12,11 @@ from torch import Tensor
 from ridgeline.config import PAGE_TOKENS
 from ridgeline.execution.cuda.arrays import NormWeights
 from ridgeline.execution.cuda.kernels.norm import check_norm, inverse_rms, norm_reference
-from ridgeline.execution.cuda.kernels.quantise import check_activations, check_float32
+from ridgeline.execution.cuda.kernels.pages import check_pool
+from ridgeline.execution.cuda.kernels.quantise import check_activations, check_float32, codes_of, scale_of
 from ridgeline.execution.step_arrays import rope_tables
 from ridgeline.model.spec import RopeSpec
+from ridgeline.precision.quantise import quantise_groups
 
 _PAGE_TOKENS = tl.constexpr(PAGE_TOKENS)
 
@@ -101,6 +103,7 @@ def _gains(gain, columns, inside, mask, BY_HEAD: tl.constexpr):
 def _turn_heads(
     source,
     target,
+    scales,
     head,
     mask,
     row,
@@ -117,10 +120,10 @@ def _turn_heads(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Normalise and rotate a row's heads; `source`, `target`, `head` and `mask` are (heads, 1).
+    """Normalise and rotate a row's heads; `source`, `target`, `scales`, `head` and `mask` are (heads, 1).
 
     A thread holds both values of a pair, so `target` may be where `source` is. The pairs come first, then
-    the REST of the head that is not rotated.
+    the REST of the head that is not rotated. Where there are `scales`, `target` is given codes.
     """
     REST: tl.constexpr = HEAD_DIM - 2 * HALF
     i = tl.arange(0, BLOCK_HALF)[None, :]
@@ -155,6 +158,13 @@ def _turn_heads(
         first = low
         low = first * c - high * s
         high = high * c + first * s
+    if scales is not None:
+        largest = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), axis=1)[:, None]
+        if REST > 0:
+            largest = tl.maximum(largest, tl.max(tl.abs(rest), axis=1)[:, None])
+            rest = codes_of(rest, largest)
+        low, high = codes_of(low, largest), codes_of(high, largest)
+        tl.store(scales, scale_of(largest), mask=mask)
     tl.store(target + i, low.to(target.dtype.element_ty), mask=mask & (i < HALF))
     tl.store(target + HALF + i, high.to(target.dtype.element_ty), mask=mask & (i < HALF))
     if REST > 0:
@@ -172,6 +182,7 @@ def _rope_store_kernel(
     query_out,
     query_out_stride,
     pool,
+    pool_scales,
     slots,
     cos,
     cos_stride,
@@ -200,8 +211,8 @@ def _rope_store_kernel(
         source = query + row * query_stride + head * HEAD_DIM
         target = query_out + row * query_out_stride + head * HEAD_DIM
         _turn_heads(
-            source, target, head, head < HEADS, row, cos, sin, cos_stride, sin_stride, query_gain, query_eps,
-            LAYER, BY_HEAD, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST,
+            source, target, None, head, head < HEADS, row, cos, sin, cos_stride, sin_stride, query_gain,
+            query_eps, LAYER, BY_HEAD, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST,
         )  # fmt: skip
     else:
         slot = tl.load(slots + row).to(tl.int64)
@@ -211,15 +222,22 @@ def _rope_store_kernel(
             # Of each head's 2 * PAGE_TOKENS lines in a page, the first half are keys.
             line = (slot // _PAGE_TOKENS * KV_HEADS + head) * (2 * _PAGE_TOKENS) + slot % _PAGE_TOKENS
             keys = pool + line * HEAD_DIM
+            scales = None
+            if pool_scales is not None:
+                scales = pool_scales + line
             _turn_heads(
-                key + row * key_stride + head * HEAD_DIM, keys, head, mask, row, cos, sin, cos_stride,
+                key + row * key_stride + head * HEAD_DIM, keys, scales, head, mask, row, cos, sin, cos_stride,
                 sin_stride, key_gain, key_eps, LAYER, BY_HEAD, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST,
             )  # fmt: skip
             d = tl.arange(0, BLOCK_DIM)[None, :]
-            mask = mask & (d < HEAD_DIM)
-            v = tl.load(value + row * value_stride + head * HEAD_DIM + d, mask=mask, other=0.0)
+            inside = mask & (d < HEAD_DIM)
+            v = tl.load(value + row * value_stride + head * HEAD_DIM + d, mask=inside, other=0.0)
+            if pool_scales is not None:
+                largest = tl.max(tl.abs(v), axis=1)[:, None]
+                v = codes_of(v, largest)
+                tl.store(pool_scales + line + _PAGE_TOKENS, scale_of(largest), mask=mask)
             values = keys + _PAGE_TOKENS * HEAD_DIM
-            tl.store(values + d, v.to(pool.dtype.element_ty), mask=mask)
+            tl.store(values + d, v.to(pool.dtype.element_ty), mask=inside)
 
 
 def rope_store(
@@ -234,6 +252,7 @@ def rope_store(
     rope: Rope | None = None,
     query_norm: NormWeights | None = None,
     key_norm: NormWeights | None = None,
+    pool_scales: Tensor | None = None,
 ) -> None:
     """Normalise and rotate queries and keys, and store keys and values in their slots; one launch.
 
@@ -242,10 +261,11 @@ def rope_store(
     (head_dim,) for all heads, or (heads, head_dim) in both. `rope` turns the pairs (i, i + half) of each head
     (arXiv:2104.09864) and leaves what follows them. `query_out` has query's shape, float32 or bfloat16, and
     may be the same memory; both are None where queries stay as they are. `pool` is (pages, kv_heads, 2, 16,
-    head_dim), bfloat16 or float32; row r goes to its physical slot `slots[r]` = page * 16 + offset, int32, or
-    nowhere where that is negative.
+    head_dim), bfloat16 or float32, or KV8's codes with `pool_scales` (pages, kv_heads, 2, 16); row r goes to
+    its physical slot `slots[r]` = page * 16 + offset, int32, or nowhere where that is negative.
     """
     rows = _check_store(query, key, value, query_out, pool, slots, heads, rope, query_norm, key_norm)
+    check_pool(pool, pool_scales)
     if rows == 0:
         return
     half = rope.cos.shape[1] if rope is not None else heads.head_dim // 2
@@ -264,6 +284,7 @@ def rope_store(
         target,
         target.stride(0),
         pool,
+        pool_scales,
         slots,
         *((rope.cos, rope.cos.stride(0), rope.sin, rope.sin.stride(0)) if rope else (None, 0, None, 0)),
         *((query_norm.weight, query_norm.eps) if query_norm else (None, 0.0)),
@@ -294,16 +315,24 @@ def rope_store_reference(
     rope: Rope | None = None,
     query_norm: NormWeights | None = None,
     key_norm: NormWeights | None = None,
+    pool_scales: Tensor | None = None,
 ) -> None:
     """As `rope_store`, a head at a time in PyTorch."""
     rows = _check_store(query, key, value, query_out, pool, slots, heads, rope, query_norm, key_norm)
+    check_pool(pool, pool_scales)
     if query is not None and query_out is not None:
         query_out.copy_(_turned_reference(query, query_norm, rope, heads).reshape(query.shape))
     keys = _turned_reference(key, key_norm, rope, heads)
     stored = slots >= 0
     page, offset = slots[stored].long() // PAGE_TOKENS, slots[stored].long() % PAGE_TOKENS
-    pool[page, :, 0, offset] = keys[stored].float().to(pool.dtype)
-    pool[page, :, 1, offset] = value.reshape(rows, -1, heads.head_dim)[stored].to(pool.dtype)
+    values = value.reshape(rows, -1, heads.head_dim)
+    for side, given in enumerate((keys[stored].float(), values[stored])):
+        if pool_scales is None:
+            pool[page, :, side, offset] = given.to(pool.dtype)
+            continue
+        codes, scales = quantise_groups(given.cpu().numpy())
+        pool[page, :, side, offset] = torch.from_numpy(codes).to(pool.device)
+        pool_scales[page, :, side, offset] = torch.from_numpy(scales).to(pool.device)
 
 
 def _turned_reference(x: Tensor, norm: NormWeights | None, rope: Rope | None, heads: Heads) -> Tensor:
@@ -349,7 +378,6 @@ def _check_store(
         assert query.shape == (rows, heads.heads * dim), query.shape
         check_activations(query_out, rows, heads.heads * dim)
     assert pool.shape[1:] == (heads.kv_heads, 2, PAGE_TOKENS, dim), pool.shape
-    assert pool.dtype in (torch.float32, torch.bfloat16), pool.dtype
     assert pool.is_contiguous()
     assert slots.shape == (rows,), (slots.shape, rows)
     assert slots.dtype == torch.int32, slots.dtype
