@@ -44,6 +44,7 @@ SETTINGS = (
     Setting("llama-3.1-8b", "W16A16"),
     Setting("llama-3.1-8b", "W8A8-g32", "KV8"),
     Setting("llama-3.1-8b", "W16A16", "KV8"),
+    Setting("llama-3.1-8b", "W32A32", "KV8"),
     Setting("llama with head norms", "W16A16"),
     Setting("qwen3-0.6b", "W8A16-g32"),
     Setting("qwen3-0.6b", "W16A16"),

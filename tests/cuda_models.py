@@ -220,12 +220,13 @@ class _Shapes:
     def release(self, name: str) -> None: ...
 
 
-def load_shapes(executor: CudaExecutor, program: Program, weights: str) -> Program:
-    """Give an executor weights of a program's shapes in a format; the program in that format."""
+def load_shapes(executor: CudaExecutor, program: Program, weights: str, kv_format: str) -> Program:
+    """Give an executor weights of a program's shapes in a format; the program in that format, and in that
+    of its keys and values."""
     store = _Shapes(program, FORMATS[weights])
     with patch("ridgeline.execution.cuda.weights.pack", store.pack):
         executor.load(store)
-    return with_precision(program, store.formats)
+    return with_precision(program, store.formats, kv_format)
 
 
 def without_memory(setting: Setting) -> tuple[CudaExecutor, CudaHandle]:
@@ -235,4 +236,4 @@ def without_memory(setting: Setting) -> tuple[CudaExecutor, CudaHandle]:
         config.max_num_batched_tokens, (PAGES,) * len(program.groups), setting.kv_format, config.max_num_seqs
     )
     executor = CudaExecutor(limits, Emulated("meta"))
-    return executor, executor.compile(load_shapes(executor, program, setting.weights))
+    return executor, executor.compile(load_shapes(executor, program, setting.weights, setting.kv_format))

@@ -391,7 +391,8 @@ SPECS = {
 @pytest.mark.parametrize("kind", SPECS)
 def test_other_shapes_of_a_layer(monkeypatch: pytest.MonkeyPatch, kind: str, weights: str) -> None:
     program = decoder(SPECS[kind])
-    Counted(monkeypatch, 1, kept(weights), lambda to: load_shapes(to, program, weights)).check()
+    kv_format = kept(weights)
+    Counted(monkeypatch, 1, kv_format, lambda to: load_shapes(to, program, weights, kv_format)).check()
 
 
 def test_the_counting_functions_take_what_the_launchers_take() -> None:

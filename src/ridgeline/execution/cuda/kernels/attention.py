@@ -301,15 +301,16 @@ def _mode(query: Tensor, pool: Tensor) -> int:
     return int((_BF16 if query.dtype == torch.bfloat16 else _TWO_TERMS).value)
 
 
-def _configuration(mode: int, block_m: int, block_d: int) -> tuple[int, dict[str, int]]:
+def _configuration(mode: int, block_m: int, block_d: int, coded: bool) -> tuple[int, dict[str, int]]:
     """(BLOCK_N, launch options) of the attention kernel.
 
     A high or wide tile has its sums, and those of the split at hand, spread over eight warps. Its slots are
-    as many as fit beside them. The bound on registers is no limit that is ever reached: without one, ptxas
-    spills to reach an occupancy that it has picked itself.
+    as many as fit beside them, and beside the codes of a pool that is `coded`. The bound on registers is no
+    limit that is ever reached: without one, ptxas spills to reach an occupancy that it has picked itself.
     """
     warps = 8 if block_m > 32 or block_d > 128 else 4
-    if mode == int(_FLOAT32.value):
+    two_terms = mode == int(_TWO_TERMS.value)
+    if mode == int(_FLOAT32.value) or (coded and two_terms and block_m > 32 and block_d > 64):
         block_n = 16
     else:
         block_n = 32 if block_d > 128 or (block_m > 16 and block_d > 64) else 64
@@ -348,7 +349,7 @@ def attention(
     block_d = padded_head_dim(head_dim)
     heads = query.shape[1] // head_dim
     mode = _mode(query, pool)
-    block_n, options = _configuration(mode, block_m, block_d)
+    block_n, options = _configuration(mode, block_m, block_d, pool_scales is not None)
     _check(query, out, pool, pool_scales, positions, work, partials, block_m)
     assert split_tokens % block_n == 0, "splits are whole tiles"
     assert window is None or window > 0, "a row sees itself"
