@@ -25,7 +25,7 @@ from ridgeline.execution.step_arrays import StepArrays, rope_tables
 from ridgeline.model.program import MemoryGroup, Program, Rope, StepLoad, Value, Weight
 from ridgeline.model.spec import RopeSpec
 from ridgeline.model.weights import Weights
-from ridgeline.native import Matrix, StepInputs, Tape, Team, allocate, copy_page, pack
+from ridgeline.native import Matrix, StepInputs, Tape, Team, allocate, copy_page, greedy_tokens, pack
 from ridgeline.precision.storage import Tensor, float32_tensor
 from ridgeline.resources.machine import choose_isa
 from ridgeline.types import Float32Array, PageCopy, Step, StepResult
@@ -68,7 +68,7 @@ class CpuExecutor:
         self._vectors: dict[str, Float32Array] = {}
         self._pools: dict[int, NDArray[np.uint16] | Float32Array] = {}
         self._groups: dict[int, MemoryGroup] = {}
-        self._drawer = Drawer()
+        self._drawer = Drawer(lambda logits: greedy_tokens(logits, self._team, self.isa))
         self._drawn = np.empty(0, np.int32)
         # Results stay valid during one more run, so runs take turns with two arrays.
         self._logits = [np.empty((0, 0), np.float32)] * 2
