@@ -133,6 +133,9 @@ class Choice(Outcome):
                 self._show(self.detokenizer.push(token))
             self._end("stop", token if named else None)
             return
+        if self.sequence.chooser.has_ended:  # by an end token that the request ignores otherwise
+            self._end("stop")
+            return
         self._show(self.detokenizer.push(token))
         if self.finish_reason is None and len(self.sequence.token_ids) >= self.limit:
             self._end("length")

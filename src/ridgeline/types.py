@@ -6,11 +6,12 @@ an argument or computes with arrays.
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -207,6 +208,9 @@ class PageCopy:
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+MAX_FORM = 2**17
+"""Characters of a schema, an expression, a grammar or a list of choices."""
+
 
 def _check(ok: bool, name: str, seen: object, accepted: str) -> None:
     if not ok:
@@ -222,6 +226,61 @@ def _is_real(value: object, low: float, high: float) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Thinking:
+    """Where a constrained answer may think first: text between two tokens, which nothing constrains. `open`:
+    the prompt ends amid it, so that only `end` is awaited."""
+
+    start: int
+    end: int
+    open: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutputsParams:
+    """The form that an answer must have, by exactly one of `json` (a JSON Schema, as text or as what JSON
+    reads), `regex` (Rust's syntax, of the whole answer), `choice` (one of these texts), `grammar` (Lark in
+    llguidance's dialect, or GBNF) and `json_object` (any JSON object). Names and meanings follow vLLM.
+
+    `whitespace_pattern` is a regex for what may stand between JSON's tokens; `disable_any_whitespace` forbids
+    all of it, `disable_additional_properties` the properties that a schema does not name.
+
+    Raises RequestError when it is not one form, or too long; whether it makes sense is found when it is
+    compiled.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool = False
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    thinking: Thinking | None = None
+
+    def __post_init__(self) -> None:
+        forms = ("json", "regex", "choice", "grammar", "json_object")
+        given = [name for name in forms if getattr(self, name) not in (None, False)]
+        accepted = f"one of {', '.join(forms)}"
+        _check(len(given) == 1, "structured_outputs", " and ".join(given) or "empty", accepted)
+        if isinstance(self.json, Mapping):
+            try:
+                object.__setattr__(self, "json", json.dumps(self.json, ensure_ascii=False))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise RequestError(f"structured_outputs json is no JSON: {error}") from None
+        if self.choice is not None:
+            listed = isinstance(self.choice, Collection) and not isinstance(self.choice, str)
+            texts = listed and all(isinstance(text, str) for text in self.choice)
+            _check(texts and len(self.choice) > 0, "choice", self.choice, "a list of texts")
+            object.__setattr__(self, "choice", tuple(self.choice))
+        for name in ("json", "regex", "grammar", "whitespace_pattern"):
+            text = getattr(self, name)
+            _check(text is None or isinstance(text, str), name, text, "a text")
+        size = sum(map(len, (self.json or "", self.regex or "", self.grammar or "", *(self.choice or ()))))
+        _check(size <= MAX_FORM, "length of structured_outputs", size, f"up to {MAX_FORM} characters")
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose the tokens of a request. Names and meanings follow vLLM and the OpenAI API.
 
@@ -229,6 +288,7 @@ class SamplingParams:
     processor off. `seed` None draws a fresh one. `max_tokens` None runs to the end of the context.
     `logprobs` k also returns the k most probable tokens at each position; `prompt_logprobs` k does the same
     for the prompt, and only with it may `max_tokens` be 0: the prompt is scored and nothing generated.
+    `structured_outputs` constrains the form of the answer.
 
     Raises RequestError when a value is out of range; whether token ids exist in the vocabulary is checked
     where the vocabulary is known.
@@ -253,6 +313,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -277,6 +338,9 @@ class SamplingParams:
         for name, most in (("logprobs", 100), ("prompt_logprobs", 20)):
             wanted = getattr(self, name)
             _check(wanted is None or _is_int(wanted, 0, most), name, wanted, f"0 to {most} or none")
+        form = self.structured_outputs
+        given = form is None or isinstance(form, StructuredOutputsParams)
+        _check(given, "structured_outputs", form, "StructuredOutputsParams, or none")
         self._check_lists()
 
     def _check_lengths(self) -> None:
@@ -336,8 +400,9 @@ class Request:
 class TokenLogprobs:
     """Log-probability of the token that was chosen, and of the most probable ones, best first.
 
-    They are those of the model's own distribution, before temperature, penalties and filters. `rank` is 1 for
-    the most probable token, and None where nobody counted.
+    They are those of the model's own distribution, before temperature, penalties and filters; of a
+    constrained answer, of that over the tokens that its form permits. `rank` is 1 for the most probable
+    token, and None where nobody counted.
     """
 
     token_id: int

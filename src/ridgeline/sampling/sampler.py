@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from ridgeline.execution.draw import NOT_DRAWN, Drawer, largest
+from ridgeline.sampling.constraints import Constraint, DeadEndError
 from ridgeline.sampling.processors import Adjuster, TokenHistory, compose_adjusters
 from ridgeline.types import Draw, Float32Array, SamplingParams, Step, StepFuture, TokenLogprobs
 
@@ -36,9 +37,11 @@ class Chooser:
 
     The sequence owns it and reports each generated token to `history` by `append`. Draws depend on
     (seed, choice, position) alone. The prompt that all choices share is scored by the first.
+
+    A `constraint` comes before all else: log-probabilities are those of the tokens that it permits.
     """
 
-    __slots__ = ("_draw", "adjusters", "history", "logprobs", "prompt_logprobs")
+    __slots__ = ("_draw", "adjusters", "constraint", "history", "logprobs", "prompt_logprobs")
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class Chooser:
         choice: int,
         prompt: Sequence[int],
         end_token_ids: Sequence[int],
+        constraint: Constraint | None = None,
     ) -> None:
         greedy = params.temperature < GREEDY_BELOW
         shape = (max(params.top_k, 0), float(params.top_p), float(params.min_p))
@@ -55,11 +59,17 @@ class Chooser:
         self.logprobs = params.logprobs
         self.prompt_logprobs = params.prompt_logprobs if choice == 0 else None
         self.history = TokenHistory(prompt) if self.adjusters else None
+        self.constraint = constraint
 
     @property
     def needs_logits(self) -> bool:
         """Whether the token cannot be chosen without bringing the row's logits to the host."""
-        return bool(self.adjusters) or self.logprobs is not None
+        return bool(self.adjusters) or self.logprobs is not None or self.constraint is not None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether what is constrained is complete."""
+        return self.constraint is not None and self.constraint.ended
 
     def draw(self, position: int) -> Draw:
         """How the token at `position` is drawn from an adjusted row."""
@@ -69,13 +79,23 @@ class Chooser:
         """Note a token that the sequence has taken on."""
         if self.history is not None:
             self.history.append(token)
+        if self.constraint is not None:
+            self.constraint.append(token)
+
+    def permitted(self, logits: Float32Array) -> Float32Array:
+        """The row of those tokens that the constraint permits. Raises DeadEndError where there are none."""
+        return logits if self.constraint is None else self.constraint.masked(logits)
 
     def adjusted(self, logits: Float32Array) -> Float32Array:
-        """The row after bias, bans and penalties."""
+        """The row after bias, bans and penalties. Bans that leave nothing of what a constraint permits, such
+        as that of the end while there are fewer than min_tokens, give way to it."""
+        adjusted = logits
         for adjust in self.adjusters:
             assert self.history is not None
-            logits = adjust(logits, self.history)
-        return logits
+            adjusted = adjust(adjusted, self.history)
+        if self.constraint is not None and adjusted.max() == -np.inf:
+            return logits
+        return adjusted
 
 
 class SampledRow(Protocol):
@@ -141,10 +161,13 @@ class Sampler:
             if position < row.prompt_length:
                 return _scored(logits, row.token_ids[position], row.chooser.prompt_logprobs or 0)
             return self._choose(logits, row.chooser, position)
+        except DeadEndError as error:
+            return Sampled(NOT_DRAWN, error=str(error))
         except Exception as error:  # what is wrong with one request must not end the others
             return Sampled(NOT_DRAWN, error=f"sampling failed: {type(error).__name__}: {error}")
 
     def _choose(self, logits: Float32Array, chooser: Chooser, position: int) -> Sampled:
+        logits = chooser.permitted(logits)
         sampled = _drawn(self._drawer.one(chooser.adjusted(logits), chooser.draw(position)))
         if chooser.logprobs is None or sampled.error is not None:
             return sampled
@@ -164,11 +187,12 @@ def _scored(logits: Float32Array, token: int, top: int) -> Sampled:
 
 
 def token_logprobs(logits: Float32Array, token_id: int, top: int) -> TokenLogprobs:
-    """Log-softmax of a raw row at `token_id` and at its `top` most probable tokens, and its rank."""
+    """Log-softmax of a raw row at `token_id` and at its `top` most probable tokens, and its rank; what a
+    constraint forbids is not among them."""
     highest = float(logits.max())
     normaliser = highest + float(np.log(np.exp(logits - np.float32(highest)).sum(dtype=np.float64)))
     best = largest(logits, top) if top else np.empty(0, np.int64)
     ranked = best[np.argsort(-logits[best], kind="stable")]
-    pairs = tuple((int(i), float(logits[i]) - normaliser) for i in ranked)
+    pairs = tuple((int(i), float(logits[i]) - normaliser) for i in ranked if logits[i] != -np.inf)
     rank = 1 + int(np.count_nonzero(logits > logits[token_id]))
     return TokenLogprobs(token_id, float(logits[token_id]) - normaliser, pairs, rank)
