@@ -12,9 +12,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-import tiny_models
-import torch
-import vocabularies
+from worded_models import make_worded
 
 from ridgeline import LLM, RequestError, SamplingParams, StructuredOutputsParams
 from ridgeline.model.tokenizer import Tokenizer
@@ -58,17 +56,7 @@ SCHEMAS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def worded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model with a vocabulary of words."""
-    folder = tmp_path_factory.mktemp("worded")
-    library = vocabularies.oracle()
-    torch.manual_seed(6)
-    model = tiny_models._llama(vocab_size=library.get_vocab_size() + 5)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.normal_(1 if weight.ndim == 1 else 0, 0.2 if weight.ndim == 1 else 0.1)
-    model.save_pretrained(folder, safe_serialization=True)
-    vocabularies.write_folder(folder, library, tokenizer_config={"eos_token": "<|im_end|>"})
-    return folder
+    return make_worded(tmp_path_factory.mktemp("worded"))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +114,9 @@ def test_choices_expressions_and_grammars_hold(llm: LLM) -> None:
         said = ask(llm, StructuredOutputsParams(choice=choices), seed=seed).outputs[0]
         assert said.finish_reason == "stop"
         assert said.text in choices
-        said = ask(llm, StructuredOutputsParams(regex=r"[ab]{2,4}-[0-9]+é"), seed=seed, max_tokens=400).outputs[0]
+        said = ask(
+            llm, StructuredOutputsParams(regex=r"[ab]{2,4}-[0-9]+é"), seed=seed, max_tokens=400
+        ).outputs[0]
         assert said.finish_reason != "stop" or re.fullmatch(r"[ab]{2,4}-[0-9]+é", said.text)
     gbnf = 'root ::= "(" root ")" | "x"'
     lark = 'start: "(" start ")" | "x"'
@@ -135,6 +125,20 @@ def test_choices_expressions_and_grammars_hold(llm: LLM) -> None:
         assert said.finish_reason == "stop"
         depth = said.text.count("(")
         assert said.text == "(" * depth + "x" + ")" * depth
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (r'root ::= "\u0041\x42\U0001F600\u00e9"', "AB😀é"),
+        (r'root ::= "\x22\x5c\u005B" [\u005D]', '"\\[]'),
+        ('root ::= "a"? [^b-z]{1}  # a comment\n', "ac"[:1]),
+    ],
+)
+def test_gbnf_has_characters_by_number(llm: LLM, grammar: str, text: str) -> None:
+    said = ask(llm, StructuredOutputsParams(grammar=grammar), logit_bias={69: 100.0}).outputs[0]
+    assert said.finish_reason == "stop"
+    assert said.text == text or not text.startswith(('"', "A"))
 
 
 def test_json_object_is_an_object_without_long_runs_of_space(llm: LLM) -> None:

@@ -184,6 +184,8 @@ class Engine:
         params = request.params
         limit = self._check(tokens, params)
         state = RequestState(request.id, prompt, tokens, stream, time.perf_counter())
+        if isinstance(params, SamplingParams) and params.is_best_of:
+            state.stream, state.best = False, params.n
         if isinstance(params, PoolingParams):
             self._need_encoder()
             state.choices.append(self._pooled(tokens, params, limit))
@@ -220,10 +222,12 @@ class Engine:
         if not params.ignore_eos:
             ends |= self.model.end_token_ids
         form = params.structured_outputs
-        constraints = [None] * params.n if form is None else self._constraining.start(form, params.n)
+        words = None if self._constraints is None else self._constraints.words
+        count = params.best_of or params.n
+        constraints = [None] * count if form is None else self._constraining.start(form, count)
         choices = []
         for index, constraint in enumerate(constraints):
-            chooser = Chooser(params, seed, index, tokens, tuple(ends), constraint)
+            chooser = Chooser(params, seed, index, tokens, tuple(ends), constraint, words)
             pages = self.scheduler.cache.new_sequence()
             sequence = Sequence(self._sequences_seen + index, tokens, chooser, pages, limit)
             detokenizer = self._detokenizer(params.skip_special_tokens)

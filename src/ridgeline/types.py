@@ -208,6 +208,16 @@ class PageCopy:
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+_RANGES = (
+    ("top_n_sigma", -1, 1000),
+    ("xtc_probability", 0, 1),
+    ("xtc_threshold", 0, 1),
+    ("mirostat_tau", 0, 1000),
+    ("mirostat_eta", 0, 1),
+    ("dry_multiplier", 0, 1000),
+    ("dry_base", 1, 1000),
+)
+
 MAX_FORM = 2**17
 """Characters of a schema, an expression, a grammar or a list of choices."""
 
@@ -271,13 +281,15 @@ class StructuredOutputsParams:
         if self.choice is not None:
             listed = isinstance(self.choice, Collection) and not isinstance(self.choice, str)
             texts = listed and all(isinstance(text, str) for text in self.choice)
-            _check(texts and len(self.choice) > 0, "choice", self.choice, "a list of texts")
+            _check(
+                texts and len(self.choice) > 0, "structured_outputs choice", self.choice, "a list of texts"
+            )
             object.__setattr__(self, "choice", tuple(self.choice))
         for name in ("json", "regex", "grammar", "whitespace_pattern"):
             text = getattr(self, name)
-            _check(text is None or isinstance(text, str), name, text, "a text")
+            _check(text is None or isinstance(text, str), f"structured_outputs {name}", text, "a text")
         size = sum(map(len, (self.json or "", self.regex or "", self.grammar or "", *(self.choice or ()))))
-        _check(size <= MAX_FORM, "length of structured_outputs", size, f"up to {MAX_FORM} characters")
+        _check(size <= MAX_FORM, "structured_outputs length", size, f"up to {MAX_FORM} characters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,10 +297,12 @@ class SamplingParams:
     """How to choose the tokens of a request. Names and meanings follow vLLM and the OpenAI API.
 
     `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1, `min_p` 0 and the neutral penalties switch the
-    processor off. `seed` None draws a fresh one. `max_tokens` None runs to the end of the context.
-    `logprobs` k also returns the k most probable tokens at each position; `prompt_logprobs` k does the same
-    for the prompt, and only with it may `max_tokens` be 0: the prompt is scored and nothing generated.
-    `structured_outputs` constrains the form of the answer.
+    processor off. `seed` None draws a fresh one. `max_tokens` None runs to the end of the context. `logprobs`
+    k also returns the k most probable tokens at each position; `prompt_logprobs` k does the same for the
+    prompt, and only with it may `max_tokens` be 0: the prompt is scored and nothing generated.
+    `structured_outputs` constrains the form of the answer. With `best_of` so many answers are generated, and
+    the n of the highest mean log-probability are given, at the end. `typical_p` 1, `top_n_sigma` ≤ 0,
+    `xtc_probability` 0, `mirostat` 0 and `dry_multiplier` 0 are off; `sampling.processors` has the order.
 
     Raises RequestError when a value is out of range; whether token ids exist in the vocabulary is checked
     where the vocabulary is known.
@@ -314,11 +328,30 @@ class SamplingParams:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     structured_outputs: StructuredOutputsParams | None = None
+    best_of: int | None = None
+    typical_p: float = 1.0
+    top_n_sigma: float = -1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: Sequence[str] = ("\n", ":", '"', "*")
+    bad_words: Sequence[str] = ()
+
+    @property
+    def is_best_of(self) -> bool:
+        """Whether more is generated than is told."""
+        return self.best_of is not None and self.best_of > self.n
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "bad_words", "dry_sequence_breakers"):
             given = getattr(self, name)
             _check(given is None or isinstance(given, Collection), name, given, "a list, or none")
             object.__setattr__(self, name, tuple(given or ()))
@@ -342,6 +375,33 @@ class SamplingParams:
         given = form is None or isinstance(form, StructuredOutputsParams)
         _check(given, "structured_outputs", form, "StructuredOutputsParams, or none")
         self._check_lists()
+        self._check_rarer()
+
+    def _check_rarer(self) -> None:
+        best = self.best_of
+        _check(
+            best is None or _is_int(best, self.n, 128),
+            "best_of",
+            best,
+            f"{self.n}, which is n, to 128, or none",
+        )
+        _check(
+            _is_real(self.typical_p, 0, 1) and self.typical_p > 0,
+            "typical_p",
+            self.typical_p,
+            "above 0, up to 1",
+        )
+        _check(self.mirostat in (0, 2), "mirostat", self.mirostat, "0 (off) or 2")
+        for name, low, high in _RANGES:
+            _check(_is_real(getattr(self, name), low, high), name, getattr(self, name), f"{low} to {high}")
+        for name, low in (("dry_allowed_length", 1), ("dry_penalty_last_n", -1)):
+            _check(_is_int(getattr(self, name), low), name, getattr(self, name), f"{low} or more")
+        for name in ("bad_words", "dry_sequence_breakers"):
+            texts = getattr(self, name)
+            _check(len(texts) <= 256, f"number of {name}", len(texts), "at most 256")
+            for text in texts:
+                ok = isinstance(text, str) and 0 < len(text) <= 256
+                _check(ok, name, text, "texts of up to 256 characters")
 
     def _check_lengths(self) -> None:
         maximum = self.max_tokens

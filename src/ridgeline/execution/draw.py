@@ -77,8 +77,9 @@ class Drawer:
         ]
         return np.array(tokens, np.int32)
 
-    def one(self, logits: Float32Array, draw: Draw) -> int:
-        """The token of one row; NOT_DRAWN if it has no largest finite logit, over its temperature too."""
+    def one(self, logits: Float32Array, draw: Draw, further: Sequence[Filter] = ()) -> int:
+        """The token of one row; NOT_DRAWN if it has no largest finite logit, over its temperature too.
+        Filters that are not the draw's own come after those that are."""
         best = int(logits.argmax())
         # argmax returns the place of a NaN if there is one, so one look at the winner checks the whole row.
         if not math.isfinite(logits[best]):
@@ -89,6 +90,8 @@ class Drawer:
             if not math.isfinite(logits[best] / np.float32(draw.temperature)):
                 return NOT_DRAWN
         found = candidates(logits, draw)
+        for narrow in further:
+            found = narrow(found)
         return self._choose(found, Address(draw.seed, draw.choice, draw.position))
 
     def _choose(self, candidates: Candidates, address: Address) -> int:

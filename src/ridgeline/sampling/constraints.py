@@ -17,12 +17,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ridgeline.sampling.grammars import grammar_of, unusable
+from ridgeline.sampling.words import Words
 from ridgeline.types import Float32Array, RequestError, StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -43,21 +44,6 @@ _LIMITS: dict[str, Any] = {
 }
 
 Ids = NDArray[np.int64]
-
-
-class Words(Protocol):
-    """What is asked of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def special_ids(self) -> Collection[int]: ...
-    @property
-    def is_bytewise(self) -> bool: ...
-    @property
-    def bos_id(self) -> int | None: ...
-    def token_bytes(self, token_id: int) -> bytes: ...
-    def encode(self, text: str) -> list[int]: ...
 
 
 class _Vocabulary:
@@ -109,7 +95,7 @@ class Constraints:
     def __init__(
         self, words: Words, size: int, end_ids: Collection[int], capacity_bytes: int = CACHE_BYTES
     ) -> None:
-        self._words = words
+        self.words = words
         self._size = size
         self._ends = tuple(sorted(end_ids))
         self._capacity_bytes = capacity_bytes
@@ -197,11 +183,11 @@ class Constraints:
     def _make_tokenizer(self) -> LLTokenizer:
         from llguidance import LLTokenizer
 
-        if not self._words.is_bytewise:
+        if not self.words.is_bytewise:
             raise RequestError(
                 "structured_outputs cannot be used: this model's tokens do not stand for bytes one by one"
             )
-        vocabulary: Any = _Vocabulary(self._words, self._size, self._ends[0])
+        vocabulary: Any = _Vocabulary(self.words, self._size, self._ends[0])
         return LLTokenizer(vocabulary, eos_token=list(self._ends))
 
 

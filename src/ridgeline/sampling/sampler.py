@@ -10,9 +10,12 @@ from typing import Protocol
 
 import numpy as np
 
-from ridgeline.execution.draw import NOT_DRAWN, Drawer, largest
+from ridgeline.execution.draw import NOT_DRAWN, Drawer, Filter, largest
 from ridgeline.sampling.constraints import Constraint, DeadEndError
-from ridgeline.sampling.processors import Adjuster, TokenHistory, compose_adjusters
+from ridgeline.sampling.filters import compose_filters
+from ridgeline.sampling.history import TokenHistory
+from ridgeline.sampling.processors import Adjuster, compose_adjusters
+from ridgeline.sampling.words import Words
 from ridgeline.types import Draw, Float32Array, SamplingParams, Step, StepFuture, TokenLogprobs
 
 GREEDY_BELOW = 1e-5
@@ -41,7 +44,9 @@ class Chooser:
     A `constraint` comes before all else: log-probabilities are those of the tokens that it permits.
     """
 
-    __slots__ = ("_draw", "adjusters", "constraint", "history", "logprobs", "prompt_logprobs")
+    __slots__ = (
+        "_draw", "_filters", "_mirostat", "adjusters", "constraint", "history", "logprobs", "prompt_logprobs"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -51,12 +56,16 @@ class Chooser:
         prompt: Sequence[int],
         end_token_ids: Sequence[int],
         constraint: Constraint | None = None,
+        words: Words | None = None,
     ) -> None:
         greedy = params.temperature < GREEDY_BELOW
         shape = (max(params.top_k, 0), float(params.top_p), float(params.min_p))
         self._draw = (0.0 if greedy else float(params.temperature), *shape, seed % 2**64, choice)
-        self.adjusters: tuple[Adjuster, ...] = compose_adjusters(params, end_token_ids)
+        self.adjusters: tuple[Adjuster, ...] = compose_adjusters(params, end_token_ids, words)
+        self._filters, self._mirostat = compose_filters(params, seed % 2**64, choice)
         self.logprobs = params.logprobs
+        if self.logprobs is None and params.is_best_of:
+            self.logprobs = 0
         self.prompt_logprobs = params.prompt_logprobs if choice == 0 else None
         self.history = TokenHistory(prompt) if self.adjusters else None
         self.constraint = constraint
@@ -64,7 +73,8 @@ class Chooser:
     @property
     def needs_logits(self) -> bool:
         """Whether the token cannot be chosen without bringing the row's logits to the host."""
-        return bool(self.adjusters) or self.logprobs is not None or self.constraint is not None
+        told = self.logprobs is not None or self.constraint is not None
+        return told or bool(self.adjusters) or bool(self._filters)
 
     @property
     def has_ended(self) -> bool:
@@ -79,8 +89,14 @@ class Chooser:
         """Note a token that the sequence has taken on."""
         if self.history is not None:
             self.history.append(token)
+        if self._mirostat is not None:
+            self._mirostat.append(token)
         if self.constraint is not None:
             self.constraint.append(token)
+
+    def filters(self, position: int) -> list[Filter]:
+        """What narrows the draw of the token at `position` further."""
+        return [make(position) for make in self._filters]
 
     def permitted(self, logits: Float32Array) -> Float32Array:
         """The row of those tokens that the constraint permits. Raises DeadEndError where there are none."""
@@ -168,7 +184,8 @@ class Sampler:
 
     def _choose(self, logits: Float32Array, chooser: Chooser, position: int) -> Sampled:
         logits = chooser.permitted(logits)
-        sampled = _drawn(self._drawer.one(chooser.adjusted(logits), chooser.draw(position)))
+        row, further = chooser.adjusted(logits), chooser.filters(position)
+        sampled = _drawn(self._drawer.one(row, chooser.draw(position), further))
         if chooser.logprobs is None or sampled.error is not None:
             return sampled
         return Sampled(sampled.token_id, token_logprobs(logits, sampled.token_id, chooser.logprobs))

@@ -90,6 +90,19 @@ class Sampled(Body):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    typical_p: float | None = None
+    top_n_sigma: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    mirostat: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: Stops | None = None
+    bad_words: Stops | None = None
     response_format: ResponseFormatField | None = None
     structured_outputs: StructuredOutputsField | None = None
 
@@ -107,7 +120,6 @@ class Sampled(Body):
         "length_penalty": only(1),
         "best_of": only(),
         "allowed_token_ids": only([]),
-        "bad_words": only([]),
         "truncate_prompt_tokens": only(),
         "spaces_between_special_tokens": only(True),
         "return_tokens_as_token_ids": only(False),
@@ -150,7 +162,7 @@ class Sampled(Body):
     def sampling(self, defaults: SamplingParams, **fixed: Any) -> SamplingParams:
         """Parameters for the engine: the model's own, changed by what was sent and by `fixed`. Raises
         RequestError for a value out of range."""
-        own = {"logit_bias", "logprobs", "max_tokens", "structured_outputs"}
+        own = {"best_of", "logit_bias", "logprobs", "max_tokens", "structured_outputs"}
         names = set(SamplingParams.__dataclass_fields__) - own
         sent = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.logit_bias:
@@ -169,6 +181,13 @@ class Sampled(Body):
                 "response_format and structured_outputs are set; accepted: one of them", "structured_outputs"
             )
         return self.structured_outputs.form()
+
+    @property
+    def form_field(self) -> str | None:
+        """Where the form of the answer is asked for."""
+        if self.structured_outputs is not None:
+            return "structured_outputs"
+        return None if self.response_format is None else "response_format"
 
     def check_stream_options(self) -> None:
         if self.stream_options is not None and not self.stream:
@@ -235,6 +254,10 @@ class ChatRequest(ChatTemplateFields, Sampled):
         """Whether the answer has to call tools."""
         return self.tool_choice not in (None, "none", "auto")
 
+    @property
+    def form_field(self) -> str | None:
+        return "tool_choice" if self.forces_calls else super().form_field
+
     def form(self) -> StructuredOutputsParams | None:
         form = super().form()
         if not self.forces_calls:
@@ -297,19 +320,15 @@ class CompletionRequest(Sampled):
 
     @property
     def answers(self) -> int:
-        return self.n * len(self.prompt)
+        return max(self.n, self.best_of or 0) * len(self.prompt)
 
     def check(self) -> None:
         self.check_stream_options()
-        if self.best_of is not None and self.best_of != self.n:
-            raise bad_request(
-                f"best_of is {self.best_of}; accepted: n, which is {self.n}",
-                "best_of",
-                "unsupported_parameter",
-            )
+        if self.stream and self.best_of is not None and self.best_of != self.n:
+            raise bad_request("best_of cannot be streamed; accepted: n, or stream: false", "best_of")
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise bad_request("max_tokens is 0; accepted: a positive number", "max_tokens")
-        if len(self.prompt) * max(self.n, 1) > MAX_SEQUENCES:
+        if len(self.prompt) * max(self.n, self.best_of or 1) > MAX_SEQUENCES:
             raise bad_request(
                 f"{len(self.prompt)} prompts with n {self.n}; accepted: at most {MAX_SEQUENCES} answers", "n"
             )
@@ -330,7 +349,13 @@ class CompletionRequest(Sampled):
             limit = 1  # of parameters that nobody will use
         wanted = [most for most in (self.echo_logprobs, self.prompt_logprobs) if most is not None]
         scores = max(wanted, default=None)
-        return self.sampling(defaults, max_tokens=limit, logprobs=self.logprobs, prompt_logprobs=scores)
+        return self.sampling(
+            defaults,
+            max_tokens=limit,
+            logprobs=self.logprobs,
+            prompt_logprobs=scores,
+            best_of=self.best_of,
+        )
 
 
 # ------------------------------------------------------------------------------------------ embeddings
