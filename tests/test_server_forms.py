@@ -175,3 +175,67 @@ def test_forms_that_make_no_sense_are_a_400(web: httpx.Client, fields: dict[str,
         answer = web.post("/v1/chat/completions", json=body)
         assert answer.status_code == 400, answer.text
         assert answer.json()["error"]["param"] == param, answer.text
+
+
+# --------------------------------------------------------------------------------- the rarer samplers
+
+
+def complete(web: httpx.Client, **fields: Any) -> httpx.Response:
+    return web.post("/v1/completions", json={"prompt": "the sky", "max_tokens": 12, "seed": 7, **fields})
+
+
+RARER: list[dict[str, Any]] = [
+    {"typical_p": 0.5},
+    {"top_n_sigma": 1.0},
+    {"xtc_probability": 0.5, "xtc_threshold": 0.02},
+    {"mirostat": 2, "mirostat_tau": 3.0, "mirostat_eta": 0.2},
+    {"dry_multiplier": 2.0, "dry_base": 2.0, "dry_allowed_length": 1, "dry_penalty_last_n": 64},
+    {"dry_multiplier": 1.0, "dry_sequence_breakers": ["\n"]},
+    {"bad_words": ["a", "the sky"]},
+]
+
+
+@pytest.mark.parametrize("fields", RARER, ids=str)
+def test_the_rarer_samplers_are_taken_and_repeat(web: httpx.Client, fields: dict[str, Any]) -> None:
+    first, second = (complete(web, **fields).json()["choices"] for _ in range(2))
+    assert first == second
+    body = {"messages": ASKED, "max_tokens": 4, **fields}
+    assert web.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_bad_words_are_not_said(web: httpx.Client) -> None:
+    said = "".join(complete(web, bad_words=["a", "e"], seed=i).json()["choices"][0]["text"] for i in range(5))
+    plain = "".join(complete(web, seed=i).json()["choices"][0]["text"] for i in range(5))
+    assert said != plain
+
+
+def test_best_of_gives_n_of_more(web: httpx.Client) -> None:
+    def mean(choice: dict[str, Any]) -> float:
+        scores = choice["logprobs"]["token_logprobs"]
+        return sum(scores) / len(scores)
+
+    every = complete(web, n=5, logprobs=0).json()["choices"]
+    best = complete(web, n=2, best_of=5, logprobs=0).json()["choices"]
+    ranked = sorted(every, key=mean, reverse=True)
+    assert [each["text"] for each in best] == [each["text"] for each in ranked[:2]]
+    assert [each["index"] for each in best] == [0, 1]
+    assert complete(web, n=2, best_of=5, stream=True).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("typical_p", 0),
+        ("mirostat", 1),
+        ("xtc_probability", 2),
+        ("dry_base", 0.5),
+        ("dry_allowed_length", 0),
+        ("bad_words", ["x"] * 300),
+        ("best_of", 1000),
+        ("top_n_sigma", "x"),
+    ],
+)
+def test_values_out_of_range_are_named(web: httpx.Client, name: str, value: Any) -> None:
+    answer = complete(web, **{name: value})
+    assert answer.status_code == 400
+    assert name in answer.json()["error"]["message"]
