@@ -15,6 +15,10 @@ from openai_schemas import checked, events
 from serving import ServerProcess, server_process
 from worded_models import make_worded
 
+from ridgeline.server.messages import COMMANDS, Add, frame
+from ridgeline.server.parsers import ForcedCalls, PlainParser, thinking_marks
+from ridgeline.types import RequestError, SamplingParams, StructuredOutputsParams, Thinking
+
 ASKED = [{"role": "user", "content": "Who?"}]
 POINT: dict[str, Any] = {
     "type": "object",
@@ -204,9 +208,11 @@ def test_the_rarer_samplers_are_taken_and_repeat(web: httpx.Client, fields: dict
 
 
 def test_bad_words_are_not_said(web: httpx.Client) -> None:
-    said = "".join(complete(web, bad_words=["a", "e"], seed=i).json()["choices"][0]["text"] for i in range(5))
-    plain = "".join(complete(web, seed=i).json()["choices"][0]["text"] for i in range(5))
-    assert said != plain
+    (token,) = web.post("/tokenize", json={"prompt": "a"}).json()["tokens"]
+    wanted = {"logit_bias": {str(token): 100}}
+    assert complete(web, **wanted).json()["choices"][0]["text"] == "a" * 12
+    assert "aaa" not in complete(web, **wanted, bad_words=["a"]).json()["choices"][0]["text"]
+    assert "aaa" not in complete(web, **wanted, bad_words=["aaa"]).json()["choices"][0]["text"]
 
 
 def test_best_of_gives_n_of_more(web: httpx.Client) -> None:
@@ -239,3 +245,35 @@ def test_values_out_of_range_are_named(web: httpx.Client, name: str, value: Any)
     answer = complete(web, **{name: value})
     assert answer.status_code == 400
     assert name in answer.json()["error"]["message"]
+
+
+# ---------------------------------------------------------------------------------------- reasoning
+
+
+def test_marks_of_reasoning_are_found_in_the_template_and_the_prompt() -> None:
+    qwen = "{% if add_generation_prompt %}assistant\n{% endif %}<think> </think>"
+    assert thinking_marks(qwen, "assistant\n") == ("<think>", "</think>", False)
+    assert thinking_marks(qwen, "assistant\n<think>\n") == ("<think>", "</think>", True)
+    assert thinking_marks("{{ messages }}", "x") is None
+    assert thinking_marks(None, "x") is None
+    with pytest.raises(RequestError, match="completions"):
+        thinking_marks("<|channel|> <|message|>", "x")
+
+
+def test_forms_reach_the_engine_as_they_are() -> None:
+    form = StructuredOutputsParams(json={"type": "null"}, thinking=Thinking(5, 6, True))
+    add = Add(1, (1,), SamplingParams(structured_outputs=form, bad_words=["x"], best_of=3))
+    assert COMMANDS.decode(frame(add)[4:]) == add
+
+
+def test_calls_are_read_whatever_stands_around_them() -> None:
+    parser = ForcedCalls(PlainParser())
+    text = '[{"name": "f", "arguments": {"a": [1]}}, {"name": "g", "arguments": {}}]'
+    deltas = [delta for letter in text for delta in parser.feed(letter, ())] + parser.finish()
+    calls = [part for delta in deltas for part in delta.tool_calls]
+    assert [call.name for call in calls if call.name] == ["f", "g"]
+    assert "".join(call.arguments for call in calls if call.index == 0) == '{"a": [1]}'
+    assert not any(delta.content for delta in deltas)
+    cut = ForcedCalls(PlainParser())
+    assert not cut.feed('[{"na', ())
+    assert [delta.content for delta in cut.finish()] == ['[{"na']

@@ -148,6 +148,8 @@ class Engine:
         plan = self.scheduler.schedule(time.perf_counter())
         if not plan.sequences:
             return False
+        if self._constraints is not None:
+            self._constraints.flush()
         self._launching = True
         future = self.executor.run(self._encoder if plan.pooled else self.handle, plan.step)
         self._in_flight.append((plan, future))

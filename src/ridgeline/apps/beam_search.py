@@ -102,4 +102,4 @@ class _Search:
         return ranked[: self._params.beam_width]
 
     def _score(self, beam: Beam) -> float:
-        return beam.cumulative_logprob / len(beam.token_ids) ** self._params.length_penalty
+        return beam.cumulative_logprob / float(len(beam.token_ids) ** self._params.length_penalty)

@@ -15,8 +15,8 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,8 +133,14 @@ class Constraints:
             thread = self._thread
         made = []
         for _ in range(count):
-            made.append(Constraint(grammar, form, self._size, self._ends, thread.put))
+            made.append(Constraint(grammar, form, self._size, self._ends, thread))
         return made
+
+    def flush(self) -> None:
+        """Begin with the masks that will be wanted next, which takes none of this thread's time."""
+        thread = self._thread
+        if thread is not None:
+            thread.flush()
 
     def close(self) -> None:
         """End the thread: Python cannot end one that is inside the library."""
@@ -175,8 +181,7 @@ class Constraints:
             raise unusable(matcher.get_error())
         compiled = _Grammar(matcher, len(grammar))
         # Much of the work is only done for the first mask.
-        ids = _allowed(matcher.deep_copy(), self._size)
-        if not ids.size:
+        if not _permitted(matcher.deep_copy(), self._size).any:
             raise unusable("nothing has this form, or finding out takes too much")
         return compiled
 
@@ -195,14 +200,41 @@ def _key(form: StructuredOutputsParams) -> StructuredOutputsParams:
     return form if form.thinking is None else replace(form, thinking=None)
 
 
-def _allowed(matcher: LLMatcher, size: int) -> Ids:
-    """The tokens that may come next, ascending; none where there is no way on, or finding it takes too
-    much."""
-    mask = np.zeros(-(-size // 32), np.int32)
-    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-    if matcher.is_error():
-        return np.empty(0, np.int64)
-    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), count=size, bitorder="little"))
+_FEW = 1024
+"""Tokens up to which a draw among them alone costs less than one over the vocabulary."""
+_ROWS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") == 1, 0, -np.inf
+).astype(np.float32)
+"""For each byte of a mask, what it adds to the logits of its eight tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Permitted:
+    """The tokens that may come next: as what is added to a row of logits (vocabulary,), and, where they are
+    `few`, as ids, ascending."""
+
+    row: Float32Array
+    few: Ids | None
+    any: bool = True
+
+
+_NOTHING = _Permitted(np.empty(0, np.float32), None, any=False)
+
+
+def _permitted(matcher: LLMatcher, size: int) -> _Permitted:
+    """What may come next: nothing where there is no way on, or finding it takes too much."""
+    words = np.zeros(-(-size // 32), np.int32)
+    matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+    mask = words.view(np.uint8)
+    used = np.flatnonzero(mask)
+    if matcher.is_error() or not used.size:
+        return _NOTHING
+    few = None
+    if used.size <= _FEW:
+        bits = np.unpackbits(mask[used], bitorder="little").reshape(-1, 8)
+        ids = (used[:, None] * 8 + np.arange(8))[bits == 1]
+        few = ids[ids < size] if ids.size <= _FEW else None
+    return _Permitted(_ROWS[mask].reshape(-1)[:size], few)
 
 
 class DeadEndError(Exception):
@@ -214,8 +246,8 @@ class Constraint:
     masks, and never while another call touches the matcher.
     """
 
-    __slots__ = ("_ends", "_failure", "_form", "_grammar", "_ids", "_matcher", "_put", "_ready", "_size",
-                 "_thinking", "_token", "_tokens", "ended")  # fmt: skip
+    __slots__ = ("_ends", "_failure", "_form", "_grammar", "_matcher", "_next", "_ready", "_size",
+                 "_thinking", "_thread", "_token", "_tokens", "ended")  # fmt: skip
 
     def __init__(
         self,
@@ -223,7 +255,7 @@ class Constraint:
         form: StructuredOutputsParams,
         size: int,
         ends: Sequence[int],
-        put: Callable[[Constraint], None],
+        thread: _MaskThread,
     ) -> None:
         self.ended = False
         self._grammar = grammar
@@ -231,14 +263,14 @@ class Constraint:
         self._form = form
         self._size = size
         self._ends = np.array(ends, np.int64)
-        self._put = put
+        self._thread = thread
         self._thinking = form.thinking is not None and form.thinking.open
         self._tokens = 0
         self._token: int | None = None  # to be taken in by the thread
-        self._ids: Ids = np.empty(0, np.int64)
+        self._next = _NOTHING
         self._failure = ""
         self._ready = threading.Event()
-        put(self)
+        thread.add(self)
 
     def append(self, token: int) -> None:
         """Take in the token that the sequence has taken on; its mask is computed in the background."""
@@ -254,22 +286,27 @@ class Constraint:
         self.ended = self.ended or token in self._ends
         if self.ended:
             return
-        self._ready.wait()
+        self._wait()
         self._ready.clear()
         self._token = token
-        self._put(self)
+        self._thread.add(self)
+
+    def _wait(self) -> None:
+        if not self._ready.is_set():
+            self._thread.flush()
+            self._ready.wait()
 
     def step(self) -> None:
         """Advance by the token that came last, and find those that may follow."""
         began_s = time.thread_time()
         try:
             if self._token is not None and not self._matcher.consume_token(self._token):
-                self._ids = np.empty(0, np.int64)
+                self._next = _NOTHING
             else:
-                self._ids = _allowed(self._matcher, self._size)
-            self._failure = self._matcher.get_error() if not self._ids.size else ""
+                self._next = _permitted(self._matcher, self._size)
+            self._failure = "" if self._next.any else self._matcher.get_error()
         except Exception as error:
-            self._ids, self._failure = np.empty(0, np.int64), f"{type(error).__name__}: {error}"
+            self._next, self._failure = _NOTHING, f"{type(error).__name__}: {error}"
         self._grammar.mask_s += time.thread_time() - began_s
         self._ready.set()
 
@@ -280,29 +317,51 @@ class Constraint:
             masked = logits.copy()
             masked[self._ends] = -np.inf  # the answer itself is still to come
             return masked
-        self._ready.wait()
-        if not self._ids.size:
+        self._wait()
+        if not self._next.any:
             cause = " ".join(self._failure.removesuffix("<non-verbose/>").split())
             raise DeadEndError(f"the answer cannot go on in the form that was asked for ({cause})")
-        masked = np.full(logits.shape, -np.inf, np.float32)
-        masked[self._ids] = logits[self._ids]
-        if self._form.thinking is not None and self._tokens == 0:
-            masked[self._form.thinking.start] = logits[self._form.thinking.start]
+        masked = logits + self._next.row
+        if self._may_think:
+            masked[self._form.thinking.start] = logits[self._form.thinking.start]  # type: ignore[union-attr]
         return masked
+
+    @property
+    def few(self) -> Ids | None:
+        """The tokens that `masked` left, ascending, where they are few."""
+        return None if self._thinking or self._may_think else self._next.few
+
+    @property
+    def _may_think(self) -> bool:
+        return self._tokens == 0 and self._form.thinking is not None
 
 
 class _MaskThread:
-    """One thread that steps constraints in the order in which they come."""
+    """One thread that steps constraints in the order in which they come. They are handed over together:
+    waking it for each of them would cost more than their masks do."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Constraint | None] = queue.SimpleQueue()
-        self.put: Callable[[Constraint], None] = self._queue.put
+        self._lock = threading.Lock()  # guards _gathered
+        self._gathered: list[Constraint] = []
+        self._queue: queue.SimpleQueue[list[Constraint] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ridgeline-masks", daemon=True)
         self._thread.start()
 
+    def add(self, constraint: Constraint) -> None:
+        """Have the constraint stepped, after the next `flush`."""
+        with self._lock:
+            self._gathered.append(constraint)
+
+    def flush(self) -> None:
+        with self._lock:
+            gathered, self._gathered = self._gathered, []
+        if gathered:
+            self._queue.put(gathered)
+
     def _run(self) -> None:
-        while (constraint := self._queue.get()) is not None:
-            constraint.step()
+        while (constraints := self._queue.get()) is not None:
+            for constraint in constraints:
+                constraint.step()
 
     def close(self) -> None:
         self._queue.put(None)

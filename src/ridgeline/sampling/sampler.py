@@ -185,7 +185,8 @@ class Sampler:
     def _choose(self, logits: Float32Array, chooser: Chooser, position: int) -> Sampled:
         logits = chooser.permitted(logits)
         row, further = chooser.adjusted(logits), chooser.filters(position)
-        sampled = _drawn(self._drawer.one(row, chooser.draw(position), further))
+        few = None if chooser.constraint is None else chooser.constraint.few
+        sampled = _drawn(self._drawer.one(row, chooser.draw(position), further, few))
         if chooser.logprobs is None or sampled.error is not None:
             return sampled
         return Sampled(sampled.token_id, token_logprobs(logits, sampled.token_id, chooser.logprobs))
