@@ -314,6 +314,18 @@ def test_the_cache_is_bounded_and_forgets_what_was_used_longest_ago(tokenizer: T
     constraints.close()
 
 
+def test_what_has_grown_by_use_is_forgotten_too(tokenizer: Tokenizer) -> None:
+    constraints = constraints_of(tokenizer, capacity_bytes=1 << 20)
+    forms = [StructuredOutputsParams(choice=[f"answer {i}"]) for i in range(3)]
+    for form in forms:
+        constraints.prepare(form)
+    constraints._grammars[forms[0]].mask_s = 0.1  # as if its masks had taken so long
+    constraints.prepare(forms[2])
+    assert not constraints.has(forms[0])
+    assert constraints.has(forms[1])
+    constraints.close()
+
+
 def test_many_threads_compile_and_use_one_form(constraints: Constraints, tokenizer: Tokenizer) -> None:
     found: list[set[int]] = []
 

@@ -155,16 +155,22 @@ class Constraints:
         with self._lock:
             found = self._grammars.get(key)
             if found is not None:
-                self._grammars.move_to_end(key)
+                self._keep(key, found)
                 return found
         made = self._compile(key)
         with self._lock:
-            self._grammars[key] = made
-            total = sum(grammar.nbytes for grammar in self._grammars.values())
-            while total > self._capacity_bytes and len(self._grammars) > 1:
-                _, dropped = self._grammars.popitem(last=False)
-                total -= dropped.nbytes
+            self._keep(key, made)
         return made
+
+    def _keep(self, key: StructuredOutputsParams, grammar: _Grammar) -> None:
+        """Make the grammar the one that was used last, and forget others while they are too large together:
+        they may have grown."""
+        self._grammars[key] = grammar
+        self._grammars.move_to_end(key)
+        total = sum(each.nbytes for each in self._grammars.values())
+        while total > self._capacity_bytes and len(self._grammars) > 1:
+            _, dropped = self._grammars.popitem(last=False)
+            total -= dropped.nbytes
 
     def _compile(self, form: StructuredOutputsParams) -> _Grammar:
         from llguidance import LLMatcher, LLParserLimits
