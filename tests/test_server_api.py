@@ -459,7 +459,7 @@ def test_fields_that_change_nothing_pass(web: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "xml"}),
         ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
         ("store", True),

@@ -121,6 +121,8 @@ class AsyncLLM(LoadedFace):
     ) -> AsyncGenerator[RequestOutput, None]:
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
         request = Request(name, tokens, params or self.sampling_defaults)
+        if not self._loaded.engine.is_prepared(request.params):
+            await asyncio.to_thread(self._loaded.engine.prepare, request.params)
         mailbox = _Mailbox(asyncio.get_running_loop())
         with self._lock:
             if name in self._open:

@@ -191,6 +191,8 @@ class LLM(LoadedFace):
         """Requests that live as long as the block; what is unfinished at its end is aborted."""
         ids = [f"{next(self._ids)}" for _ in tokens]
         engine = self._loaded.engine
+        for each in params:
+            engine.prepare(each)  # while others' steps go on
         try:
             with self._turn():
                 self._check_open()

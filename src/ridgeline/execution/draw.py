@@ -79,18 +79,26 @@ class Drawer:
         ]
         return np.array(tokens, np.int32)
 
-    def one(self, logits: Float32Array, draw: Draw) -> int:
-        """The token of one row; NOT_DRAWN if it has no largest finite logit, over its temperature too."""
+    def one(
+        self, logits: Float32Array, draw: Draw, further: Sequence[Filter] = (), among: Ids | None = None
+    ) -> int:
+        """The token of one row; NOT_DRAWN if it has no largest finite logit, over its temperature too.
+        Filters that are not the draw's own come after those that are. The token is one of `among`, ascending
+        ids, if these are given."""
+        if among is not None:
+            logits = logits[among]
         best = int(logits.argmax())
         # argmax returns the place of a NaN if there is one, so one look at the winner checks the whole row.
         if not math.isfinite(logits[best]):
             return NOT_DRAWN
         if draw.greedy:
-            return best
+            return best if among is None else int(among[best])
         with np.errstate(over="ignore"):
             if not math.isfinite(logits[best] / np.float32(draw.temperature)):
                 return NOT_DRAWN
-        found = candidates(logits, draw)
+        found = candidates(logits, draw, among)
+        for narrow in further:
+            found = narrow(found)
         return self._choose(found, Address(draw.seed, draw.choice, draw.position))
 
     def _choose(self, candidates: Candidates, address: Address) -> int:
@@ -123,9 +131,10 @@ def undrawn(logits: Float32Array, draws: Sequence[Draw | None]) -> Float32Array:
     return logits[[i for i, draw in enumerate(draws) if draw is None]]
 
 
-def candidates(logits: Float32Array, draw: Draw) -> Candidates:
-    """What may be drawn from a row whose largest logit is finite, over the temperature too."""
-    found = Candidates(_vocabulary(logits.size), logits)
+def candidates(logits: Float32Array, draw: Draw, ids: Ids | None = None) -> Candidates:
+    """What may be drawn from a row whose largest logit is finite, over the temperature too. It is the row of
+    the whole vocabulary, or of these ids."""
+    found = Candidates(_vocabulary(logits.size) if ids is None else ids, logits)
     with np.errstate(over="ignore"):  # others may become −inf, and are never drawn
         for narrow in filters(draw.temperature, draw.top_k, draw.top_p, draw.min_p):
             found = narrow(found)
