@@ -316,7 +316,9 @@ def test_operations_on_the_cpu_are_bit_identical_to_each_request_alone(model: Ti
                 finally:
                     self.engine.close()
 
-        run_state_machine_as_test(OnCpu, settings=settings(OPERATIONS, max_examples=10, stateful_step_count=60))
+        run_state_machine_as_test(
+            OnCpu, settings=settings(OPERATIONS, max_examples=10, stateful_step_count=60)
+        )
     assert done["cached tokens"] > 200, done
     assert done["finished"] > 50, done
     assert done["preemptions"] > 0, done
