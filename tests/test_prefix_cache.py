@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, run_state_machine_as_test
 from tiny_models import VOCABULARY, TinyModel, pool_bytes
 
+from ridgeline import LLM
 from ridgeline.config import PAGE_TOKENS, EngineConfig
 from ridgeline.engine import Engine
 from ridgeline.loading import load_engine
@@ -288,6 +289,18 @@ def model(request: pytest.FixtureRequest, tiny: Tiny) -> TinyModel:
 def loaded(model: TinyModel, **options: Any) -> Engine:
     options = {"threads": 1, "device": "cpu", "max_model_len": 128, **options}
     return load_engine(EngineConfig(model=str(model.folder), **options)).engine
+
+
+def test_the_python_api_tells_what_was_found(model: TinyModel) -> None:
+    prompt = list(range(3, 53))
+    for caching, found in ((True, [0, 48, 0, 48]), (False, [0] * 4)):
+        with LLM(str(model.folder), max_model_len=128, enable_prefix_caching=caching) as llm:
+            outputs = [llm.generate([prompt], GREEDY, salt)[0] for salt in ("", "", "mine", "mine")]
+            assert [output.cached_tokens for output in outputs] == found
+            assert len({output.outputs[0].token_ids for output in outputs}) == 1
+            if caching:
+                vectors = [llm.embed([prompt], "last", cache_salt=salt)[0].tobytes() for salt in ("", "new")]
+                assert vectors[0] == vectors[1], "the decoder's pages serve the encoder, to the bit"
 
 
 def test_operations_on_the_cpu_are_bit_identical_to_each_request_alone(model: TinyModel) -> None:
