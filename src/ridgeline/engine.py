@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ridgeline.cache.radix import Scope
 from ridgeline.execution.noise import derived_seed
 from ridgeline.outcome import Choice, Outcome, PooledPrompt, RequestState
 from ridgeline.sampling.constraints import Constraints
@@ -151,6 +152,8 @@ class Engine:
         if self._constraints is not None:
             self._constraints.flush()
         self._launching = True
+        if plan.copies:
+            self.executor.transfer(plan.copies)
         future = self.executor.run(self._encoder if plan.pooled else self.handle, plan.step)
         self._in_flight.append((plan, future))
         self.scheduler.advance(plan)
@@ -185,14 +188,15 @@ class Engine:
             tokens = (self.model.begin_token_id,)
         params = request.params
         limit = self._check(tokens, params)
+        scope = Scope(salt=request.cache_salt)
         state = RequestState(request.id, prompt, tokens, stream, time.perf_counter())
         if isinstance(params, SamplingParams) and params.is_best_of:
             state.stream, state.best = False, params.n
         if isinstance(params, PoolingParams):
             self._need_encoder()
-            state.choices.append(self._pooled(tokens, params, limit))
+            state.choices.append(self._pooled(tokens, params, limit, scope))
         else:
-            state.choices += self._continued(tokens, params, limit)
+            state.choices += self._continued(tokens, params, limit, scope)
         self._requests[request.id] = state
         self._requests_seen += 1
         self._sequences_seen += len(state.choices)
@@ -218,7 +222,9 @@ class Engine:
             raise RequestError("structured_outputs cannot be used: this engine knows no tokenizer")
         return self._constraints
 
-    def _continued(self, tokens: tuple[int, ...], params: SamplingParams, limit: int) -> list[Choice]:
+    def _continued(
+        self, tokens: tuple[int, ...], params: SamplingParams, limit: int, scope: Scope
+    ) -> list[Choice]:
         seed = self._seed_of(params)
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -227,21 +233,24 @@ class Engine:
         words = None if self._constraints is None else self._constraints.words
         count = params.best_of or params.n
         constraints = [None] * count if form is None else self._constraining.start(form, count)
-        choices = []
+        choices: list[Choice] = []
         for index, constraint in enumerate(constraints):
             chooser = Chooser(params, seed, index, tokens, tuple(ends), constraint, words)
-            pages = self.scheduler.cache.new_sequence()
-            sequence = Sequence(self._sequences_seen + index, tokens, chooser, pages, limit)
+            pages = self.scheduler.cache.new_sequence(scope)
+            leader = choices[0].sequence if choices else None
+            sequence = Sequence(self._sequences_seen + index, tokens, chooser, pages, limit, leader=leader)
             detokenizer = self._detokenizer(params.skip_special_tokens)
             choices.append(Choice(index, sequence, params, ends, limit, detokenizer))
         return choices
 
-    def _pooled(self, tokens: tuple[int, ...], params: PoolingParams, limit: int) -> PooledPrompt:
+    def _pooled(
+        self, tokens: tuple[int, ...], params: PoolingParams, limit: int, scope: Scope
+    ) -> PooledPrompt:
         sequence = Sequence(
             self._sequences_seen,
             tokens,
             Chooser(SamplingParams(), 0, 0, (), ()),  # never asked
-            self.scheduler.cache.new_sequence(),
+            self.scheduler.cache.new_sequence(scope),
             limit,
             pooled=True,
         )

@@ -145,7 +145,8 @@ def load_engine(config: EngineConfig) -> LoadedModel:
         handle = executor.compile(program)
         on_failure.pop_all()
     assert config.max_model_len is not None
-    cache = KVCache(tuple(group.window for group in program.groups), pages)
+    windows = tuple(group.window for group in program.groups)
+    cache = KVCache(windows, pages, config.enable_prefix_caching)
     scheduler = Scheduler(cache, config.max_num_seqs, config.max_num_batched_tokens)
     ends = frozenset(token for token in tokenizer.eos_ids if token < spec.vocabulary)
     facts = ModelFacts(spec.vocabulary, config.max_model_len, ends, tokenizer.bos_id, 1 / spec.logit_scale)

@@ -239,4 +239,5 @@ class RequestState:
             RequestMetrics(self.arrived_s, self.first_token_s, self.finished_s),
             first.prompt_logprobs,
             first.embedding,
+            first.sequence.cached_tokens,
         )

@@ -449,11 +449,13 @@ class PoolingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt as token ids and how to continue it, or to pool it."""
+    """A prompt as token ids and how to continue it, or to pool it. What was computed of prompts and answers
+    is shared only among requests of the same `cache_salt`."""
 
     id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams | PoolingParams = field(default_factory=SamplingParams)
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -502,6 +504,7 @@ class RequestOutput:
 
     `prompt_logprobs` has an entry for each token of the prompt, None for the first, once all are known. A
     request to pool its prompt has one output, without tokens, and at its end the `embedding`.
+    `cached_tokens` of the prompt were not computed, but found in the prefix cache.
     """
 
     request_id: str
@@ -512,3 +515,4 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     embedding: tuple[float, ...] | None = None
+    cached_tokens: int = 0

@@ -133,8 +133,7 @@ class EngineWorker:
     def pulse(self) -> Pulse:
         """How things stand; asked from another thread, so that its numbers may be of different moments."""
         began_s, scheduler = self._step_began_s, self._engine.scheduler
-        running, pools = list(scheduler.running), scheduler.cache.pools
-        used = max((pool.used_pages / pool.pages for pool in pools if pool.pages), default=0.0)
+        running = list(scheduler.running)
         return Pulse(
             step_age_s=0.0 if began_s is None else time.monotonic() - began_s,
             usual_step_s=max(list(self._recent), default=0.0),
@@ -142,7 +141,7 @@ class EngineWorker:
             steps=self._steps,
             running=len(running),
             waiting=len(scheduler.waiting),
-            kv_used=used,
+            kv_used=scheduler.cache.usage,
         )
 
     def _obey(self, command: Command | _Compiled) -> None:
@@ -185,7 +184,8 @@ class EngineWorker:
     def _add(self, command: Add | Embed) -> None:
         stream = isinstance(command, Add) and command.stream
         try:
-            self._engine.add(Request(str(command.id), command.tokens, command.params), stream=stream)
+            request = Request(str(command.id), command.tokens, command.params, command.cache_salt)
+            self._engine.add(request, stream=stream)
         except Exception as error:  # what is wrong with one request must not end the others
             self._tell(_refusal(command.id, error))
             return
@@ -227,7 +227,7 @@ class EngineWorker:
         request = int(output.request_id)
         self._forget(request)
         try:
-            self._tell(Embedded(request, embedding_of(output)))
+            self._tell(Embedded(request, embedding_of(output), output.cached_tokens))
         except Exception as error:
             self._tell(_refusal(request, error))
 
@@ -245,8 +245,9 @@ class EngineWorker:
                 logprobs = choice.logprobs[tokens:] if choice.logprobs is not None else None
                 text, new = choice.text[characters:], choice.token_ids[tokens:]
                 reasons = (choice.finish_reason, choice.stop_reason)
-                scores = output.prompt_logprobs if choice.index == tokens == 0 else None
-                piece = Piece(request, choice.index, text, new, logprobs, *reasons, scores)
+                first = choice.index == tokens == 0
+                of_prompt = (output.prompt_logprobs, output.cached_tokens) if first else ()
+                piece = Piece(request, choice.index, text, new, logprobs, *reasons, *of_prompt)
                 pieces.append(piece)
             if output.finished:
                 ended.append(request)
@@ -274,6 +275,7 @@ def card_of(loaded: LoadedModel) -> ModelCard:
         max_num_seqs=config.max_num_seqs,
         vocabulary_size=loaded.engine.model.vocabulary_size,
         sampling_defaults=loaded.sampling_defaults,
+        prefix_caching=config.enable_prefix_caching,
     )
 
 

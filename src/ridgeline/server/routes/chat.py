@@ -177,7 +177,7 @@ class ChatAnswer:
     def _add(self, piece: Piece, parts: list[bytes]) -> None:
         """The chunks of a piece."""
         index, chunks = piece.choice, self._chunks
-        self._usage.completion_tokens += len(piece.tokens)
+        self._usage.add(piece)
         if index not in self._begun:
             self._begun.add(index)
             parts.append(chunks.role(index, self._scores if index == 0 else None))
@@ -207,7 +207,7 @@ class ChatAnswer:
             async for _, pieces in arriving:
                 await self._note_scores(pieces)
                 for piece in pieces:
-                    self._usage.completion_tokens += len(piece.tokens)
+                    self._usage.add(piece)
                     deltas[piece.choice] += self._deltas(piece)
                     logprobs[piece.choice] += piece.logprobs or ()
                     last[piece.choice] = piece

@@ -105,7 +105,7 @@ async def admitted(request: Request, kind: type[B]) -> Admitted[B]:
     with form_errors(body):
         params = body.params(service.text.sampling_defaults)
     name = request.scope["ridgeline.id"]
-    ticket = service.admit(key, body.answers, name)
+    ticket = service.admit(key, body.answers, name, body.cache_salt)
     service.log_prompt(name, body.content)
     return Admitted(request, service, body, model, params, ticket)
 

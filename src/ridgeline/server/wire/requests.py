@@ -17,6 +17,7 @@ MAX_SEQUENCES = 2048
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 512
 MAX_STOP = 4096
+MAX_SALT = 256
 MAX_TOP_LOGPROBS = 20
 COMPLETION_TOKENS = 16
 """What a completion has at most where its request does not say; OpenAI's default."""
@@ -50,6 +51,8 @@ def _token_ids(value: list[int]) -> list[int]:
 Stops = Annotated[list[str], BeforeValidator(_stops, json_schema_input_type=str | list[str])]
 Biases = Annotated[dict[str, float], AfterValidator(_biases)]
 TokenIds = Annotated[list[int], AfterValidator(_token_ids)]
+Salt = Annotated[str, Field(min_length=1, max_length=MAX_SALT)]
+"""What is computed for a request is shared only with those of the same key that send the same."""
 
 
 class StreamOptions(Body):
@@ -105,6 +108,7 @@ class Sampled(Body):
     bad_words: Stops | None = None
     response_format: ResponseFormatField | None = None
     structured_outputs: StructuredOutputsField | None = None
+    cache_salt: Salt | None = None
 
     unsupported: ClassVar[Mapping[str, Accepts]] = {
         "user": anything,
@@ -125,7 +129,6 @@ class Sampled(Body):
         "return_tokens_as_token_ids": only(False),
         "return_token_ids": only(False),
         "priority": only(0),
-        "cache_salt": only(),
         "request_id": only(),
         "guided_json": only(),
         "guided_regex": only(),
@@ -370,6 +373,7 @@ class EmbeddingRequest(Body):
     pooling: Literal["mean", "last"] = "mean"
     normalize: bool = True
     add_special_tokens: bool = True
+    cache_salt: Salt | None = None
 
     unsupported: ClassVar[Mapping[str, Accepts]] = {
         "user": anything,
