@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -107,7 +107,7 @@ class CpuExecutor:
         handle.tape.run(inputs)
         return self._finish(handle, step, logits, started_s)
 
-    def profile(self, handle: CpuHandle, step: Step) -> tuple[FinishedStep, list[LaunchTime]]:
+    def profile(self, handle: CpuHandle, step: Step) -> tuple[FinishedStep, Callable[[], list[LaunchTime]]]:
         """As `run`, with the time of each launch as the team's first thread saw it."""
         started_s = time.perf_counter()
         inputs, logits = self._prepare(handle, step)
@@ -115,16 +115,20 @@ class CpuExecutor:
         elapsed = handle.tape.profile(inputs)
         ran_s = time.perf_counter()
         finished = self._finish(handle, step, logits, started_s)
-        load, footprint = StepLoad.of(step, handle.program.groups), self._footprint(handle.program)
-        works = launch_works(handle.program, handle.launches, load, footprint)
         drawn_s = started_s + finished.step_result.elapsed_s
         elapsed_s = [*elapsed, drawn_s - ran_s]  # the last launch of a decoder draws, outside the tape
-        parts = zip(handle.launches, elapsed_s, works, strict=False)
-        return finished, [
-            LaunchTime("inputs", prepared_s - started_s),
-            *(LaunchTime(label_of(launch), seconds, work) for launch, seconds, work in parts),
-            LaunchTime("wait for the team", ran_s - prepared_s - sum(elapsed)),
-        ]
+
+        def times() -> list[LaunchTime]:
+            load, footprint = StepLoad.of(step, handle.program.groups), self._footprint(handle.program)
+            works = launch_works(handle.program, handle.launches, load, footprint)
+            parts = zip(handle.launches, elapsed_s, works, strict=False)
+            return [
+                LaunchTime("inputs", prepared_s - started_s),
+                *(LaunchTime(label_of(launch), seconds, work) for launch, seconds, work in parts),
+                LaunchTime("wait for the team", ran_s - prepared_s - sum(elapsed)),
+            ]
+
+        return finished, times
 
     def _prepare(self, handle: CpuHandle, step: Step) -> tuple[StepInputs, Float32Array]:
         """What the tape reads in a step, and the logits that it will write."""
