@@ -135,10 +135,10 @@ def ratios(ours: Side, theirs: Sequence[Side]) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
-    print(f"{'':<28}" + "".join(f"{key.removesuffix('_ms'):>22}" for key in FIGURES))
+    print(f"{'':<28}" + "".join(f"{key.removesuffix('_ms'):>28}" for key in FIGURES))
     for name, medians in result["sides"].items():
         cells = [f"{middle:.1f} ({low:.1f}–{high:.1f})" for middle, low, high in medians.values()]
-        print(f"{name:<28}" + "".join(f"{cell:>22}" for cell in cells))
+        print(f"{name:<28}" + "".join(f"{cell:>28}" for cell in cells))
     for key, ratio in result["ratios"].items():
         spread = f"{ratio['least']:.2f} to {ratio['most']:.2f}"
         print(f"{key}: {ratio['of_medians']:.2f} times {ratio['to']} ({spread})")

@@ -129,7 +129,7 @@ class FakeExecutor:
         (segment,) = sequence.segments
         assert segment.length == sequence.start + len(sequence.tokens)
         assert len(segment.tables) == len(self.memory)
-        assert {len(table) for table in segment.tables} == {-(-segment.length // PAGE_TOKENS)}
+        assert {len(table) for table in segment.tables} <= {-(-segment.length // PAGE_TOKENS)}
         assert list(sequence.outputs) == sorted(set(sequence.outputs))
         for group, table in enumerate(segment.tables):
             chain = self._chain_at(group, table, sequence.start - 1)
@@ -212,8 +212,9 @@ def letter(token_id: int) -> str:
 
 def make_engine(executor: FakeExecutor, **settings: Any) -> Engine:
     """An engine on a fake executor. Settings: max_num_seqs, max_num_batched_tokens, max_model_len,
-    end_token_ids, begin_token_id, seed."""
-    cache = KVCache(executor.windows, tuple(len(memory) for memory in executor.memory))
+    end_token_ids, begin_token_id, seed, prefix_caching."""
+    pages = tuple(len(memory) for memory in executor.memory)
+    cache = KVCache(executor.windows, pages, settings.pop("prefix_caching", True))
     scheduler = Scheduler(cache, settings.pop("max_num_seqs", 8), settings.pop("max_num_batched_tokens", 64))
     seed = settings.pop("seed", None)
     model = ModelFacts(executor.vocabulary, settings.pop("max_model_len", 512), **settings)

@@ -326,8 +326,8 @@ def test_client_gets_what_the_model_gives(tiny_llama: Path) -> None:
         async with running(tiny_llama) as client:
             many = [client.embed(prompt) for _ in range(3)]
             pieces = [piece async for some in client.submit(prompt, params) for piece in some]
-            for vector in await asyncio.gather(*many):
-                np.testing.assert_array_equal(np.array(vector, np.float32), expected)
+            for found in await asyncio.gather(*many):
+                np.testing.assert_array_equal(np.array(found.embedding, np.float32), expected)
             assert [piece.prompt_logprobs for piece in pieces] == [scored.prompt_logprobs]
             with pytest.raises(RequestError, match="prompt token is 288; accepted: 0 to 287"):
                 await client.embed([VOCABULARY])
@@ -338,6 +338,6 @@ def test_client_gets_what_the_model_gives(tiny_llama: Path) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await given_up
             assert client.open_requests == 0
-            assert len(await client.embed(prompt, "last", normalise=False)) == len(expected)
+            assert len((await client.embed(prompt, "last", normalise=False)).embedding) == len(expected)
 
     asyncio.run(run())

@@ -14,10 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import PAGES, Loaded, load
-from tiny_models import VOCABULARY, TinyModel
+from tiny_models import VOCABULARY, TinyModel, pool_bytes
 
 from ridgeline import LLM, SamplingParams
-from ridgeline.config import PAGE_TOKENS
 from ridgeline.native import isa_levels
 from ridgeline.types import SequenceRows
 
@@ -139,16 +138,9 @@ def test_tokens_do_not_depend_on_load(
     tight: bool,
 ) -> None:
     expected = [tokens_of(solo, [request])[0] for request in batch]
-    memory_bytes = 2 * smallest_pool_bytes(tiny("gemma3")) if tight else None
+    memory_bytes = 2 * pool_bytes(tiny("gemma3"), MAX_LEN) if tight else None
     with crowded(tiny("gemma3").folder, threads, budget, memory_bytes) as llm:
         assert tokens_of(llm, batch) == expected
-
-
-def smallest_pool_bytes(model: TinyModel) -> int:
-    """Keys and values of one sequence of MAX_LEN tokens, every layer counted as if it had no window."""
-    config = model.torch_model.config
-    slots = -(-MAX_LEN // PAGE_TOKENS) * PAGE_TOKENS
-    return 2 * 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * slots
 
 
 def test_preemption_happens_and_changes_nothing(solo: LLM, tiny: Tiny) -> None:
@@ -156,7 +148,7 @@ def test_preemption_happens_and_changes_nothing(solo: LLM, tiny: Tiny) -> None:
     greedy = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
     batch = [(tuple(random.integers(3, VOCABULARY, 60).tolist()), greedy) for _ in range(8)]
     expected = [tokens_of(solo, [request])[0] for request in batch]
-    with crowded(tiny("gemma3").folder, 2, 64, 2 * smallest_pool_bytes(tiny("gemma3"))) as llm:
+    with crowded(tiny("gemma3").folder, 2, 64, 2 * pool_bytes(tiny("gemma3"), MAX_LEN)) as llm:
         assert tokens_of(llm, batch) == expected
         scheduler = llm._loaded.engine.scheduler
         assert scheduler.preemptions > 0

@@ -42,6 +42,46 @@ def test_pool_refuses_to_free_what_is_not_in_use(pages: list[int]) -> None:
     pool.check_integrity()
 
 
+def test_a_shared_page_is_free_when_its_last_user_frees_it() -> None:
+    pool = PagePool(3)
+    (page,) = pool.allocate(1)
+    pool.share([page])
+    pool.free([page])
+    assert (pool.used_pages, pool.users(page)) == (1, 1)
+    pool.free([page])
+    assert (pool.used_pages, pool.free_pages) == (0, 3)
+    with pytest.raises(ValueError, match="is free"):
+        pool.share([page])
+    pool.check_integrity()
+
+
+def test_kept_pages_count_as_free_and_are_evicted_in_the_order_in_which_they_were_left() -> None:
+    pool = PagePool(4)
+    evicted: list[int] = []
+    pool.evict = evicted.append
+    pages = pool.allocate(3)
+    for page in pages:
+        pool.keep(page)
+    pool.free([pages[2], pages[0]])
+    assert (pool.free_pages, pool.evictable_pages, pool.used_pages) == (3, 2, 1)
+    pool.share([pages[2]])  # found again, and left again
+    pool.free([pages[2]])
+    pool.check_integrity()
+    taken = pool.allocate(2)
+    assert evicted == [pages[0]], "a free page is taken first"
+    assert pages[0] in taken
+    assert pool.allocate(1) == [pages[2]] == evicted[1:]
+    with pytest.raises(CapacityError):
+        pool.allocate(1)
+    pool.forget(pages[1])
+    pool.free([pages[1]])
+    assert pool.evictable_pages == 0
+    for wrong in (pool.keep, pool.forget):
+        with pytest.raises(ValueError, match="kept"):
+            wrong(pages[1])
+    pool.check_integrity()
+
+
 def test_integrity_check_finds_a_page_on_the_free_list_twice() -> None:
     pool = PagePool(3)
     pool._free.append(0)
@@ -55,7 +95,7 @@ def test_integrity_check_finds_a_page_with_two_owners_and_a_lost_page() -> None:
     assert cache.grow(one, 1)
     assert cache.grow(two, 1)
     two.tables[0][0] = one.tables[0][0]
-    with pytest.raises(AssertionError, match="two owners"):
+    with pytest.raises(AssertionError, match="has 2 users and counts 1"):
         cache.check_integrity([one, two])
     with pytest.raises(AssertionError, match="nobody owns"):
         cache.check_integrity([one])

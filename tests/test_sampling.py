@@ -16,7 +16,7 @@ from ridgeline.execution import draw
 from ridgeline.execution.draw import Candidates
 from ridgeline.execution.noise import SEED, Address, NoiseSource, derived_seed, gumbel, gumbel_bound
 from ridgeline.sampling import processors
-from ridgeline.sampling.processors import TokenHistory
+from ridgeline.sampling.history import TokenHistory
 from ridgeline.sampling.sampler import Chooser, Sampled, Sampler
 from ridgeline.sampling.stop import StopMatcher
 from ridgeline.types import SamplingParams, Step, StepResult, Work

@@ -27,10 +27,10 @@ from serving import (
 )
 
 from ridgeline.server.config import keys_of
-from ridgeline.server.messages import Add, Begun, Piece, Pieces, Pulse, Refused
+from ridgeline.server.messages import Add, Begun, Embed, Embedded, Piece, Pieces, Pulse, Refused
 from ridgeline.server.metrics import Metrics
 from ridgeline.server.version import package_version
-from ridgeline.types import SamplingParams
+from ridgeline.types import PoolingParams, SamplingParams
 
 PROMPT = {"prompt": [5, 6, 7, 8], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 
@@ -89,6 +89,25 @@ def test_what_was_asked_is_counted(tiny_llama: Path) -> None:
         assert told.each("build_info").keys() == {("cpu", "tiny", package_version())}
 
     with_server(tiny_llama, scenario)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_what_was_looked_for_and_found_is_counted(caching: bool) -> None:
+    engine = FakeEngine(prefix_caching=caching)
+    engine.card = engine._card
+    metrics = Metrics(engine, "tiny", "1")
+    metrics.hear(Add(1, (3,) * 40, SamplingParams(n=2)))
+    for choice in (0, 1):
+        piece = Piece(
+            1, choice, "a", (3,), None, "length", cached_tokens=32 if choice == 0 and caching else 0
+        )
+        metrics.hear(Pieces((piece,), (1,) if choice else ()))
+    metrics.hear(Embed(2, (3,) * 20, PoolingParams("last")))
+    metrics.hear(Embedded(2, (0.5,), 16 if caching else 0))
+    told = Told.of(generate_latest(metrics.registry).decode())
+    assert told.of_ours("prompt_tokens_total") == 60
+    assert told.of_ours("prefix_cache_queries_total") == (60 if caching else 0)
+    assert told.of_ours("prefix_cache_hits_total") == (48 if caching else 0)
 
 
 def test_failures_are_counted_once(tiny_llama: Path) -> None:

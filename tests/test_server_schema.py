@@ -92,6 +92,8 @@ def plausible(path: str, body: dict[str, Any]) -> dict[str, Any]:
             made[name] = in_vocabulary(made[name])
     for name in ("stop", "stop_token_ids", "logit_bias", "tools", "documents", "best_of", "tool_choice"):
         made.pop(name, None)
+    for name in ("response_format", "structured_outputs"):
+        made.pop(name, None)
     for name in ("reasoning_effort", "chat_template_kwargs", "continue_final_message", "parallel_tool_calls"):
         made.pop(name, None)
     if not made.get("stream"):

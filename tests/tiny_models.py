@@ -111,6 +111,12 @@ class TinyModel:
             return self.torch_model(torch.tensor([tokens])).logits[0].float().numpy()
 
 
+def pool_bytes(model: TinyModel, tokens: int) -> int:
+    """Keys and values of one sequence of `tokens`, every layer counted as if it had no window."""
+    config = model.torch_model.config
+    return 2 * 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * tokens
+
+
 def make(name: str, directory: Path, change: Callable[[Any], Any] = lambda model: model) -> TinyModel:
     """Build, change, scale and write the model; deterministic."""
     torch.manual_seed(sum(map(ord, name)))

@@ -33,6 +33,7 @@ class RidgelineDriver:
             "max_model_len": options.max_context,
             "max_num_seqs": sequences,
             "max_num_batched_tokens": max(2 * sequences, default.max_num_batched_tokens),
+            "enable_prefix_caching": False,  # the same prompts come again
             **options.more,
         }
         loaded = load_engine(EngineConfig.from_options(settings))

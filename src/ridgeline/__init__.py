@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         RequestOutput,
         RidgelineError,
         SamplingParams,
+        StructuredOutputsParams,
     )
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "RequestOutput",
     "RidgelineError",
     "SamplingParams",
+    "StructuredOutputsParams",
     "Tokenizer",
 ]
 

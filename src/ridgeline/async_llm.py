@@ -47,15 +47,21 @@ class AsyncLLM(LoadedFace):
         atexit.register(self.close)  # Python would end the thread in the midst of a step
 
     async def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        cache_salt: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Continue a prompt, yielding its state as it grows; the last one is `finished`.
+        """Continue a prompt, yielding its state as it grows; the last one is `finished`. `cache_salt` as in
+        `LLM.generate`.
 
         A reader that is slower than the engine gets fewer, longer updates. Leaving the loop, or cancelling
         its task, aborts the request. Raises RequestError and EngineDeadError.
         """
         tokens = await asyncio.to_thread(self._loaded.tokens_of, prompt)
-        async with aclosing(self._follow(text_of(prompt), tokens, params, request_id)) as outputs:
+        following = self._follow(text_of(prompt), tokens, params, request_id, cache_salt)
+        async with aclosing(following) as outputs:
             async for output in outputs:
                 yield output
 
@@ -64,11 +70,12 @@ class AsyncLLM(LoadedFace):
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         request_id: str | None = None,
+        cache_salt: str = "",
         **template: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a conversation, as `generate` does; `template` as in `LLM.chat`."""
         tokens = await asyncio.to_thread(self._loaded.chat_tokens, messages, **template)
-        async with aclosing(self._follow(None, tokens, params, request_id)) as outputs:
+        async with aclosing(self._follow(None, tokens, params, request_id, cache_salt)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -78,11 +85,13 @@ class AsyncLLM(LoadedFace):
         pooling: Pooling = "mean",
         normalise: bool = True,
         request_id: str | None = None,
+        cache_salt: str = "",
     ) -> tuple[float, ...]:
         """A vector for a prompt, as `LLM.embed` makes it."""
         tokens = await asyncio.to_thread(self._loaded.tokens_of, prompt)
         params = PoolingParams(pooling, normalise)
-        async with aclosing(self._follow(text_of(prompt), tokens, params, request_id)) as outputs:
+        following = self._follow(text_of(prompt), tokens, params, request_id, cache_salt)
+        async with aclosing(following) as outputs:
             async for output in outputs:
                 last = output
         return embedding_of(last)
@@ -118,9 +127,12 @@ class AsyncLLM(LoadedFace):
         tokens: tuple[int, ...],
         params: SamplingParams | PoolingParams | None,
         request_id: str | None,
+        cache_salt: str,
     ) -> AsyncGenerator[RequestOutput, None]:
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
-        request = Request(name, tokens, params or self.sampling_defaults)
+        request = Request(name, tokens, params or self.sampling_defaults, cache_salt)
+        if not self._loaded.engine.is_prepared(request.params):
+            await asyncio.to_thread(self._loaded.engine.prepare, request.params)
         mailbox = _Mailbox(asyncio.get_running_loop())
         with self._lock:
             if name in self._open:

@@ -46,6 +46,7 @@ class EngineConfig:
     `max_num_batched_tokens` is a step's token budget, `max_num_seqs` how many sequences run at once.
     `kv_cache_memory_bytes` is the KV pool's size (default: from the memory that is free).
     `packed_cache` lets the CPU executor keep packed weights on disk where that makes the next start faster.
+    `enable_prefix_caching` keeps what was computed, for prompts that begin alike, until memory is needed.
     `seed` makes requests without a seed of their own repeatable.
     """
 
@@ -58,6 +59,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
     seed: int | None = None
     packed_cache: bool = True
 
@@ -80,7 +82,9 @@ class EngineConfig:
             budget,
             f"at least max_num_seqs ({self.max_num_seqs})",
         )
-        _check(isinstance(self.packed_cache, bool), "packed_cache", self.packed_cache, "True or False")
+        for name in ("packed_cache", "enable_prefix_caching"):
+            value = getattr(self, name)
+            _check(isinstance(value, bool), name, value, "True or False")
         _check(self.seed is None or isinstance(self.seed, int), "seed", self.seed, "a whole number or none")
 
     @classmethod

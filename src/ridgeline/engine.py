@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ridgeline.cache.radix import Scope
 from ridgeline.execution.noise import derived_seed
 from ridgeline.outcome import Choice, Outcome, PooledPrompt, RequestState
+from ridgeline.sampling.constraints import Constraints
 from ridgeline.sampling.pooling import Pooler
 from ridgeline.sampling.sampler import Chooser, Sampled, Sampler
 from ridgeline.scheduling.scheduler import Plan, Scheduler
@@ -84,7 +86,8 @@ class Engine:
     `encoder` compiles the program that gives hidden states, when the first request to pool a prompt comes.
 
     `detokenizer(skip_special_tokens)` makes the text side of one sequence. With `seed`, requests without
-    a seed of their own are repeatable: theirs is derived from it by their order of arrival.
+    a seed of their own are repeatable: theirs is derived from it by their order of arrival. `constraints`
+    compiles the forms that answers are to have.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Engine:
         detokenizer: Callable[[bool], Detokenizer],
         seed: int | None = None,
         encoder: Callable[[], Any] | None = None,
+        constraints: Constraints | None = None,
     ) -> None:
         self.model = model
         self.scheduler = scheduler
@@ -104,6 +108,7 @@ class Engine:
         self.handle = handle
         self._compile_encoder = encoder
         self._encoder: Any = None
+        self._constraints = constraints
         self._detokenizer = detokenizer
         self._seed = seed
         self._sampler = Sampler()
@@ -144,7 +149,11 @@ class Engine:
         plan = self.scheduler.schedule(time.perf_counter())
         if not plan.sequences:
             return False
+        if self._constraints is not None:
+            self._constraints.flush()
         self._launching = True
+        if plan.copies:
+            self.executor.transfer(plan.copies)
         future = self.executor.run(self._encoder if plan.pooled else self.handle, plan.step)
         self._in_flight.append((plan, future))
         self.scheduler.advance(plan)
@@ -161,6 +170,8 @@ class Engine:
             self.abort(request_id)
         # A compiled program keeps its weights alive.
         self.handle = self._encoder = self._compile_encoder = None
+        if self._constraints is not None:
+            self._constraints.close()
         self.executor.close()
 
     # ------------------------------------------------------------------------- requests come and go
@@ -177,12 +188,15 @@ class Engine:
             tokens = (self.model.begin_token_id,)
         params = request.params
         limit = self._check(tokens, params)
+        scope = Scope(salt=request.cache_salt)
         state = RequestState(request.id, prompt, tokens, stream, time.perf_counter())
+        if isinstance(params, SamplingParams) and params.is_best_of:
+            state.stream, state.best = False, params.n
         if isinstance(params, PoolingParams):
             self._need_encoder()
-            state.choices.append(self._pooled(tokens, params, limit))
+            state.choices.append(self._pooled(tokens, params, limit, scope))
         else:
-            state.choices += self._continued(tokens, params, limit)
+            state.choices += self._continued(tokens, params, limit, scope)
         self._requests[request.id] = state
         self._requests_seen += 1
         self._sequences_seen += len(state.choices)
@@ -190,26 +204,53 @@ class Engine:
             self._owners[choice.sequence.arrival] = (state, choice)
             self.scheduler.add(choice.sequence)
 
-    def _continued(self, tokens: tuple[int, ...], params: SamplingParams, limit: int) -> list[Choice]:
+    def prepare(self, params: SamplingParams | PoolingParams) -> None:
+        """Compile the form that an answer is to have, which may take a second, so that `add` need not. Safe
+        to call from any thread. Raises RequestError when that cannot be done."""
+        form = params.structured_outputs if isinstance(params, SamplingParams) else None
+        if form is not None:
+            self._constraining.prepare(form)
+
+    def is_prepared(self, params: SamplingParams | PoolingParams) -> bool:
+        """Whether `prepare` has nothing to do."""
+        form = params.structured_outputs if isinstance(params, SamplingParams) else None
+        return form is None or self._constraints is None or self._constraints.has(form)
+
+    @property
+    def _constraining(self) -> Constraints:
+        if self._constraints is None:
+            raise RequestError("structured_outputs cannot be used: this engine knows no tokenizer")
+        return self._constraints
+
+    def _continued(
+        self, tokens: tuple[int, ...], params: SamplingParams, limit: int, scope: Scope
+    ) -> list[Choice]:
         seed = self._seed_of(params)
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= self.model.end_token_ids
-        choices = []
-        for index in range(params.n):
-            chooser = Chooser(params, seed, index, tokens, tuple(ends))
-            pages = self.scheduler.cache.new_sequence()
-            sequence = Sequence(self._sequences_seen + index, tokens, chooser, pages, limit)
+        form = params.structured_outputs
+        words = None if self._constraints is None else self._constraints.words
+        count = params.best_of or params.n
+        constraints = [None] * count if form is None else self._constraining.start(form, count)
+        choices: list[Choice] = []
+        for index, constraint in enumerate(constraints):
+            chooser = Chooser(params, seed, index, tokens, tuple(ends), constraint, words)
+            pages = self.scheduler.cache.new_sequence(scope)
+            leader = choices[0].sequence if choices else None
+            sequence = Sequence(self._sequences_seen + index, tokens, chooser, pages, limit, leader=leader)
             detokenizer = self._detokenizer(params.skip_special_tokens)
             choices.append(Choice(index, sequence, params, ends, limit, detokenizer))
         return choices
 
-    def _pooled(self, tokens: tuple[int, ...], params: PoolingParams, limit: int) -> PooledPrompt:
+    def _pooled(
+        self, tokens: tuple[int, ...], params: PoolingParams, limit: int, scope: Scope
+    ) -> PooledPrompt:
         sequence = Sequence(
             self._sequences_seen,
             tokens,
             Chooser(SamplingParams(), 0, 0, (), ()),  # never asked
-            self.scheduler.cache.new_sequence(),
+            self.scheduler.cache.new_sequence(scope),
             limit,
             pooled=True,
         )

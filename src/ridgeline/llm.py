@@ -50,17 +50,23 @@ class LLM(LoadedFace):
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        cache_salt: str = "",
     ) -> list[RequestOutput]:
         """Continue one prompt, or many as one batch; results in input order.
 
-        A prompt is a text or a list of token ids. `params` is for all prompts, or one for each. Raises
-        RequestError when one of them cannot be served, before any is started.
+        A prompt is a text or a list of token ids. `params` is for all prompts, or one for each. What was
+        computed is shared with calls of the same `cache_salt` only. Raises RequestError when one of them
+        cannot be served, before any is started.
         """
         several = _prompts(prompts)
-        return self._run_prompts(several, self._params_for(params, len(several)))
+        return self._run_prompts(several, self._params_for(params, len(several)), cache_salt)
 
     def embed(
-        self, prompts: Prompt | Sequence[Prompt], pooling: Pooling = "mean", normalise: bool = True
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling: Pooling = "mean",
+        normalise: bool = True,
+        cache_salt: str = "",
     ) -> Float32Array:
         """A vector for one prompt, or for each of many: float32 (prompts, hidden size).
 
@@ -69,7 +75,7 @@ class LLM(LoadedFace):
         when there is no memory for the buffers that the first call takes.
         """
         several = _prompts(prompts)
-        outputs = self._run_prompts(several, [PoolingParams(pooling, normalise)] * len(several))
+        outputs = self._run_prompts(several, [PoolingParams(pooling, normalise)] * len(several), cache_salt)
         vectors = [embedding_of(output) for output in outputs]
         return np.array(vectors, np.float32).reshape(len(vectors), len(vectors[0]) if vectors else 0)
 
@@ -77,6 +83,7 @@ class LLM(LoadedFace):
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        cache_salt: str = "",
         **template: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or many as one batch. A message is `{"role": ..., "content": ...}`.
@@ -85,22 +92,26 @@ class LLM(LoadedFace):
         `continue_final_message`, and whatever else this model's takes, such as `enable_thinking`.
         """
         tokens = [self._loaded.chat_tokens(chat, **template) for chat in _chats(messages)]
-        return self._run([None] * len(tokens), tokens, self._params_for(params, len(tokens)))
+        return self._run([None] * len(tokens), tokens, self._params_for(params, len(tokens)), cache_salt)
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None
+        self, prompt: Prompt, params: SamplingParams | None = None, cache_salt: str = ""
     ) -> Generator[RequestOutput, None, None]:
         """Continue one prompt, yielding its state each time it has grown; the last one is `finished`.
 
         Closing the generator early aborts the request.
         """
-        yield from self._stream(text_of(prompt), self._loaded.tokens_of(prompt), params)
+        yield from self._stream(text_of(prompt), self._loaded.tokens_of(prompt), params, cache_salt)
 
     def stream_chat(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, **template: Any
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        cache_salt: str = "",
+        **template: Any,
     ) -> Generator[RequestOutput, None, None]:
         """Answer one conversation, as `stream` does; `template` as in `chat`."""
-        yield from self._stream(None, self._loaded.chat_tokens(messages, **template), params)
+        yield from self._stream(None, self._loaded.chat_tokens(messages, **template), params, cache_salt)
 
     def close(self) -> None:
         """Free the model. Idempotent; requests under way are aborted."""
@@ -118,18 +129,19 @@ class LLM(LoadedFace):
         self.close()
 
     def _run_prompts(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | PoolingParams]
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | PoolingParams], cache_salt: str
     ) -> list[RequestOutput]:
         tokens = [self._loaded.tokens_of(prompt) for prompt in prompts]
-        return self._run([text_of(prompt) for prompt in prompts], tokens, params)
+        return self._run([text_of(prompt) for prompt in prompts], tokens, params, cache_salt)
 
     def _run(
         self,
         texts: Sequence[str | None],
         tokens: Sequence[tuple[int, ...]],
         params: Sequence[SamplingParams | PoolingParams],
+        cache_salt: str,
     ) -> list[RequestOutput]:
-        with self._requests(texts, tokens, params, stream=False) as ids:
+        with self._requests(texts, tokens, params, cache_salt, stream=False) as ids:
             results: list[RequestOutput] = []
             while len(results) < len(ids):
                 with self._turn():
@@ -141,10 +153,10 @@ class LLM(LoadedFace):
             return results
 
     def _stream(
-        self, text: str | None, tokens: tuple[int, ...], params: SamplingParams | None
+        self, text: str | None, tokens: tuple[int, ...], params: SamplingParams | None, cache_salt: str
     ) -> Generator[RequestOutput, None, None]:
         each = self._params_for(params, 1)
-        with self._requests([text], [tokens], each, stream=True) as (request_id,):
+        with self._requests([text], [tokens], each, cache_salt, stream=True) as (request_id,):
             finished = False
             while not finished:
                 with self._turn():
@@ -186,16 +198,19 @@ class LLM(LoadedFace):
         texts: Sequence[str | None],
         tokens: Sequence[tuple[int, ...]],
         params: Sequence[SamplingParams | PoolingParams],
+        cache_salt: str,
         stream: bool,
     ) -> Iterator[list[str]]:
         """Requests that live as long as the block; what is unfinished at its end is aborted."""
         ids = [f"{next(self._ids)}" for _ in tokens]
         engine = self._loaded.engine
+        for each in params:
+            engine.prepare(each)  # while others' steps go on
         try:
             with self._turn():
                 self._check_open()
                 for request_id, text, prompt, each in zip(ids, texts, tokens, params, strict=True):
-                    engine.add(Request(request_id, prompt, each), text, stream)
+                    engine.add(Request(request_id, prompt, each, cache_salt), text, stream)
                     self._latest[request_id] = None
             yield ids
         finally:

@@ -124,6 +124,7 @@ def load_engine(config: EngineConfig) -> LoadedModel:
     from ridgeline.model.weights import Weights
     from ridgeline.precision.formats import check_device_format
     from ridgeline.resources.cuda import choose_device
+    from ridgeline.sampling.constraints import Constraints
     from ridgeline.scheduling.scheduler import Scheduler
 
     with ExitStack() as on_failure, closing(open_checkpoint(resolve(config.model))) as checkpoint:
@@ -144,12 +145,15 @@ def load_engine(config: EngineConfig) -> LoadedModel:
         handle = executor.compile(program)
         on_failure.pop_all()
     assert config.max_model_len is not None
-    cache = KVCache(tuple(group.window for group in program.groups), pages)
+    windows = tuple(group.window for group in program.groups)
+    cache = KVCache(windows, pages, config.enable_prefix_caching)
     scheduler = Scheduler(cache, config.max_num_seqs, config.max_num_batched_tokens)
     ends = frozenset(token for token in tokenizer.eos_ids if token < spec.vocabulary)
     facts = ModelFacts(spec.vocabulary, config.max_model_len, ends, tokenizer.bos_id, 1 / spec.logit_scale)
     encode = partial(compile_encoder, executor, spec, config, weights.formats)
-    engine = Engine(executor, handle, scheduler, facts, tokenizer.detokenizer, config.seed, encode)
+    constraints = Constraints(tokenizer, spec.vocabulary, ends)
+    detokenizer = tokenizer.detokenizer
+    engine = Engine(executor, handle, scheduler, facts, detokenizer, config.seed, encode, constraints)
     formats = Counter(fmt.name for fmt in weights.formats.values())
     return LoadedModel(config, engine, tokenizer, template, defaults, formats)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ridgeline.sampling.pooling import Pooler
@@ -42,6 +44,11 @@ class Outcome:
     def abort(self) -> None:
         """End it where it stands."""
         self.finish_reason = "abort"
+
+    @property
+    def mean_logprob(self) -> float:
+        """By which the best of a request's choices are found."""
+        return -math.inf
 
     def output(self) -> CompletionOutput:
         return CompletionOutput(self.index, "", (), self.finish_reason, self.stop_reason)
@@ -133,6 +140,9 @@ class Choice(Outcome):
                 self._show(self.detokenizer.push(token))
             self._end("stop", token if named else None)
             return
+        if self.sequence.chooser.has_ended:  # by an end token that the request ignores otherwise
+            self._end("stop")
+            return
         self._show(self.detokenizer.push(token))
         if self.finish_reason is None and len(self.sequence.token_ids) >= self.limit:
             self._end("length")
@@ -152,6 +162,12 @@ class Choice(Outcome):
             if self.stops.matched is not None and self.finish_reason is None:
                 self.finish_reason, self.stop_reason = "stop", self.stops.matched
         self.text += piece
+
+    @property
+    def mean_logprob(self) -> float:
+        if self.finish_reason == "error" or not self.logprobs:
+            return -math.inf
+        return math.fsum(each.logprob for each in self.logprobs) / len(self.logprobs)
 
     def output(self) -> CompletionOutput:
         tokens = tuple(self.sequence.token_ids[self.sequence.prompt_length :])
@@ -186,9 +202,11 @@ class PooledPrompt(Outcome):
 
 
 class RequestState:
-    """A request under way."""
+    """A request under way. With `best`, so many of its choices are told, once all have ended."""
 
-    __slots__ = ("arrived_s", "choices", "finished_s", "first_token_s", "id", "prompt", "stream", "tokens")
+    __slots__ = (
+        "arrived_s", "best", "choices", "finished_s", "first_token_s", "id", "prompt", "stream", "tokens"
+    )  # fmt: skip
 
     def __init__(
         self, request_id: str, prompt: str | None, tokens: tuple[int, ...], stream: bool, arrived_s: float
@@ -201,6 +219,14 @@ class RequestState:
         self.first_token_s: float | None = None
         self.finished_s: float | None = None
         self.choices: list[Outcome] = []
+        self.best: int | None = None
+
+    def _told(self) -> list[CompletionOutput]:
+        if self.best is None:
+            return [choice.output() for choice in self.choices]
+        # A choice's own number decides between equals.
+        ranked = sorted(self.choices, key=lambda choice: -choice.mean_logprob)[: self.best]
+        return [replace(choice.output(), index=index) for index, choice in enumerate(ranked)]
 
     def output(self) -> RequestOutput:
         first = self.choices[0]
@@ -208,9 +234,10 @@ class RequestState:
             self.id,
             self.prompt,
             self.tokens,
-            tuple(choice.output() for choice in self.choices),
+            tuple(self._told()),
             self.finished_s is not None,
             RequestMetrics(self.arrived_s, self.first_token_s, self.finished_s),
             first.prompt_logprobs,
             first.embedding,
+            first.sequence.cached_tokens,
         )

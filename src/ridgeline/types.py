@@ -6,11 +6,12 @@ an argument or computes with arrays.
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -207,6 +208,19 @@ class PageCopy:
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+_RANGES = (
+    ("top_n_sigma", -1, 1000),
+    ("xtc_probability", 0, 1),
+    ("xtc_threshold", 0, 1),
+    ("mirostat_tau", 0, 1000),
+    ("mirostat_eta", 0, 1),
+    ("dry_multiplier", 0, 1000),
+    ("dry_base", 1, 1000),
+)
+
+MAX_FORM = 2**17
+"""Characters of a schema, an expression, a grammar or a list of choices."""
+
 
 def _check(ok: bool, name: str, seen: object, accepted: str) -> None:
     if not ok:
@@ -222,13 +236,73 @@ def _is_real(value: object, low: float, high: float) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Thinking:
+    """Where a constrained answer may think first: text between two tokens, which nothing constrains. `open`:
+    the prompt ends amid it, so that only `end` is awaited."""
+
+    start: int
+    end: int
+    open: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutputsParams:
+    """The form that an answer must have, by exactly one of `json` (a JSON Schema, as text or as what JSON
+    reads), `regex` (Rust's syntax, of the whole answer), `choice` (one of these texts), `grammar` (Lark in
+    llguidance's dialect, or GBNF) and `json_object` (any JSON object). Names and meanings follow vLLM.
+
+    `whitespace_pattern` is a regex for what may stand between JSON's tokens; `disable_any_whitespace` forbids
+    all of it, `disable_additional_properties` the properties that a schema does not name.
+
+    Raises RequestError when it is not one form, or too long; whether it makes sense is found when it is
+    compiled.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool = False
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    thinking: Thinking | None = None
+
+    def __post_init__(self) -> None:
+        forms = ("json", "regex", "choice", "grammar", "json_object")
+        given = [name for name in forms if getattr(self, name) not in (None, False)]
+        accepted = f"one of {', '.join(forms)}"
+        _check(len(given) == 1, "structured_outputs", " and ".join(given) or "empty", accepted)
+        if isinstance(self.json, Mapping):
+            try:
+                object.__setattr__(self, "json", json.dumps(self.json, ensure_ascii=False))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise RequestError(f"structured_outputs json is no JSON: {error}") from None
+        if self.choice is not None:
+            listed = isinstance(self.choice, Collection) and not isinstance(self.choice, str)
+            texts = listed and all(isinstance(text, str) for text in self.choice)
+            _check(
+                texts and len(self.choice) > 0, "structured_outputs choice", self.choice, "a list of texts"
+            )
+            object.__setattr__(self, "choice", tuple(self.choice))
+        for name in ("json", "regex", "grammar", "whitespace_pattern"):
+            text = getattr(self, name)
+            _check(text is None or isinstance(text, str), f"structured_outputs {name}", text, "a text")
+        size = sum(map(len, (self.json or "", self.regex or "", self.grammar or "", *(self.choice or ()))))
+        _check(size <= MAX_FORM, "structured_outputs length", size, f"up to {MAX_FORM} characters")
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose the tokens of a request. Names and meanings follow vLLM and the OpenAI API.
 
     `temperature` 0 is greedy. `top_k` 0 or -1, `top_p` 1, `min_p` 0 and the neutral penalties switch the
-    processor off. `seed` None draws a fresh one. `max_tokens` None runs to the end of the context.
-    `logprobs` k also returns the k most probable tokens at each position; `prompt_logprobs` k does the same
-    for the prompt, and only with it may `max_tokens` be 0: the prompt is scored and nothing generated.
+    processor off. `seed` None draws a fresh one. `max_tokens` None runs to the end of the context. `logprobs`
+    k also returns the k most probable tokens at each position; `prompt_logprobs` k does the same for the
+    prompt, and only with it may `max_tokens` be 0: the prompt is scored and nothing generated.
+    `structured_outputs` constrains the form of the answer. With `best_of` so many answers are generated, and
+    the n of the highest mean log-probability are given, at the end. `typical_p` 1, `top_n_sigma` ≤ 0,
+    `xtc_probability` 0, `mirostat` 0 and `dry_multiplier` 0 are off; `sampling.processors` has the order.
 
     Raises RequestError when a value is out of range; whether token ids exist in the vocabulary is checked
     where the vocabulary is known.
@@ -253,11 +327,31 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputsParams | None = None
+    best_of: int | None = None
+    typical_p: float = 1.0
+    top_n_sigma: float = -1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: Sequence[str] = ("\n", ":", '"', "*")
+    bad_words: Sequence[str] = ()
+
+    @property
+    def is_best_of(self) -> bool:
+        """Whether more is generated than is told."""
+        return self.best_of is not None and self.best_of > self.n
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "bad_words", "dry_sequence_breakers"):
             given = getattr(self, name)
             _check(given is None or isinstance(given, Collection), name, given, "a list, or none")
             object.__setattr__(self, name, tuple(given or ()))
@@ -277,7 +371,37 @@ class SamplingParams:
         for name, most in (("logprobs", 100), ("prompt_logprobs", 20)):
             wanted = getattr(self, name)
             _check(wanted is None or _is_int(wanted, 0, most), name, wanted, f"0 to {most} or none")
+        form = self.structured_outputs
+        given = form is None or isinstance(form, StructuredOutputsParams)
+        _check(given, "structured_outputs", form, "StructuredOutputsParams, or none")
         self._check_lists()
+        self._check_rarer()
+
+    def _check_rarer(self) -> None:
+        best = self.best_of
+        _check(
+            best is None or _is_int(best, self.n, 128),
+            "best_of",
+            best,
+            f"{self.n}, which is n, to 128, or none",
+        )
+        _check(
+            _is_real(self.typical_p, 0, 1) and self.typical_p > 0,
+            "typical_p",
+            self.typical_p,
+            "above 0, up to 1",
+        )
+        _check(self.mirostat in (0, 2), "mirostat", self.mirostat, "0 (off) or 2")
+        for name, low, high in _RANGES:
+            _check(_is_real(getattr(self, name), low, high), name, getattr(self, name), f"{low} to {high}")
+        for name, low in (("dry_allowed_length", 1), ("dry_penalty_last_n", -1)):
+            _check(_is_int(getattr(self, name), low), name, getattr(self, name), f"{low} or more")
+        for name in ("bad_words", "dry_sequence_breakers"):
+            texts = getattr(self, name)
+            _check(len(texts) <= 256, f"number of {name}", len(texts), "at most 256")
+            for text in texts:
+                ok = isinstance(text, str) and 0 < len(text) <= 256
+                _check(ok, name, text, "texts of up to 256 characters")
 
     def _check_lengths(self) -> None:
         maximum = self.max_tokens
@@ -325,19 +449,22 @@ class PoolingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt as token ids and how to continue it, or to pool it."""
+    """A prompt as token ids and how to continue it, or to pool it. What was computed of prompts and answers
+    is shared only among requests of the same `cache_salt`."""
 
     id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams | PoolingParams = field(default_factory=SamplingParams)
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Log-probability of the token that was chosen, and of the most probable ones, best first.
 
-    They are those of the model's own distribution, before temperature, penalties and filters. `rank` is 1 for
-    the most probable token, and None where nobody counted.
+    They are those of the model's own distribution, before temperature, penalties and filters; of a
+    constrained answer, of that over the tokens that its form permits. `rank` is 1 for the most probable
+    token, and None where nobody counted.
     """
 
     token_id: int
@@ -377,6 +504,7 @@ class RequestOutput:
 
     `prompt_logprobs` has an entry for each token of the prompt, None for the first, once all are known. A
     request to pool its prompt has one output, without tokens, and at its end the `embedding`.
+    `cached_tokens` of the prompt were not computed, but found in the prefix cache.
     """
 
     request_id: str
@@ -387,3 +515,4 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     embedding: tuple[float, ...] | None = None
+    cached_tokens: int = 0

@@ -92,7 +92,7 @@ def mistakes(context: int) -> list[tuple[str, bytes, int, str | None]]:
         json_of(text, 404, "model", prompt="x", model="another"),
         json_of(chat, 400, "messages", messages=[]),
         json_of(chat, 400, "top_p", messages=said, top_p=2),
-        json_of(chat, 400, "response_format", messages=said, response_format={"type": "json_object"}),
+        json_of(chat, 400, "response_format", messages=said, response_format={"type": "xml"}),
         json_of(chat, 400, "messages", messages=[{"role": "user", "content": {"a": 1}}]),
         json_of("/v1/embeddings", 400, "dimensions", input="x", dimensions=3),
         json_of("/tokenize", 400, "prompt"),

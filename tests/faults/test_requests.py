@@ -181,6 +181,8 @@ def parts(value: Any) -> dict[str, list[Any]]:
         "stream_options": [{"include_usage": value}, {"include_obfuscation": value}, {"more": value}],
         "tool_choice": [{"type": value}, {"type": "function", "function": value}],
         "logit_bias": [{"5": value}],
+        "response_format": [{"type": value}, {"type": "json_schema", "json_schema": value}],
+        "structured_outputs": [{"json": value}, {"choice": value}, {"regex": value}],
     }
 
 
@@ -218,7 +220,7 @@ def test_row_14_wrong_parts_of_fields(house: House, field: str, value: Any) -> N
                 assert error["param"] == field, error
 
 
-UNKNOWN = ("something_new", "response_format", "guided_json", "prompt_embeds", "__class__", "")
+UNKNOWN = ("something_new", "guided_json", "prompt_embeds", "__class__", "")
 
 
 def test_row_14_fields_that_nobody_knows(house: House) -> None:

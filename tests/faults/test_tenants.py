@@ -1,13 +1,11 @@
-"""What one key's requests leave behind is nothing to another's.
-
-Prefixes are not cached, so that nothing can be shared between keys; what is recycled is memory.
-"""
+"""What one key's requests leave behind is nothing to another's: neither computed prefixes, nor memory."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,8 @@ import httpx
 import pytest
 
 from faults.house import House
+from ridgeline.cache.kv import KVCache
+from ridgeline.cache.radix import Scope
 
 SECRET = "canary-5f3a-" * 12
 GREEDY = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
@@ -60,6 +60,7 @@ def ask(house: House) -> list[str]:
                 text = "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
             else:
                 fields = json.loads(text)
+                fields.get("usage", {}).pop("prompt_tokens_details", None)  # the second time, more is found
                 text = json.dumps({name: fields[name] for name in fields if name not in ("id", "created")})
             answers.append(text)
     return answers
@@ -86,6 +87,82 @@ def leave_traces(house: House) -> None:
     for _ in range(6):
         with suppress(httpx.ReadTimeout), house.web(headers=first, timeout=0.02) as web:
             web.post("/v1/completions", json={"prompt": [SECRET] * 6, **GREEDY, "max_tokens": 90})
+
+
+LONG = "Where the ridge ends, the valley begins, and the river has always known it. " * 2
+FIRST, SECOND = ({"authorization": f"Bearer sk-{name}"} for name in ("first", "second"))
+
+
+def cached_tokens(house: House, headers: dict[str, str], prompt: object = LONG, **fields: Any) -> int:
+    """How many tokens of a prompt were found."""
+    body = {"prompt": prompt, **GREEDY, "max_tokens": 2, **fields}
+    with house.web(headers=headers) as web:
+        answer = web.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    usage = answer.json()["usage"]
+    found: int = usage["prompt_tokens_details"]["cached_tokens"]
+    assert 0 <= found < usage["prompt_tokens"]
+    return found
+
+
+def test_row_68_a_prefix_is_found_under_its_own_key_only(tenants: House) -> None:
+    assert cached_tokens(tenants, FIRST) == 0
+    assert cached_tokens(tenants, SECOND) == 0
+    found = cached_tokens(tenants, FIRST)
+    assert found >= 64
+    assert cached_tokens(tenants, SECOND) == found
+    # A salt of their own divides the requests of one key, and joins nobody to another's.
+    for headers in (FIRST, SECOND):
+        assert cached_tokens(tenants, headers, cache_salt="ours") == 0
+    for headers in (FIRST, SECOND):
+        assert cached_tokens(tenants, headers, cache_salt="ours") == found
+        assert cached_tokens(tenants, headers, cache_salt="ours ") == 0
+    # What could be mistaken for another key's salt is none.
+    for salt in (f"{sha256(b'sk-first').hexdigest()}:", sha256(b"sk-first").hexdigest(), "sk-first", ":"):
+        assert cached_tokens(tenants, SECOND, cache_salt=salt) == 0
+
+
+def test_row_68_chats_and_embeddings_are_divided_too(tenants: House) -> None:
+    chat = {"messages": [{"role": "user", "content": LONG}], **GREEDY, "max_tokens": 2}
+    embedding = {"input": LONG, "pooling": "last"}
+    for path, body in (("/v1/chat/completions", chat), ("/v1/embeddings", embedding)):
+        found = []
+        for headers in (FIRST, SECOND, FIRST):
+            with tenants.web(headers=headers) as web:
+                usage = web.post(path, json=body).json()["usage"]
+            found.append(usage["prompt_tokens_details"]["cached_tokens"])
+        assert found[:2] == [0, 0]
+        assert found[2] >= 64
+
+
+def test_row_70_a_prefix_is_known_by_every_one_of_its_tokens(tenants: House) -> None:
+    tokens = [100 + index % 90 for index in range(96)]
+    assert cached_tokens(tenants, FIRST, tokens) == 0
+    assert cached_tokens(tenants, FIRST, tokens) == 95
+    for place in (0, 1, 15, 16, 40, 79, 80):
+        other = [*tokens[:place], tokens[place] + 1, *tokens[place + 1 :]]
+        assert cached_tokens(tenants, FIRST, other) == place // 16 * 16
+    assert cached_tokens(tenants, FIRST, tokens[16:]) == 0, "the same tokens at another place"
+
+
+def test_row_70_equal_hashes_are_no_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With scopes that all have one hash, nothing is mistaken for anything else."""
+    monkeypatch.setattr(Scope, "__hash__", lambda scope: 7)
+    tokens = tuple(range(64))
+    tree = KVCache((None,), (64,), prefix_caching=True)
+    scopes = [Scope(), Scope("a"), Scope("a", "b"), Scope("ab"), Scope("", "a"), Scope("a", "", 16)]
+    scopes.append(Scope("a", "", 0, (b"before",)))
+    for scope in scopes:
+        pages = tree.new_sequence(scope)
+        assert tree.restore(pages, tokens, 0, 64) == 0
+        assert tree.grow(pages, 64)
+        tree.store(pages, tokens, 64)
+        tree.release(pages)
+    for scope in scopes:
+        pages = tree.new_sequence(scope)
+        assert tree.restore(pages, tokens, 0, 64) == 64
+        tree.release(pages)
+    tree.check_integrity([])
 
 
 def test_row_71_recycled_memory(tenants: House) -> None:

@@ -1,11 +1,13 @@
 """Measure a loaded engine: the speed of reading prompts and of decoding, beside the machine's limits.
 
-Prompts are random tokens of a fixed seed, decoding is greedy and passes over end tokens. Each round reads
+Prompts are random tokens of a fixed seed, decoding is greedy and passes over end tokens. Every time that they
+are read they have a cache salt of their own, so that nothing is found in a prefix cache. Each round reads
 the prompts alone, and then times decode steps in which every sequence of the batch has exactly one row.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -110,6 +112,7 @@ class _Meter:
     def __init__(self, engine: Engine, prompts: Sequence[tuple[int, ...]]) -> None:
         self._engine = engine
         self._prompts = prompts
+        self._salts = map("benchmark {}".format, itertools.count())
 
     def prefill(self) -> Phase:
         ids = self._add(1)
@@ -151,8 +154,9 @@ class _Meter:
     def _add(self, max_tokens: int) -> list[str]:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         ids = [f"bench-{index}" for index in range(len(self._prompts))]
+        salt = next(self._salts)
         for request_id, prompt in zip(ids, self._prompts, strict=True):
-            self._engine.add(Request(request_id, prompt, params), stream=False)
+            self._engine.add(Request(request_id, prompt, params, salt), stream=False)
         return ids
 
     def _abort(self, ids: Sequence[str]) -> None:

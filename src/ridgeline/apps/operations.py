@@ -31,7 +31,9 @@ def measure_operations(
     profiling = ProfilingExecutor(timed)
     engine.executor = profiling
     try:
-        return measure(engine, workload, max_step_tokens, repeats), profiling
+        rounds = measure(engine, workload, max_step_tokens, repeats)
+        profiling.count()
+        return rounds, profiling
     finally:
         engine.executor = executor
 

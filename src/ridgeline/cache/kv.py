@@ -6,54 +6,46 @@ Slot s of a sequence lies in page `table[s // PAGE_TOKENS]` at offset `s % PAGE_
 
 from __future__ import annotations
 
+import operator
 from array import array
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from ridgeline.cache.pages import PagePool
+from ridgeline.cache.prefix import Columns, PrefixCache, first_visible
+from ridgeline.cache.radix import Path, Scope
+from ridgeline.cache.table import SequencePages
 from ridgeline.config import PAGE_TOKENS, pages_for
-
-
-class SequencePages:
-    """The tables of one sequence, one per memory group, all of the same length.
-
-    Entries from `first_live[g]` on are pages that the sequence owns; earlier ones were given back when
-    the group's window had passed them, and are kept only so that slots keep their place. Only KVCache
-    changes a table, and never while a step that reads it is running.
-    """
-
-    __slots__ = ("first_live", "length", "tables")
-
-    def __init__(self, groups: int) -> None:
-        self.tables: tuple[array[int], ...] = tuple(array("i") for _ in range(groups))
-        self.first_live = [0] * groups
-        self.length = 0  # pages in each table
-
-    @property
-    def slots(self) -> int:
-        """Slots that the tables cover."""
-        return self.length * PAGE_TOKENS
+from ridgeline.types import PageCopy
 
 
 class KVCache:
-    """The pools of all memory groups, and the rule by which a sequence grows, trims and leaves.
+    """The pools of all memory groups, and the rule by which a sequence begins, grows, trims and leaves.
 
     `windows[g]` is group g's attention window in tokens (None: it attends to everything), `pages[g]` the
-    number of pages in its pool. Each pool's pages are either free or in the live part of one table.
+    number of pages in its pool. With `prefix_caching`, what sequences have computed is kept until its pages
+    are needed, and those that begin alike share it.
+
+    A page that several sequences would write to is copied for each of them: `copies` are to be made before
+    the next step runs, and their sources stay in use until `copied`.
     """
 
-    __slots__ = ("_windowed", "pools", "windows")
-
-    def __init__(self, windows: tuple[int | None, ...], pages: tuple[int, ...]) -> None:
+    def __init__(
+        self, windows: tuple[int | None, ...], pages: tuple[int, ...], prefix_caching: bool = False
+    ) -> None:
         if len(windows) != len(pages):
             raise ValueError(f"{len(windows)} windows for {len(pages)} pools")
         if any(window is not None and window < 1 for window in windows):
             raise ValueError(f"windows are {windows}; accepted: at least 1 token, or none")
         self.windows = windows
         self.pools = tuple(PagePool(count) for count in pages)
+        self.copies: tuple[PageCopy, ...] = ()
         self._windowed = tuple((g, window) for g, window in enumerate(windows) if window is not None)
+        # Without memory there is nothing to be spared: a model of no groups has no rows that see others.
+        self.prefixes = PrefixCache(self.pools, windows) if prefix_caching and pages else None
 
-    def new_sequence(self) -> SequencePages:
-        return SequencePages(len(self.pools))
+    def new_sequence(self, scope: Scope | None = None) -> SequencePages:
+        return SequencePages(len(self.pools), scope or Scope())
 
     @property
     def max_sequence_tokens(self) -> int | None:
@@ -67,8 +59,91 @@ class KVCache:
 
     @property
     def usage(self) -> float:
-        """Share of the fullest pool that is in use, 0 to 1."""
+        """Share of the fullest pool that is in use, 0 to 1; what is kept for nobody in particular is not."""
         return max((pool.used_pages / pool.pages for pool in self.pools if pool.pages), default=0.0)
+
+    # ------------------------------------------------------------------------------------- beginning
+
+    def restore(
+        self,
+        pages: SequencePages,
+        token_ids: Sequence[int],
+        computed: int,
+        limit: int,
+        sibling: SequencePages | None = None,
+    ) -> int:
+        """Let a sequence that has `computed` tokens in its pages take on what others have computed of its
+        next ones; returns how many, `limit` at most, are in its pages then.
+
+        `sibling` are the pages of a sequence in which the first `limit` tokens are the same, and computed.
+        """
+        if limit <= computed:
+            return computed
+        held = None if sibling is None else self._held(sibling, limit)
+        if self.prefixes is None:
+            return computed if held is None or computed else self._begin(pages, held, [], limit)
+        if computed // PAGE_TOKENS != pages.shared:
+            return computed
+        tail = [table[-1] for table in held] if held is not None and limit % PAGE_TOKENS else None
+        tokens, columns, path = self.prefixes.find(pages, token_ids, limit, tail)
+        return self._begin(pages, columns, path, tokens) if tokens > computed else computed
+
+    def _held(self, pages: SequencePages, tokens: int) -> Columns | None:
+        """A sequence's pages with its first tokens, if it still has all that a row behind them sees."""
+        visible = [first_visible(window, tokens) for window in self.windows]
+        if pages.slots < tokens or any(map(operator.gt, pages.first_live, visible)):
+            return None
+        return [table[: pages_for(tokens)] for table in pages.tables]
+
+    def _begin(self, pages: SequencePages, columns: Columns, path: Path, tokens: int) -> int:
+        """Share the pages in `columns` behind those that are shared already, in place of what is there. Of a
+        last page that is wanted in part, a copy is taken; without room for one, the page is left out."""
+        begin, whole = pages.shared, tokens // PAGE_TOKENS
+        self._cut(pages, begin)
+        self.trim(pages, tokens)
+        for group, (pool, table) in enumerate(zip(self.pools, pages.tables, strict=True)):
+            taken = columns[group][: whole - begin]
+            passed = min(max(first_visible(self.windows[group], tokens) - begin, 0), len(taken))
+            if passed:
+                pages.first_live[group] = begin + passed
+            pool.share(taken[passed:])
+            table.extend(array("i", [0]) * passed)
+            table.extend(taken[passed:])
+        pages.length = whole
+        if self.prefixes is not None:
+            self.prefixes.enter(pages, path, whole)
+        if tokens % PAGE_TOKENS and not self._copy(pages, [column[whole - begin] for column in columns]):
+            return whole * PAGE_TOKENS
+        return tokens
+
+    def _copy(self, pages: SequencePages, sources: Sequence[int]) -> bool:
+        """Append a copy of a page, by group, or change nothing and return False."""
+        for pool, source in zip(self.pools, sources, strict=True):
+            pool.share([source])
+        if not self.grow(pages, pages.slots + 1):
+            for pool, source in zip(self.pools, sources, strict=True):
+                pool.free([source])
+            return False
+        self.copies += tuple(
+            PageCopy(group, source, table[-1])
+            for group, (source, table) in enumerate(zip(sources, pages.tables, strict=True))
+        )
+        return True
+
+    def copied(self) -> None:
+        """The copies were made, by a step that is launched."""
+        for copy in self.copies:
+            self.pools[copy.group].free([copy.source])
+        self.copies = ()
+
+    def store(self, pages: SequencePages, token_ids: Sequence[int], computed: int) -> None:
+        """Let others share the pages that are full of known tokens, of which the first `computed` are in the
+        pages, or will be when a later step reads them."""
+        full = min(computed, len(token_ids)) // PAGE_TOKENS
+        if self.prefixes is not None and full > pages.shared:
+            self.prefixes.store(pages, token_ids, full)
+
+    # --------------------------------------------------------------------------------------- growing
 
     def reachable_slots(self, pages: SequencePages) -> int | None:
         """Slots that the tables could cover with what is free now; None when nothing bounds them."""
@@ -91,7 +166,7 @@ class KVCache:
     def trim(self, pages: SequencePages, next_position: int) -> None:
         """Give back the pages that no row from slot `next_position` on can see through its window."""
         for group, window in self._windowed:
-            first = min(max((next_position - window) // PAGE_TOKENS, 0), pages.length)
+            first = min(first_visible(window, next_position), pages.length)
             live = pages.first_live[group]
             if first > live:
                 self.pools[group].free(pages.tables[group][live:first])
@@ -99,11 +174,20 @@ class KVCache:
 
     def release(self, pages: SequencePages) -> None:
         """Give back everything; the tables are empty afterwards. Releasing twice is harmless."""
+        self._cut(pages, 0)
+        if self.prefixes is not None:
+            self.prefixes.leave(pages)
+
+    def _cut(self, pages: SequencePages, length: int) -> None:
+        """Give back the pages from `length` on, the last one first: it is the one to be evicted first."""
+        if length >= pages.length:
+            return
         for group, (pool, table) in enumerate(zip(self.pools, pages.tables, strict=True)):
-            pool.free(table[pages.first_live[group] :])
-            del table[:]
-            pages.first_live[group] = 0
-        pages.length = 0
+            live = max(pages.first_live[group], length)
+            pool.free(table[live:][::-1])
+            del table[length:]
+            pages.first_live[group] = min(pages.first_live[group], length)
+        pages.length = length
 
     def pages_wanted(self, pages: SequencePages, tokens: int) -> tuple[int, ...]:
         """Pages, per group, that the sequence lacks to hold `tokens` tokens, passed windows given back."""
@@ -115,14 +199,25 @@ class KVCache:
         return tuple(wanted)
 
     def check_integrity(self, sequences: Iterable[SequencePages]) -> None:
-        """Raise AssertionError unless the live pages of `sequences` are exactly the used ones, each once."""
+        """Raise AssertionError unless every page counts exactly its users among `sequences` and copies, and
+        is free, evictable or locked."""
         everyone = list(sequences)
+        users: list[Counter[int]] = [Counter() for _ in self.pools]
+        for copy in self.copies:
+            users[copy.group][copy.source] += 1
+        for pages in everyone:
+            for group, table in enumerate(pages.tables):
+                assert len(table) == pages.length, "tables of one sequence differ in length"
+                assert 0 <= pages.first_live[group] <= pages.length, "more pages were given back than taken"
+                live = table[pages.first_live[group] :]
+                assert len(set(live)) == len(live), f"a table of group {group} has a page twice"
+                users[group].update(live)
         for group, pool in enumerate(self.pools):
             pool.check_integrity()
-            live: list[int] = []
-            for pages in everyone:
-                assert len(pages.tables[group]) == pages.length, "tables of one sequence differ in length"
-                assert 0 <= pages.first_live[group] <= pages.length, "more pages were given back than taken"
-                live.extend(pages.tables[group][pages.first_live[group] :])
-            assert len(set(live)) == len(live), f"a page of group {group} has two owners"
-            assert len(live) == pool.used_pages, f"group {group} has used pages that nobody owns"
+            for page, count in users[group].items():
+                seen = pool.users(page)
+                assert seen == count, f"a page of group {group} has {count} users and counts {seen}"
+            assert len(users[group]) == pool.used_pages, f"group {group} has used pages that nobody owns"
+            assert pool.free_pages + len(users[group]) == pool.pages, f"group {group} lost a page"
+        if self.prefixes is not None:
+            self.prefixes.check_integrity(everyone)

@@ -63,6 +63,7 @@ def bench(
         ),
         max_num_seqs=max(batch, room.max_num_seqs),
         max_num_batched_tokens=max(2 * batch, room.max_num_batched_tokens),
+        enable_prefix_caching=False,  # its pages would be kept, and every round would take cold memory
     )
     fetch(model)
     loaded = load_engine(config)

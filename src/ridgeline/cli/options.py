@@ -8,8 +8,9 @@ import typer
 
 
 def flag(name: str, text: str, *short: str, also: str | None = None, **more: Any) -> Any:
-    """A typer option `--name` with the environment twin RIDGELINE_NAME, and after it `also`."""
-    variable = "RIDGELINE_" + name.upper().replace("-", "_")
+    """A typer option `--name` with the environment twin RIDGELINE_NAME, and after it `also`. A name may be
+    followed by `/--` and what switches it off."""
+    variable = "RIDGELINE_" + name.partition("/")[0].upper().replace("-", "_")
     variables = [variable, also] if also else variable
     return typer.Option(f"--{name}", *short, envvar=variables, show_envvar=False, help=text, **more)
 

@@ -39,6 +39,13 @@ MaxBatched = Annotated[
 KvMemory = Annotated[
     str | None, flag("kv-cache-memory", "Memory for keys and values, as 2G or 512M (default: what is free).")
 ]
+PrefixCaching = Annotated[
+    bool | None,
+    flag(
+        "enable-prefix-caching/--no-enable-prefix-caching",
+        "Keep what was computed, for prompts that begin alike (default: yes).",
+    ),
+]
 MaxQueue = Annotated[int | None, flag("max-queue", "Sequences that may wait (default: 256).")]
 MaxQueueTokens = Annotated[int | None, flag("max-queue-tokens", "Prompt tokens that may wait.")]
 QueueTimeout = Annotated[
@@ -65,6 +72,7 @@ def serve(
     max_num_seqs: MaxSeqs = None,
     max_num_batched_tokens: MaxBatched = None,
     kv_cache_memory: KvMemory = None,
+    enable_prefix_caching: PrefixCaching = None,
     device: options.Device = None,
     weights: options.WeightFormat = None,
     kv_format: options.KVFormat = None,
@@ -92,6 +100,7 @@ def serve(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_memory_bytes=None if kv_cache_memory is None else memory_bytes(kv_cache_memory),
+            enable_prefix_caching=enable_prefix_caching,
             device=device,
             weights=weights,
             kv_format=kv_format,

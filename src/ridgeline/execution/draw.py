@@ -53,12 +53,16 @@ Filter = Callable[[Candidates], Candidates]
 
 
 class Drawer:
-    """Draws tokens. It remembers nothing between calls; it is kept only because its noise is slow to make."""
+    """Draws tokens. It remembers nothing between calls; it is kept only because its noise is slow to make.
 
-    __slots__ = ("_noise",)
+    `greedy` may be a faster `greedy_tokens`.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_greedy", "_noise")
+
+    def __init__(self, greedy: Callable[[Float32Array], Int32Array] | None = None) -> None:
         self._noise = NoiseSource()
+        self._greedy = greedy or greedy_tokens
 
     def rows(self, logits: Float32Array, draws: Sequence[Draw | None]) -> Int32Array:
         """A token for each row of logits (rows, vocabulary), int32; NOT_DRAWN where its draw is None.
@@ -68,27 +72,33 @@ class Drawer:
         if not any(draws):
             return np.full(len(logits), NOT_DRAWN, np.int32)
         if all(draw is not None and draw.greedy for draw in draws):
-            best = logits.argmax(axis=1)
-            finite = np.isfinite(logits[np.arange(len(logits)), best])
-            return np.where(finite, best, NOT_DRAWN).astype(np.int32)
+            return self._greedy(logits)
         tokens = [
             NOT_DRAWN if draw is None else self.one(row, draw)
             for row, draw in zip(logits, draws, strict=True)
         ]
         return np.array(tokens, np.int32)
 
-    def one(self, logits: Float32Array, draw: Draw) -> int:
-        """The token of one row; NOT_DRAWN if it has no largest finite logit, over its temperature too."""
+    def one(
+        self, logits: Float32Array, draw: Draw, further: Sequence[Filter] = (), among: Ids | None = None
+    ) -> int:
+        """The token of one row; NOT_DRAWN if it has no largest finite logit, over its temperature too.
+        Filters that are not the draw's own come after those that are. The token is one of `among`, ascending
+        ids, if these are given."""
+        if among is not None:
+            logits = logits[among]
         best = int(logits.argmax())
         # argmax returns the place of a NaN if there is one, so one look at the winner checks the whole row.
         if not math.isfinite(logits[best]):
             return NOT_DRAWN
         if draw.greedy:
-            return best
+            return best if among is None else int(among[best])
         with np.errstate(over="ignore"):
             if not math.isfinite(logits[best] / np.float32(draw.temperature)):
                 return NOT_DRAWN
-        found = candidates(logits, draw)
+        found = candidates(logits, draw, among)
+        for narrow in further:
+            found = narrow(found)
         return self._choose(found, Address(draw.seed, draw.choice, draw.position))
 
     def _choose(self, candidates: Candidates, address: Address) -> int:
@@ -104,16 +114,27 @@ class Drawer:
         return int(ids[(logits + gumbel(bits)).argmax()])
 
 
+def greedy_tokens(logits: Float32Array) -> Int32Array:
+    """The lowest id of the largest logit of each row (rows, vocabulary), int32; NOT_DRAWN where that is not
+    finite, or a logit is NaN."""
+    best = logits.argmax(axis=1)  # the place of a NaN, if there is one
+    finite = np.isfinite(logits[np.arange(len(logits)), best])
+    return np.where(finite, best, NOT_DRAWN).astype(np.int32)
+
+
 def undrawn(logits: Float32Array, draws: Sequence[Draw | None]) -> Float32Array:
     """The rows of logits (outputs, vocabulary) that the host wants to see."""
     if not any(draws):
         return logits
+    if all(draws):
+        return logits[:0]
     return logits[[i for i, draw in enumerate(draws) if draw is None]]
 
 
-def candidates(logits: Float32Array, draw: Draw) -> Candidates:
-    """What may be drawn from a row whose largest logit is finite, over the temperature too."""
-    found = Candidates(_vocabulary(logits.size), logits)
+def candidates(logits: Float32Array, draw: Draw, ids: Ids | None = None) -> Candidates:
+    """What may be drawn from a row whose largest logit is finite, over the temperature too. It is the row of
+    the whole vocabulary, or of these ids."""
+    found = Candidates(_vocabulary(logits.size) if ids is None else ids, logits)
     with np.errstate(over="ignore"):  # others may become −inf, and are never drawn
         for narrow in filters(draw.temperature, draw.top_k, draw.top_p, draw.min_p):
             found = narrow(found)

@@ -31,6 +31,9 @@ TARGET = 0
 SEED = 1
 """Purpose: deriving the seed of a request from the engine's."""
 
+XTC = 2
+"""Purpose: choosing the positions at which the most probable tokens are excluded."""
+
 BITS = 24
 _BLOCK_TOKENS = 8
 _BLOCK_WORDS = 4

@@ -6,7 +6,7 @@ Timing costs a clock reading a launch, so it is off unless a `ProfilingExecutor`
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,8 +31,9 @@ class LaunchTime:
 class TimedExecutor(Executor, Protocol):
     """An executor that can say how long each launch took."""
 
-    def profile(self, handle: Any, step: Step) -> tuple[FinishedStep, Sequence[LaunchTime]]:
-        """As `run`, waiting for the step, with the times of its parts in their order."""
+    def profile(self, handle: Any, step: Step) -> tuple[FinishedStep, Callable[[], Sequence[LaunchTime]]]:
+        """As `run`, waiting for the step, with the times of its parts in their order. Their work is counted
+        when they are asked for, which takes longer than many a step."""
 
 
 @dataclass(slots=True)
@@ -65,18 +66,28 @@ class Profile:
 
 
 class ProfilingExecutor:
-    """Stands before an executor and keeps the times of steps with one row per sequence apart from others."""
+    """Stands before an executor and keeps the times of steps with one row per sequence apart from others.
+
+    Work is counted by `count`, so that counting takes no time between the steps.
+    """
 
     asynchronous = False
 
     def __init__(self, executor: TimedExecutor) -> None:
         self._executor = executor
         self.decode, self.prefill = Profile(), Profile()
+        self._uncounted: list[tuple[Profile, float, Callable[[], Sequence[LaunchTime]]]] = []
+
+    def count(self) -> None:
+        """Add the steps since the last call to the profiles, while the executor still has its weights."""
+        for profile, elapsed_s, times in self._uncounted:
+            profile.add(elapsed_s, times())
+        self._uncounted.clear()
 
     def run(self, handle: Any, step: Step) -> FinishedStep:
         finished, times = self._executor.profile(handle, step)
-        kind = self.decode if len(step.sequences) == step.rows else self.prefill
-        kind.add(finished.step_result.elapsed_s, times)
+        profile = self.decode if len(step.sequences) == step.rows else self.prefill
+        self._uncounted.append((profile, finished.step_result.elapsed_s, times))
         return finished
 
     def load(self, weights: Weights) -> None:

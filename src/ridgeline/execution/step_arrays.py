@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,12 @@ def rope_tables(spec: RopeSpec, positions: Int32Array) -> tuple[Float32Array, Fl
     The angle is one float32 product, as models are trained with; its cosine is taken, and multiplied with
     the rope's scale, in float64.
     """
-    angles = positions.astype(np.float32)[:, None] * np.array(spec.frequencies, np.float32)
+    angles = positions.astype(np.float32)[:, None] * _frequencies(spec)
     wide = angles.astype(np.float64)
     cos, sin = np.cos(wide) * spec.scale, np.sin(wide) * spec.scale
     return cos.astype(np.float32), sin.astype(np.float32)
+
+
+@functools.cache
+def _frequencies(spec: RopeSpec) -> Float32Array:
+    return np.array(spec.frequencies, np.float32)

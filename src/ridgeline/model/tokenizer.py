@@ -193,6 +193,11 @@ class Tokenizer:
             return self.decode([token_id], skip_special=False).encode()
         return self._token_bytes(token_id)
 
+    @property
+    def is_bytewise(self) -> bool:
+        """Whether each token stands for bytes of its own, whatever its neighbours are."""
+        return self._token_bytes is not None
+
     @cached_property
     def _token_bytes(self) -> TokenBytes | None:
         return TokenBytes.of(self._library)

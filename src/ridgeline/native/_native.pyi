@@ -92,6 +92,9 @@ def a8_row_bytes(width: int) -> int:
 def quantise(x: NDArray[np.float32], isa: str) -> NDArray[np.uint8]:
     """Quantise (rows, width) to an A8 buffer with the kernels' own rule."""
 
+def greedy_tokens(logits: NDArray[np.float32], team: Team, isa: str) -> NDArray[np.int32]:
+    """The lowest id of the largest logit of each row; -1 where that is infinite, or a logit is NaN."""
+
 def dequantise_a8(a8: NDArray[np.uint8], width: int) -> NDArray[np.float32]:
     """Codes times scales of an A8 buffer: (rows, width)."""
 

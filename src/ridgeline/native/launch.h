@@ -189,6 +189,7 @@ struct Kernels {
   size_t (*route_partial_bytes)(const RouteLaunch&);  // of StepView::partials
   void (*unpack_row)(const MatrixView&, int64_t row, float* out);
   void (*quantise_rows)(const float* x, int64_t rows, int32_t width, uint8_t* out);
+  void (*greedy_rows)(const float* logits, int64_t rows, int32_t width, int32_t* tokens, Worker&);
   double (*peak_ops)(PeakFormat format, int64_t iterations);
 };
 

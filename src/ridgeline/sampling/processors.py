@@ -1,9 +1,16 @@
 """From the model's logits to those that a request asked for: the adjusters, which know its tokens.
 
 A request composes them once, in this order, which is that of vLLM and transformers; those that are off are
-left out: logit bias, ban of the end tokens while fewer than min_tokens were generated, repetition penalty
-(prompt and output), frequency, then presence penalty (output). What remains to be done to the row knows
-nothing of the sequence but a position: `execution.draw` has it.
+left out:
+
+1. the constraint on the answer's form, which comes before all else (`constraints`);
+2. logit bias, bad words, ban of the end tokens while fewer than min_tokens were generated;
+3. repetition penalty (prompt and output), frequency, then presence penalty (output), DRY (prompt and output);
+4. top-n-sigma;
+5. temperature, top-k, top-p, min-p (`execution.draw`, also on the device);
+6. typical-p, XTC, mirostat (`filters`).
+
+A temperature of 0 takes the best token of what the fourth leaves.
 
 Each is a pure function of one row and of that sequence's own tokens, in float32, so that its result never
 depends on what else is in the batch.
@@ -14,63 +21,42 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ridgeline.types import Float32Array, SamplingParams
-
-Ids = NDArray[np.int64]
-
-
-class TokenHistory:
-    """Which tokens a sequence holds and how often it generated each; what the penalties look at."""
-
-    __slots__ = ("_counts", "_ids", "_slots", "generated")
-
-    def __init__(self, prompt: Sequence[int]) -> None:
-        distinct = sorted(set(prompt))
-        self._slots = {token: slot for slot, token in enumerate(distinct)}
-        capacity = max(64, 2 * len(distinct))
-        self._ids = np.zeros(capacity, np.int64)
-        self._ids[: len(distinct)] = distinct
-        self._counts = np.zeros(capacity, np.float32)
-        self.generated = 0
-
-    def append(self, token: int) -> None:
-        """Note a generated token."""
-        slot = self._slots.setdefault(token, len(self._slots))
-        if slot == len(self._ids):
-            self._ids = np.concatenate((self._ids, np.zeros_like(self._ids)))
-            self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
-        self._ids[slot] = token
-        self._counts[slot] += 1
-        self.generated += 1
-
-    @property
-    def ids(self) -> Ids:
-        """The distinct tokens of prompt and output."""
-        return self._ids[: len(self._slots)]
-
-    @property
-    def counts(self) -> Float32Array:
-        """How often each of `ids` was generated; 0 for those that only the prompt holds."""
-        return self._counts[: len(self._slots)]
-
+from ridgeline.sampling.history import TokenHistory
+from ridgeline.sampling.repetition import BadWords, Dry
+from ridgeline.sampling.words import Words
+from ridgeline.types import Float32Array, RequestError, SamplingParams
 
 Adjuster = Callable[[Float32Array, TokenHistory], Float32Array]
 
 
-def compose_adjusters(params: SamplingParams, end_token_ids: Sequence[int]) -> tuple[Adjuster, ...]:
-    """The adjusters that `params` switches on; `end_token_ids` are those that would end this request."""
+def compose_adjusters(
+    params: SamplingParams, end_token_ids: Sequence[int], words: Words | None = None
+) -> tuple[Adjuster, ...]:
+    """The adjusters that `params` switches on; `end_token_ids` are those that would end this request. Raises
+    RequestError for those that need `words` where there are none."""
     adjusters: list[Adjuster] = []
     if params.logit_bias:
         adjusters.append(logit_bias(params.logit_bias))
+    if params.bad_words:
+        adjusters.append(BadWords(params.bad_words, _known("bad_words", words)))
     if params.min_tokens and end_token_ids:
         adjusters.append(end_ban(params.min_tokens, end_token_ids))
     if params.repetition_penalty != 1:
         adjusters.append(repetition_penalty(params.repetition_penalty))
     if params.frequency_penalty or params.presence_penalty:
         adjusters.append(output_penalties(params.frequency_penalty, params.presence_penalty))
+    if params.dry_multiplier:
+        adjusters.append(Dry(params, _known("dry_multiplier", words)))
+    if params.top_n_sigma > 0:
+        adjusters.append(top_n_sigma(params.top_n_sigma))
     return tuple(adjusters)
+
+
+def _known(name: str, words: Words | None) -> Words:
+    if words is None:
+        raise RequestError(f"{name} cannot be used: this engine knows no tokenizer")
+    return words
 
 
 # ---------------------------------------------------------------------------------------- adjusters
@@ -125,5 +111,19 @@ def output_penalties(frequency: float, presence: float) -> Adjuster:
         penalised = logits[history.ids] - np.float32(frequency) * counts
         adjusted[history.ids] = penalised - np.float32(presence) * (counts > 0)
         return adjusted
+
+    return adjust
+
+
+def top_n_sigma(n: float) -> Adjuster:
+    """Forbid the tokens whose logit is more than n standard deviations under the largest (Tang et al.,
+    "Top-nσ: Not All Logits Are You Need", 2024); a temperature changes nothing about which these are."""
+
+    def adjust(logits: Float32Array, history: TokenHistory) -> Float32Array:
+        finite = logits[np.isfinite(logits)]
+        if not finite.size:
+            return logits
+        least = float(finite.max()) - n * float(finite.std(dtype=np.float64))
+        return np.where(logits >= least, logits, np.float32(-np.inf))
 
     return adjust

@@ -10,8 +10,12 @@ from typing import Protocol
 
 import numpy as np
 
-from ridgeline.execution.draw import NOT_DRAWN, Drawer, largest
-from ridgeline.sampling.processors import Adjuster, TokenHistory, compose_adjusters
+from ridgeline.execution.draw import NOT_DRAWN, Drawer, Filter, largest
+from ridgeline.sampling.constraints import Constraint, DeadEndError
+from ridgeline.sampling.filters import compose_filters
+from ridgeline.sampling.history import TokenHistory
+from ridgeline.sampling.processors import Adjuster, compose_adjusters
+from ridgeline.sampling.words import Words
 from ridgeline.types import Draw, Float32Array, SamplingParams, Step, StepFuture, TokenLogprobs
 
 GREEDY_BELOW = 1e-5
@@ -36,9 +40,13 @@ class Chooser:
 
     The sequence owns it and reports each generated token to `history` by `append`. Draws depend on
     (seed, choice, position) alone. The prompt that all choices share is scored by the first.
+
+    A `constraint` comes before all else: log-probabilities are those of the tokens that it permits.
     """
 
-    __slots__ = ("_draw", "adjusters", "history", "logprobs", "prompt_logprobs")
+    __slots__ = (
+        "_draw", "_filters", "_mirostat", "adjusters", "constraint", "history", "logprobs", "prompt_logprobs"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -47,19 +55,31 @@ class Chooser:
         choice: int,
         prompt: Sequence[int],
         end_token_ids: Sequence[int],
+        constraint: Constraint | None = None,
+        words: Words | None = None,
     ) -> None:
         greedy = params.temperature < GREEDY_BELOW
         shape = (max(params.top_k, 0), float(params.top_p), float(params.min_p))
         self._draw = (0.0 if greedy else float(params.temperature), *shape, seed % 2**64, choice)
-        self.adjusters: tuple[Adjuster, ...] = compose_adjusters(params, end_token_ids)
+        self.adjusters: tuple[Adjuster, ...] = compose_adjusters(params, end_token_ids, words)
+        self._filters, self._mirostat = compose_filters(params, seed % 2**64, choice)
         self.logprobs = params.logprobs
+        if self.logprobs is None and params.is_best_of:
+            self.logprobs = 0
         self.prompt_logprobs = params.prompt_logprobs if choice == 0 else None
         self.history = TokenHistory(prompt) if self.adjusters else None
+        self.constraint = constraint
 
     @property
     def needs_logits(self) -> bool:
         """Whether the token cannot be chosen without bringing the row's logits to the host."""
-        return bool(self.adjusters) or self.logprobs is not None
+        told = self.logprobs is not None or self.constraint is not None
+        return told or bool(self.adjusters) or bool(self._filters)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether what is constrained is complete."""
+        return self.constraint is not None and self.constraint.ended
 
     def draw(self, position: int) -> Draw:
         """How the token at `position` is drawn from an adjusted row."""
@@ -69,13 +89,29 @@ class Chooser:
         """Note a token that the sequence has taken on."""
         if self.history is not None:
             self.history.append(token)
+        if self._mirostat is not None:
+            self._mirostat.append(token)
+        if self.constraint is not None:
+            self.constraint.append(token)
+
+    def filters(self, position: int) -> list[Filter]:
+        """What narrows the draw of the token at `position` further."""
+        return [make(position) for make in self._filters]
+
+    def permitted(self, logits: Float32Array) -> Float32Array:
+        """The row of those tokens that the constraint permits. Raises DeadEndError where there are none."""
+        return logits if self.constraint is None else self.constraint.masked(logits)
 
     def adjusted(self, logits: Float32Array) -> Float32Array:
-        """The row after bias, bans and penalties."""
+        """The row after bias, bans and penalties. Bans that leave nothing of what a constraint permits, such
+        as that of the end while there are fewer than min_tokens, give way to it."""
+        adjusted = logits
         for adjust in self.adjusters:
             assert self.history is not None
-            logits = adjust(logits, self.history)
-        return logits
+            adjusted = adjust(adjusted, self.history)
+        if self.constraint is not None and adjusted.max() == -np.inf:
+            return logits
+        return adjusted
 
 
 class SampledRow(Protocol):
@@ -141,11 +177,16 @@ class Sampler:
             if position < row.prompt_length:
                 return _scored(logits, row.token_ids[position], row.chooser.prompt_logprobs or 0)
             return self._choose(logits, row.chooser, position)
+        except DeadEndError as error:
+            return Sampled(NOT_DRAWN, error=str(error))
         except Exception as error:  # what is wrong with one request must not end the others
             return Sampled(NOT_DRAWN, error=f"sampling failed: {type(error).__name__}: {error}")
 
     def _choose(self, logits: Float32Array, chooser: Chooser, position: int) -> Sampled:
-        sampled = _drawn(self._drawer.one(chooser.adjusted(logits), chooser.draw(position)))
+        logits = chooser.permitted(logits)
+        row, further = chooser.adjusted(logits), chooser.filters(position)
+        few = None if chooser.constraint is None else chooser.constraint.few
+        sampled = _drawn(self._drawer.one(row, chooser.draw(position), further, few))
         if chooser.logprobs is None or sampled.error is not None:
             return sampled
         return Sampled(sampled.token_id, token_logprobs(logits, sampled.token_id, chooser.logprobs))
@@ -164,11 +205,12 @@ def _scored(logits: Float32Array, token: int, top: int) -> Sampled:
 
 
 def token_logprobs(logits: Float32Array, token_id: int, top: int) -> TokenLogprobs:
-    """Log-softmax of a raw row at `token_id` and at its `top` most probable tokens, and its rank."""
+    """Log-softmax of a raw row at `token_id` and at its `top` most probable tokens, and its rank; what a
+    constraint forbids is not among them."""
     highest = float(logits.max())
     normaliser = highest + float(np.log(np.exp(logits - np.float32(highest)).sum(dtype=np.float64)))
     best = largest(logits, top) if top else np.empty(0, np.int64)
     ranked = best[np.argsort(-logits[best], kind="stable")]
-    pairs = tuple((int(i), float(logits[i]) - normaliser) for i in ranked)
+    pairs = tuple((int(i), float(logits[i]) - normaliser) for i in ranked if logits[i] != -np.inf)
     rank = 1 + int(np.count_nonzero(logits > logits[token_id]))
     return TokenLogprobs(token_id, float(logits[token_id]) - normaliser, pairs, rank)

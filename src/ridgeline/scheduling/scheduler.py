@@ -7,24 +7,30 @@ Pages are taken chunk by chunk, as they are written.
 
 Everything is in order of arrival. `running` followed by `waiting` is always the queue of arrivals: a
 sequence is admitted from the front of `waiting` to the end of `running`, and preempted from the end of
-`running` to the front of `waiting`. A preempted sequence loses its pages and keeps its tokens, and is
-recomputed. The oldest sequence is therefore never held up by a younger one for good, and since every
-sequence fits the pool alone, it always finishes: no starvation, no livelock.
+`running` to the front of `waiting`. A preempted sequence loses its pages and keeps its tokens; what the
+prefix cache does not keep of it is computed again. The oldest sequence is therefore never held up by a
+younger one for good, and since every sequence fits the pool alone, it always finishes: no starvation, no
+livelock.
 
 Where logits are wanted of many rows, a step has so few of them that their memory stays bounded: chunks are
 shortened, or wait. Sequences whose prompt is pooled run through another program than those that go on; where
 there are both, steps of the one and of the other take turns.
+
+Nothing is computed twice that can be had: before each chunk of a prefill the cache is asked for what others
+have computed meanwhile, and a sequence whose next rows are mostly those of one that is planned already waits
+for them, a step at a time. The samples of one request wait until the first has computed their prompt.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from ridgeline.cache.kv import KVCache
 from ridgeline.config import MAX_OUTPUT_ROWS, PAGE_TOKENS
 from ridgeline.scheduling.sequence import Sequence
-from ridgeline.types import Draw, Segment, SequenceRows, Step, drawn_token
+from ridgeline.types import Draw, PageCopy, Segment, SequenceRows, Step, drawn_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,7 @@ class Plan:
     """A step and the sequences whose rows it holds, in its order. For each output, `sampled` has its sequence
     and `positions` the position of the token behind its row: one that is to be sampled, or one of the prompt.
 
-    A `pooled` step is the encoder's, and its outputs are hidden states.
+    A `pooled` step is the encoder's, and its outputs are hidden states. `copies` are made before it runs.
     """
 
     step: Step
@@ -41,6 +47,7 @@ class Plan:
     positions: tuple[int, ...]
     planned_s: float
     pooled: bool = False
+    copies: tuple[PageCopy, ...] = ()
 
 
 _Chunk = tuple[Sequence, int, list[int]]
@@ -50,7 +57,7 @@ _Chunk = tuple[Sequence, int, list[int]]
 class _Budget:
     """What one step may still take; made for one call of `schedule` and thrown away."""
 
-    __slots__ = ("chunks", "outputs", "planned", "pooled", "tokens")
+    __slots__ = ("chunks", "first_pages", "outputs", "planned", "pooled", "tokens")
 
     def __init__(self, tokens: int, pooled: bool) -> None:
         self.tokens = tokens
@@ -58,6 +65,7 @@ class _Budget:
         self.outputs = MAX_OUTPUT_ROWS  # overdrawn by sequences that want only their last row's
         self.chunks: list[_Chunk] = []
         self.planned: set[int] = set()
+        self.first_pages: dict[Hashable, tuple[Sequence, int]] = {}  # of prefills, with their chunks' ends
 
     def take(self, sequence: Sequence, tokens: int) -> None:
         rows = sequence.outputs(sequence.computed, sequence.computed + tokens)
@@ -96,6 +104,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence behind all others; its tokens must fit the cache when it runs alone."""
         self.waiting.append(sequence)
+        sequence.queued = True
         self._pooled_sequences += sequence.pooled
 
     def remove(self, sequence: Sequence) -> None:
@@ -104,7 +113,8 @@ class Scheduler:
         if sequence in queue:
             queue.remove(sequence)
             self._pooled_sequences -= sequence.pooled
-        self.cache.release(sequence.pages)
+        sequence.queued = False
+        self._release(sequence)
 
     def schedule(self, now_s: float) -> Plan:
         """Choose the next step's rows and take the pages that they are written to.
@@ -124,13 +134,16 @@ class Scheduler:
                 self._admit(budget)
             if budget.chunks:
                 break
-        return _plan_of(budget, now_s)
+        return _plan_of(budget, now_s, self.cache.copies)
 
     def advance(self, plan: Plan) -> None:
         """Note that the step is launched: its rows' keys and values are stored before any later step reads
         them, and its drawn tokens are there for the next one."""
         for sequence, rows in zip(plan.sequences, plan.step.sequences, strict=True):
             sequence.computed += len(rows.tokens)
+            if sequence.computed // PAGE_TOKENS > sequence.pages.shared:
+                self.cache.store(sequence.pages, sequence.token_ids, sequence.computed)
+        self.cache.copied()
         self._pooled_last = plan.pooled
         draws = plan.step.draws or (None,) * len(plan.sampled)
         for output, (sequence, draw) in enumerate(zip(plan.sampled, draws, strict=True)):
@@ -180,10 +193,11 @@ class Scheduler:
     def _take_chunk(self, sequence: Sequence, budget: _Budget) -> bool:
         """Plan as many of the sequence's tokens as budget and pages allow; False when no page can be had.
 
-        A sequence for whose outputs this step has no room counts as planned.
+        A sequence for whose outputs this step has no room, or whose rows others run, counts as planned.
         """
+        self._restore(sequence)
         self.cache.trim(sequence.pages, sequence.computed)
-        count = budget.most_rows(sequence)
+        count = 0 if self._waits_for_others(sequence, budget) else budget.most_rows(sequence)
         if count < 1:
             budget.planned.add(sequence.arrival)
             return True
@@ -193,18 +207,51 @@ class Scheduler:
         if count < 1:
             return False
         self.cache.grow(sequence.pages, sequence.computed + count)
+        if count > 1 and self.cache.prefixes is not None:
+            first = self.cache.prefixes.next_page(sequence.pages, sequence.token_ids)
+            budget.first_pages.setdefault(first, (sequence, sequence.computed + count))
         budget.take(sequence, count)
         return True
+
+    def _restore(self, sequence: Sequence) -> None:
+        """Take on what others have computed of a prefill."""
+        if sequence.remaining < 2 or sequence.awaits_sibling:
+            return
+        sibling = sequence.sibling
+        beside = None if sibling is None else sibling.pages
+        limit, computed = sequence.restorable, sequence.computed
+        found = self.cache.restore(sequence.pages, sequence.token_ids, computed, limit, beside)
+        if found > computed and not sequence.preemptions:
+            sequence.cached_tokens += found - computed
+        sequence.computed = found
+
+    def _waits_for_others(self, sequence: Sequence, budget: _Budget) -> bool:
+        """Whether rows of this step, or of a sibling's, are at least half of what the sequence would run."""
+        if sequence.awaits_sibling:
+            return True
+        if not budget.first_pages or self.cache.prefixes is None:
+            return False
+        one = sequence.pages, sequence.token_ids
+        first = self.cache.prefixes.next_page(*one)
+        if first is None or first not in budget.first_pages:
+            return False
+        other, end = budget.first_pages[first]
+        alike = self.cache.prefixes.alike(one, (other.pages, other.token_ids), end)
+        return 2 * (min(alike, sequence.restorable) - sequence.computed) >= sequence.remaining
 
     def _admit(self, budget: _Budget) -> None:
         # A running sequence that was left out is short of pages: whoever is younger has to wait.
         while self.waiting and budget.tokens > 0 and not self._left_out(budget):
-            if len(self.running) == self.max_num_seqs or self.waiting[0].pooled is not budget.pooled:
+            sequence = self.waiting[0]
+            if len(self.running) == self.max_num_seqs or sequence.pooled is not budget.pooled:
                 return
-            if not self._has_room(self.waiting[0]):
+            self._restore(sequence)  # pages that are shared need no room
+            if not self._has_room(sequence):
+                self._release(sequence)
+                if not sequence.preemptions:
+                    sequence.cached_tokens = 0
                 return
-            sequence = self.waiting.popleft()
-            self.running.append(sequence)
+            self.running.append(self.waiting.popleft())
             self._take_chunk(sequence, budget)
 
     def _left_out(self, budget: _Budget) -> bool:
@@ -236,15 +283,20 @@ class Scheduler:
 
     def _preempt_youngest(self) -> Sequence:
         sequence = self.running.pop()
-        self.cache.release(sequence.pages)
-        sequence.computed = 0
+        self._release(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
         self.waiting.appendleft(sequence)
         return sequence
 
+    def _release(self, sequence: Sequence) -> None:
+        """Take a sequence's pages away; the cache keeps those that are full of known tokens."""
+        self.cache.store(sequence.pages, sequence.token_ids, sequence.computed)
+        self.cache.release(sequence.pages)
+        sequence.computed = 0
 
-def _plan_of(budget: _Budget, now_s: float) -> Plan:
+
+def _plan_of(budget: _Budget, now_s: float, copies: tuple[PageCopy, ...]) -> Plan:
     """The step for what the budget was spent on."""
     steps, sampled, positions = [], [], []
     draws: list[Draw | None] = []
@@ -261,4 +313,4 @@ def _plan_of(budget: _Budget, now_s: float) -> Plan:
         steps.append(SequenceRows(sequence.tokens(start, end), start, segments, wanted))
     step = Step(tuple(steps), () if budget.pooled else tuple(draws))
     planned = tuple(sequence for sequence, *_ in budget.chunks)
-    return Plan(step, planned, tuple(sampled), tuple(positions), now_s, budget.pooled)
+    return Plan(step, planned, tuple(sampled), tuple(positions), now_s, budget.pooled, copies)

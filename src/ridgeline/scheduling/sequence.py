@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ridgeline.cache.kv import SequencePages
+from ridgeline.cache.table import SequencePages
 from ridgeline.sampling.sampler import Chooser
 
 
@@ -20,19 +20,25 @@ class Sequence:
     The row that completes the known tokens always has an output. Of the prompt's rows before its last, those
     from `first_output` on have one too; the engine moves it on as it takes them in, so that rows that are run
     again are not asked twice. `pooled` sequences run through the encoder, and only their prompt is run.
+
+    Of one request's sequences, which have one prompt, the others name the first as `leader`. `cached_tokens`
+    counts those that were found computed before the sequence was first preempted.
     """
 
     __slots__ = (
         "arrival",
+        "cached_tokens",
         "chooser",
         "computed",
         "drawn",
         "first_output",
+        "leader",
         "limit",
         "pages",
         "pooled",
         "preemptions",
         "prompt_length",
+        "queued",
         "token_ids",
     )
 
@@ -44,6 +50,7 @@ class Sequence:
         pages: SequencePages,
         limit: int = sys.maxsize,
         pooled: bool = False,
+        leader: Sequence | None = None,
     ) -> None:
         self.arrival = arrival
         self.limit = limit
@@ -55,7 +62,10 @@ class Sequence:
         self.chooser = chooser
         self.pages = pages
         self.computed = 0
+        self.cached_tokens = 0
         self.preemptions = 0
+        self.leader = leader
+        self.queued = False  # whether the scheduler has it
 
     @property
     def length(self) -> int:
@@ -67,6 +77,25 @@ class Sequence:
         """Tokens that can be run and have not been: 1 for a decode, more for a prefill, 0 while the next
         token is awaited. The last token of all is never run."""
         return min(self.length, self.limit - 1) - self.computed
+
+    @property
+    def restorable(self) -> int:
+        """How many leading tokens may be taken from a cache: one row at least is run, and every row whose
+        output is wanted."""
+        return min(self.length - 1, self.first_output) if self.asks_many else self.length - 1
+
+    @property
+    def sibling(self) -> Sequence | None:
+        """The sequence that computes, or has computed, this one's prompt, while that is all it is made of."""
+        leader = self.leader
+        if leader is None or not leader.queued or self.length > self.prompt_length:
+            return None
+        return leader
+
+    @property
+    def awaits_sibling(self) -> bool:
+        sibling = self.sibling
+        return sibling is not None and sibling.computed < self.restorable
 
     def tokens(self, begin: int, end: int) -> list[int]:
         """Some of the tokens, as a step wants them."""

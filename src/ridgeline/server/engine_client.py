@@ -119,13 +119,14 @@ class EngineClient:
         deadline_s: float | None = None,
         arrived_s: float | None = None,
         name: str = "",
+        cache_salt: str = "",
     ) -> EngineStream:
         """Begin a request, which arrived just now unless it is said when. Raises EngineDeadError while there
         is no engine to begin it on."""
         self._check_ready()
         held = EngineStream(self.forget, next(self._numbers), self._pieces_limit, name)
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
-        self._say(Add(held.number, tuple(tokens), params, stream, deadline_s, arrived_s))
+        self._say(Add(held.number, tuple(tokens), params, stream, deadline_s, arrived_s, cache_salt))
         self._streams[held.number] = held  # not before it is sent: what cannot be encoded is not left behind
         return held
 
@@ -137,14 +138,15 @@ class EngineClient:
         deadline_s: float | None = None,
         arrived_s: float | None = None,
         name: str = "",
-    ) -> tuple[float, ...]:
+        cache_salt: str = "",
+    ) -> Embedded:
         """The vector of a prompt; otherwise as `submit`. Raises RequestError, ExpiredError and
         EngineDeadError; cancelling it aborts the request."""
         self._check_ready()
         params = PoolingParams(pooling, normalise)
         answer = EngineAnswer(next(self._numbers), name)
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
-        self._say(Embed(answer.number, tuple(tokens), params, deadline_s, arrived_s))
+        self._say(Embed(answer.number, tuple(tokens), params, deadline_s, arrived_s, cache_salt))
         self._answers[answer.number] = answer
         try:
             return await answer.embedding
@@ -287,7 +289,7 @@ class EngineClient:
                     stream.end()
         elif isinstance(event, Embedded):
             if (answer := self._answers.pop(event.id, None)) is not None and not answer.embedding.done():
-                answer.embedding.set_result(event.embedding)
+                answer.embedding.set_result(event)
         elif isinstance(event, Refused):
             waiting = self._streams.pop(event.id, None) or self._answers.pop(event.id, None)
             if waiting is not None:

@@ -18,12 +18,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 
 from setproctitle import setproctitle
 
 from ridgeline.config import EngineConfig
 from ridgeline.engine import Engine
 from ridgeline.loading import LoadedModel, embedding_of, load_engine
+from ridgeline.server.compiling import Compiling
 from ridgeline.server.messages import (
     COMMANDS,
     START,
@@ -50,7 +53,16 @@ from ridgeline.server.messages import (
 from ridgeline.types import CapacityError, Request, RequestError, RequestOutput, RidgelineError
 
 PULSE_S = 0.2
+WATCH_S = 0.5
 _RECENT_STEPS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """What a request needs is there, or cannot be."""
+
+    command: Add | Embed
+    error: Exception | None
 
 
 class EngineWorker:
@@ -60,13 +72,18 @@ class EngineWorker:
     """
 
     def __init__(
-        self, engine: Engine, commands: queue.SimpleQueue[Command], tell: Callable[[Message], None]
+        self,
+        engine: Engine,
+        commands: queue.SimpleQueue[Command | _Compiled],
+        tell: Callable[[Message], None],
     ) -> None:
         self._commands = commands
         self._engine = engine
         self._tell = tell
         self._told: dict[int, list[tuple[int, int]]] = {}  # characters and tokens of each choice, if any
         self._deadlines: dict[int, float] = {}  # of requests that have not begun
+        self._compiling = Compiling()
+        self._awaited: set[int] = set()  # of these, what they need is being compiled
         self._step_began_s: float | None = None
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._steps = 0
@@ -75,10 +92,20 @@ class EngineWorker:
         """Until the process ends: commands first, then a step."""
         while True:
             if not self._engine.has_work:
-                self._obey(self._commands.get())
+                self._wait()
             while not self._commands.empty():
                 self._obey(self._commands.get())
-            self.step()
+            if self._awaited:
+                self._compiling.watch()
+            if self._engine.has_work:
+                self.step()
+
+    def _wait(self) -> None:
+        """For a command; not for ever while something is compiled, which has a limit of time."""
+        with suppress(queue.Empty):
+            self._obey(self._commands.get(timeout=WATCH_S if self._awaited else None))
+        if self._awaited:
+            self._expire(time.monotonic())
 
     def step(self) -> None:
         """One step of the engine, and its outcome to the server."""
@@ -106,8 +133,7 @@ class EngineWorker:
     def pulse(self) -> Pulse:
         """How things stand; asked from another thread, so that its numbers may be of different moments."""
         began_s, scheduler = self._step_began_s, self._engine.scheduler
-        running, pools = list(scheduler.running), scheduler.cache.pools
-        used = max((pool.used_pages / pool.pages for pool in pools if pool.pages), default=0.0)
+        running = list(scheduler.running)
         return Pulse(
             step_age_s=0.0 if began_s is None else time.monotonic() - began_s,
             usual_step_s=max(list(self._recent), default=0.0),
@@ -115,20 +141,51 @@ class EngineWorker:
             steps=self._steps,
             running=len(running),
             waiting=len(scheduler.waiting),
-            kv_used=used,
+            kv_used=scheduler.cache.usage,
         )
 
-    def _obey(self, command: Command) -> None:
-        if isinstance(command, Add | Embed):
+    def _obey(self, command: Command | _Compiled) -> None:
+        if isinstance(command, _Compiled):
+            self._begin_compiled(command)
+        elif isinstance(command, Add | Embed):
             self._begin(command)
         elif isinstance(command, Abort) and command.id in self._told:
             self._forget(command.id)
             self._engine.abort(str(command.id))
 
     def _begin(self, command: Add | Embed) -> None:
+        """Begin a request, or first have compiled what it needs: others go on meanwhile."""
+        if self._engine.is_prepared(command.params):
+            self._add(command)
+            return
+        try:
+            self._compiling.submit(
+                partial(self._engine.prepare, command.params),
+                lambda error: self._commands.put(_Compiled(command, error)),
+            )
+        except RequestError as error:
+            self._tell(_refusal(command.id, error))
+            return
+        self._awaited.add(command.id)
+        self._told[command.id] = []
+        if command.deadline_s is not None:
+            self._deadlines[command.id] = command.deadline_s
+
+    def _begin_compiled(self, compiled: _Compiled) -> None:
+        command = compiled.command
+        if command.id not in self._awaited:
+            return  # aborted, or expired
+        self._forget(command.id)
+        if compiled.error is None:
+            self._add(command)
+        else:
+            self._tell(_refusal(command.id, compiled.error))
+
+    def _add(self, command: Add | Embed) -> None:
         stream = isinstance(command, Add) and command.stream
         try:
-            self._engine.add(Request(str(command.id), command.tokens, command.params), stream=stream)
+            request = Request(str(command.id), command.tokens, command.params, command.cache_salt)
+            self._engine.add(request, stream=stream)
         except Exception as error:  # what is wrong with one request must not end the others
             self._tell(_refusal(command.id, error))
             return
@@ -154,7 +211,8 @@ class EngineWorker:
     def _tell_begun(self, outputs: Sequence[RequestOutput], began_s: float) -> None:
         """After a step: which requests need not be waited for any longer."""
         given = {int(output.request_id) for output in outputs}  # the engine may have forgotten them already
-        begun = [each for each in self._deadlines if each in given or self._engine.has_begun(str(each))]
+        waiting = [each for each in self._deadlines if each not in self._awaited]
+        begun = [each for each in waiting if each in given or self._engine.has_begun(str(each))]
         if begun:
             for request in begun:
                 del self._deadlines[request]
@@ -162,13 +220,14 @@ class EngineWorker:
 
     def _forget(self, request: int) -> None:
         del self._told[request]
+        self._awaited.discard(request)
         self._deadlines.pop(request, None)
 
     def _end_embedding(self, output: RequestOutput) -> None:
         request = int(output.request_id)
         self._forget(request)
         try:
-            self._tell(Embedded(request, embedding_of(output)))
+            self._tell(Embedded(request, embedding_of(output), output.cached_tokens))
         except Exception as error:
             self._tell(_refusal(request, error))
 
@@ -186,8 +245,9 @@ class EngineWorker:
                 logprobs = choice.logprobs[tokens:] if choice.logprobs is not None else None
                 text, new = choice.text[characters:], choice.token_ids[tokens:]
                 reasons = (choice.finish_reason, choice.stop_reason)
-                scores = output.prompt_logprobs if choice.index == tokens == 0 else None
-                piece = Piece(request, choice.index, text, new, logprobs, *reasons, scores)
+                first = choice.index == tokens == 0
+                of_prompt = (output.prompt_logprobs, output.cached_tokens) if first else ()
+                piece = Piece(request, choice.index, text, new, logprobs, *reasons, *of_prompt)
                 pieces.append(piece)
             if output.finished:
                 ended.append(request)
@@ -215,6 +275,7 @@ def card_of(loaded: LoadedModel) -> ModelCard:
         max_num_seqs=config.max_num_seqs,
         vocabulary_size=loaded.engine.model.vocabulary_size,
         sampling_defaults=loaded.sampling_defaults,
+        prefix_caching=config.enable_prefix_caching,
     )
 
 
@@ -259,7 +320,7 @@ def main() -> None:
     setproctitle("ridgeline-engine")
     start = START.decode(sys.stdin.buffer.read())
     line = _Line(start)
-    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    commands: queue.SimpleQueue[Command | _Compiled] = queue.SimpleQueue()
     threading.Thread(target=line.listen, args=(commands.put,), daemon=True).start()
     try:
         loaded = load_engine(EngineConfig.from_options(start.config))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
-from ridgeline.server.messages import Cause, Piece
+from ridgeline.server.messages import Cause, Embedded, Piece
 from ridgeline.types import CapacityError, RequestError, RidgelineError
 
 
@@ -82,7 +82,7 @@ class EngineAnswer:
     def __init__(self, number: int, name: str) -> None:
         self.number = number
         self.name = name or str(number)
-        self.embedding: asyncio.Future[tuple[float, ...]] = asyncio.get_running_loop().create_future()
+        self.embedding: asyncio.Future[Embedded] = asyncio.get_running_loop().create_future()
 
     def fail(self, error: Exception) -> None:
         if not self.embedding.done():

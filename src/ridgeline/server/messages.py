@@ -38,7 +38,8 @@ class Start(Message, frozen=True):
 
 class Add(Message, frozen=True):
     """Begin a request. `id` is the server's own, never used twice. A request that has not begun by
-    `deadline_s` is dropped; `arrived_s` is when it came to the server. Both on `time.monotonic`'s clock."""
+    `deadline_s` is dropped; `arrived_s` is when it came to the server. Both on `time.monotonic`'s clock. What
+    is computed is shared only among requests of one `cache_salt`."""
 
     id: int
     tokens: tuple[int, ...]
@@ -46,6 +47,7 @@ class Add(Message, frozen=True):
     stream: bool = True
     deadline_s: float | None = None
     arrived_s: float = 0.0
+    cache_salt: str = ""
 
 
 class Embed(Message, frozen=True):
@@ -56,6 +58,7 @@ class Embed(Message, frozen=True):
     params: PoolingParams
     deadline_s: float | None = None
     arrived_s: float = 0.0
+    cache_salt: str = ""
 
 
 class Abort(Message, frozen=True):
@@ -79,6 +82,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     max_num_seqs: int
     vocabulary_size: int
     sampling_defaults: SamplingParams
+    prefix_caching: bool = True
 
 
 class Hello(Message, frozen=True):
@@ -103,7 +107,8 @@ class Begun(Message, frozen=True):
 class Piece(msgspec.Struct, frozen=True, array_like=True):
     """What a choice of a request has gained: text, tokens, and at its end the reason.
 
-    `prompt_logprobs`, where they were asked for, come with the first piece of choice 0.
+    `prompt_logprobs`, where they were asked for, and how many tokens of the prompt were found in the prefix
+    cache, come with the first piece of choice 0.
     """
 
     id: int
@@ -114,6 +119,7 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    cached_tokens: int = 0
 
 
 class Pieces(Message, frozen=True):
@@ -128,6 +134,7 @@ class Embedded(Message, frozen=True):
 
     id: int
     embedding: tuple[float, ...]
+    cached_tokens: int = 0
 
 
 Cause = Literal["invalid", "expired", "capacity", "fault"]

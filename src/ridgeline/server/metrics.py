@@ -66,6 +66,7 @@ class Metrics:
 
     def __init__(self, client: EngineClient, model: str, version: str) -> None:
         self.registry = CollectorRegistry()
+        self._client = client
         self._lives: dict[int, _Life] = {}
         self._steps = 0  # of this engine process, as it last said
         self._define_requests()
@@ -75,6 +76,8 @@ class Metrics:
 
     def _define_requests(self) -> None:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that were begun.")
+        self._queried_tokens = self._counter("prefix_cache_queries", "Prompt tokens that were looked for.")
+        self._cached_tokens = self._counter("prefix_cache_hits", "Prompt tokens that were found.")
         self._generated_tokens = self._counter("generation_tokens", "Tokens that were generated.")
         self._engine_steps = self._counter("engine_steps", "Steps of the engine.")
         self._succeeded = self._counter("request_success", "Requests that ended well.", "finished_reason")
@@ -137,7 +140,7 @@ class Metrics:
             self._steps = message.steps
         elif isinstance(message, Embedded):
             if (life := self._lives.pop(message.id, None)) is not None:
-                self._prompt_tokens.inc(life.prompt_tokens)
+                self._count_prompt(life, message.cached_tokens)
                 self._end_well(life, "embedded", time.monotonic())
         elif isinstance(message, Refused):
             self._end_badly(message.id, _REFUSED[message.cause])
@@ -172,14 +175,22 @@ class Metrics:
     def _grow(self, life: _Life, piece: Piece, now_s: float) -> None:
         if piece.finish_reason is not None and life.reason != "error":
             life.reason = piece.finish_reason
+        self._cached_tokens.inc(piece.cached_tokens)
         if not life.last_s:
-            self._prompt_tokens.inc(life.prompt_tokens)
+            self._count_prompt(life)
             if life.streamed and piece.tokens:
                 self._ttft_s.observe(now_s - life.arrived_s)
         elif life.streamed and piece.tokens and piece.choice in life.last_s:
             self._itl_s.observe(now_s - life.last_s[piece.choice])
         life.generated_tokens += len(piece.tokens)
         life.last_s[piece.choice] = now_s
+
+    def _count_prompt(self, life: _Life, cached_tokens: int = 0) -> None:
+        self._prompt_tokens.inc(life.prompt_tokens)
+        self._cached_tokens.inc(cached_tokens)
+        card = self._client.card
+        if card is not None and card.prefix_caching:
+            self._queried_tokens.inc(life.prompt_tokens)
 
     def _end_well(self, life: _Life, reason: str, now_s: float) -> None:
         self._succeeded.labels(reason).inc()

@@ -121,10 +121,12 @@ class Service:
 
     # ------------------------------------------------------------------------------------- requests
 
-    def admit(self, key: ApiKey | None, sequences: int, name: str = "") -> Ticket:
+    def admit(
+        self, key: ApiKey | None, sequences: int, name: str = "", cache_salt: str | None = None
+    ) -> Ticket:
         """A place for a request of so many sequences, called `name` in logs. Raises HttpError 429 and 503."""
         self.check_ready(key)
-        ticket = Ticket(self, key, sequences, name)
+        ticket = Ticket(self, key, sequences, name, cache_salt)
         self._tickets[ticket] = None
         self.open_sequences += sequences
         if key is not None:
@@ -182,8 +184,12 @@ def _overloaded(message: str) -> HttpError:
 class Ticket:
     """One admitted request: its place in the queue and what it has begun. Closing it ends all of that."""
 
-    def __init__(self, service: Service, key: ApiKey | None, sequences: int, name: str) -> None:
+    def __init__(
+        self, service: Service, key: ApiKey | None, sequences: int, name: str, cache_salt: str | None
+    ) -> None:
         self.name = name
+        # No key's requests ever share what another's have computed, whatever salt of their own they send.
+        self.cache_salt = f"{'' if key is None else key.digest.hex()}:{cache_salt or ''}"
         self.sequences = sequences
         self.tokens = 0
         self.begun = False  # something of an answer has come
@@ -203,7 +209,9 @@ class Ticket:
             raise _overloaded(f"{waiting} prompt tokens are waiting already")
         deadline_s = time.monotonic() + service.config.queue_timeout_s
         for prompt in prompts:
-            begun = service.client.submit(prompt, params, stream, deadline_s, self.arrived_s, self.name)
+            begun = service.client.submit(
+                prompt, params, stream, deadline_s, self.arrived_s, self.name, self.cache_salt
+            )
             self._streams.append(begun)
 
     async def pieces(self) -> AsyncIterator[tuple[int, list[Piece]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from ridgeline.model.checkpoint import open_checkpoint
 from ridgeline.model.generation_defaults import generation_defaults
 from ridgeline.model.tokenizer import Tokenizer
 from ridgeline.server.config import ServerConfig
-from ridgeline.server.parsers import OutputParser, parser_for
-from ridgeline.types import ConfigError, RequestError, SamplingParams
+from ridgeline.server.parsers import OutputParser, parser_for, thinking_marks
+from ridgeline.types import ConfigError, RequestError, SamplingParams, Thinking
 
 _TAIL_TOKENS = 16
 """The end of a prompt, in which it is seen whether the answer begins amid reasoning."""
@@ -57,6 +57,21 @@ class TextSide:
         if self.template is None:
             raise RequestError("messages cannot be used: this model has no chat template")
         return tuple(self.template.encode(messages, **options))
+
+    def constrained(self, params: SamplingParams, prompt: Sequence[int]) -> SamplingParams:
+        """Parameters for the answer to a chat, in which a model that reasons may do so first. Raises
+        RequestError."""
+        form = params.structured_outputs
+        if form is None or self.template is None:
+            return params
+        tail = self.tokenizer.decode(prompt[-_TAIL_TOKENS:], skip_special=False)
+        marks = thinking_marks("\n".join(self.template.sources), tail)
+        if marks is None:
+            return params
+        start, end = (self.tokenizer.token_id(mark) for mark in marks[:2])
+        if start is None or end is None:
+            return params
+        return replace(params, structured_outputs=replace(form, thinking=Thinking(start, end, marks[2])))
 
     def new_parser(self, prompt: Sequence[int], tools: bool, skip_special_tokens: bool) -> OutputParser:
         """What reads one answer to `prompt`. Without `tools` no calls are looked for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from ridgeline.execution.step_arrays import StepArrays, rope_tables
 from ridgeline.model.program import MemoryGroup, Program, Rope, StepLoad, Value, Weight
 from ridgeline.model.spec import RopeSpec
 from ridgeline.model.weights import Weights
-from ridgeline.native import Matrix, StepInputs, Tape, Team, allocate, copy_page, pack
+from ridgeline.native import Matrix, StepInputs, Tape, Team, allocate, copy_page, greedy_tokens, pack
 from ridgeline.precision.storage import Tensor, float32_tensor
 from ridgeline.resources.machine import choose_isa
 from ridgeline.types import ByteArray, Float32Array, PageCopy, Step, StepResult
@@ -73,7 +73,7 @@ class CpuExecutor:
         self._vectors: dict[str, Float32Array] = {}
         self._pools: dict[int, _Pool] = {}
         self._groups: dict[int, MemoryGroup] = {}
-        self._drawer = Drawer()
+        self._drawer = Drawer(lambda logits: greedy_tokens(logits, self._team, self.isa))
         self._drawn = np.empty(0, np.int32)
         # Results stay valid during one more run, so runs take turns with two arrays.
         self._logits = [np.empty((0, 0), np.float32)] * 2
@@ -112,7 +112,7 @@ class CpuExecutor:
         handle.tape.run(inputs)
         return self._finish(handle, step, logits, started_s)
 
-    def profile(self, handle: CpuHandle, step: Step) -> tuple[FinishedStep, list[LaunchTime]]:
+    def profile(self, handle: CpuHandle, step: Step) -> tuple[FinishedStep, Callable[[], list[LaunchTime]]]:
         """As `run`, with the time of each launch as the team's first thread saw it."""
         started_s = time.perf_counter()
         inputs, logits = self._prepare(handle, step)
@@ -120,16 +120,20 @@ class CpuExecutor:
         elapsed = handle.tape.profile(inputs)
         ran_s = time.perf_counter()
         finished = self._finish(handle, step, logits, started_s)
-        load, footprint = StepLoad.of(step, handle.program.groups), self._footprint(handle.program)
-        works = launch_works(handle.program, handle.launches, load, footprint)
         drawn_s = started_s + finished.step_result.elapsed_s
         elapsed_s = [*elapsed, drawn_s - ran_s]  # the last launch of a decoder draws, outside the tape
-        parts = zip(handle.launches, elapsed_s, works, strict=False)
-        return finished, [
-            LaunchTime("inputs", prepared_s - started_s),
-            *(LaunchTime(label_of(launch), seconds, work) for launch, seconds, work in parts),
-            LaunchTime("wait for the team", ran_s - prepared_s - sum(elapsed)),
-        ]
+
+        def times() -> list[LaunchTime]:
+            load, footprint = StepLoad.of(step, handle.program.groups), self._footprint(handle.program)
+            works = launch_works(handle.program, handle.launches, load, footprint)
+            parts = zip(handle.launches, elapsed_s, works, strict=False)
+            return [
+                LaunchTime("inputs", prepared_s - started_s),
+                *(LaunchTime(label_of(launch), seconds, work) for launch, seconds, work in parts),
+                LaunchTime("wait for the team", ran_s - prepared_s - sum(elapsed)),
+            ]
+
+        return finished, times
 
     def _prepare(self, handle: CpuHandle, step: Step) -> tuple[StepInputs, Float32Array]:
         """What the tape reads in a step, and the logits that it will write."""

@@ -17,7 +17,8 @@ static void bf16_tiles(const TileInput& in, float* y) {
     const uint8_t* line = in.tile + size_t(k) * kLineBytes;
     vint w[kTiles];
     for (int i = 0; i < kTiles; ++i) {
-      if constexpr (kTokens >= kPrefetchTokens) prefetch(line + i * in.next_tile + kPrefetchBytes);
+      if constexpr (kTokens >= kPrefetchTokens)
+        prefetch(in.tile + i * in.next_tile + prefetch_place<kTiles>(in, size_t(k) * kLineBytes));
       w[i] = iload(line + i * in.next_tile);
     }
     for (int t = 0; t < kTokens; ++t) {

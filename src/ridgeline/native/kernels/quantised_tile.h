@@ -27,11 +27,13 @@ RIDGELINE_INLINE vfloat splat_sum(const uint8_t* sum) {
   return to_float(isplat(value));
 }
 
-template <Storage kStorage>
-RIDGELINE_INLINE void prefetch_group(const uint8_t* tile, int group) {
+template <Storage kStorage, int kTiles>
+RIDGELINE_INLINE void prefetch_group(const TileInput& in, int group) {
   constexpr size_t kBytes = block_bytes(kStorage) / block_groups(kStorage);
-  const uint8_t* ahead = tile + size_t(group) * kBytes + kPrefetchBytes;
-  for (size_t line = 0; line < kBytes; line += kLineBytes) prefetch(ahead + line);
+  const uint8_t* ahead = in.tile + prefetch_place<kTiles>(in, size_t(group) * kBytes);
+  for (int i = 0; i < kTiles; ++i) {
+    for (size_t line = 0; line < kBytes; line += kLineBytes) prefetch(ahead + i * in.next_tile + line);
+  }
 }
 
 // Tiles that are multiplied side by side: two share each load of an activation. With few rows the memory is the
@@ -151,10 +153,10 @@ static void quantised_tiles(const TileInput& in, float* y) {
   [[maybe_unused]] SuperBlock<kStorage> block[kTiles];
   for (int g = 0; g < layout.groups; ++g) {
     const GroupPlace place = group_place(kStorage, g);
+    if constexpr (kTokens >= kPrefetchTokens) prefetch_group<kStorage, kTiles>(in, g);
     GroupWeights w[kTiles];
     for (int i = 0; i < kTiles; ++i) {
       const uint8_t* tile = in.tile + i * in.next_tile;
-      if constexpr (kTokens >= kPrefetchTokens) prefetch_group<kStorage>(tile, g);
       w[i] = {tile + place.scales, tile + place.codes};
     }
     const uint8_t* per_group = in.x + size_t(4) * g;

@@ -19,10 +19,19 @@ struct TileInput {
   RIDGELINE_MEMBER int tiles() const { return next_tile == 0 ? 1 : 2; }
 };
 
-// How far ahead of their use weights are fetched. The tile after this one follows in memory and is mostly the
-// next. With few rows the hardware's own prefetching is better: it stays closer to what is computed.
+// How far ahead of their use weights are fetched. What follows a tile in memory, or a pair of tiles that are
+// multiplied at once, is mostly the next. With few rows the hardware's own prefetching is better: it stays closer to
+// what is computed.
 constexpr size_t kPrefetchBytes = 4096;
 constexpr int kPrefetchTokens = 3;
+
+// What to fetch when `place` bytes of a tile are done. Beyond the end of one of two comes the other, which is being
+// multiplied already.
+template <int kTiles>
+RIDGELINE_INLINE size_t prefetch_place(const TileInput& in, size_t place) {
+  const size_t ahead = place + kPrefetchBytes, tile_bytes = size_t(in.next_tile);
+  return kTiles == 2 && ahead >= tile_bytes ? ahead + tile_bytes : ahead;
+}
 
 RIDGELINE_INLINE vfloat splat_at(const uint8_t* p) {
   float value;

@@ -9,6 +9,7 @@ from ridgeline.server.parsers.deltas import OutputParser, PlainParser
 from ridgeline.server.parsers.harmony import CHANNEL, HARMONY_MARKERS, MESSAGE, HarmonyParser
 from ridgeline.server.parsers.markers import SpecialCutter, TokenStream
 from ridgeline.server.parsers.markup import Calls, Form, Markup, MarkupParser
+from ridgeline.types import RequestError
 
 _THINK = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>"))
 
@@ -62,6 +63,21 @@ def parser_for(
         return PlainParser()
     thinking = _open_reasoning(markup, source, prompt)
     return MarkupParser(markup, cutter, special, skip_special_tokens, thinking)
+
+
+def thinking_marks(template: str | None, prompt: str) -> tuple[str, str, bool] | None:
+    """The markers around reasoning of a model with this chat template, and whether `prompt` ends amid it.
+    None where it does not reason. Raises RequestError for a form in which reasoning and answer are parts of
+    one frame, which no constraint on the answer alone can keep."""
+    source = template or ""
+    if _is_harmony(source):
+        raise RequestError(
+            "structured_outputs cannot be used in chats with this model; accepted: completions"
+        )
+    for start, end in _THINK:
+        if start in source or end in source:
+            return start, end, prompt.rstrip().endswith(start)
+    return None
 
 
 def _is_harmony(shown: Container[str]) -> bool:

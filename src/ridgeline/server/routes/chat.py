@@ -16,7 +16,7 @@ from starlette.responses import Response
 from ridgeline.model.tokenizer import Tokenizer
 from ridgeline.server.errors import bad_request
 from ridgeline.server.messages import Piece
-from ridgeline.server.parsers import Delta, FirstCall, OutputParser, PlainParser
+from ridgeline.server.parsers import Delta, FirstCall, ForcedCalls, OutputParser, PlainParser
 from ridgeline.server.routes.common import (
     Admitted,
     admitted,
@@ -39,7 +39,7 @@ from ridgeline.server.wire.answers import (
     message_fields,
     prompt_logprobs,
 )
-from ridgeline.server.wire.requests import ChatRequest, ChatTemplateFields, TokenizeRequest
+from ridgeline.server.wire.requests import ChatRequest, ChatTemplateFields, NamedTool, TokenizeRequest
 from ridgeline.server.wire.responses import ChatCompletion
 from ridgeline.types import SamplingParams, TokenLogprobs
 
@@ -56,13 +56,17 @@ async def chat_completions(request: Request) -> Response:
 
 
 async def _answer(asked: Admitted[ChatRequest]) -> Response:
-    service, body, params = asked.service, asked.body, asked.params
+    service, body = asked.service, asked.body
     tokens = await service.in_thread(chat_tokens, service.text, body, body.tool_choice != "none")
+    params = service.text.constrained(asked.params, tokens)
     usage = asked.count([tokens], "messages")
     with_tools = bool(body.tools) and body.tool_choice != "none"
     skip = params.skip_special_tokens
-    parsers = [service.text.new_parser(tokens, with_tools, skip) for _ in range(params.n)]
-    if with_tools and not body.parallel_tool_calls:
+    forced = body.forces_calls
+    parsers = [service.text.new_parser(tokens, with_tools and not forced, skip) for _ in range(params.n)]
+    if forced:
+        parsers = [ForcedCalls(parser) for parser in parsers]
+    elif with_tools and not body.parallel_tool_calls:
         parsers = [FirstCall(parser) for parser in parsers]
     head = new_head(service, "chatcmpl", asked.model)
     answer = ChatAnswer(service.text.tokenizer, head, body, parsers, usage)
@@ -145,6 +149,7 @@ class ChatAnswer:
         self._wants_usage = body.wants_usage
         self._wants_logprobs = body.logprobs
         self._prompt_logprobs = body.prompt_logprobs
+        self._chose_tool = not isinstance(body.tool_choice, NamedTool)
         self._chunks = ChatChunks(head, body.wants_usage)
         self._parsers = parsers  # one for each choice
         self._begun: set[int] = set()
@@ -172,7 +177,7 @@ class ChatAnswer:
     def _add(self, piece: Piece, parts: list[bytes]) -> None:
         """The chunks of a piece."""
         index, chunks = piece.choice, self._chunks
-        self._usage.completion_tokens += len(piece.tokens)
+        self._usage.add(piece)
         if index not in self._begun:
             self._begun.add(index)
             parts.append(chunks.role(index, self._scores if index == 0 else None))
@@ -202,7 +207,7 @@ class ChatAnswer:
             async for _, pieces in arriving:
                 await self._note_scores(pieces)
                 for piece in pieces:
-                    self._usage.completion_tokens += len(piece.tokens)
+                    self._usage.add(piece)
                     deltas[piece.choice] += self._deltas(piece)
                     logprobs[piece.choice] += piece.logprobs or ()
                     last[piece.choice] = piece
@@ -248,5 +253,6 @@ class ChatAnswer:
 
     def _reason(self, piece: Piece) -> str:
         reason = reason_of(piece, self._head)
-        called = self._parsers[piece.choice].called_tools
+        # As at OpenAI, who names the tool is not told that one was called.
+        called = self._chose_tool and self._parsers[piece.choice].called_tools
         return "tool_calls" if reason == "stop" and called else reason

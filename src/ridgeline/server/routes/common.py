@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -16,7 +17,7 @@ from starlette.responses import Response
 
 from ridgeline.server import logs
 from ridgeline.server.config import ApiKey
-from ridgeline.server.errors import HttpError
+from ridgeline.server.errors import HttpError, bad_request
 from ridgeline.server.messages import Piece
 from ridgeline.server.service import Service, Ticket, while_connected
 from ridgeline.server.streaming import EventStream
@@ -24,7 +25,7 @@ from ridgeline.server.wire.answers import Head, Usage
 from ridgeline.server.wire.base import Body
 from ridgeline.server.wire.requests import Sampled
 from ridgeline.server.wire.responses import Answer, Error
-from ridgeline.types import SamplingParams
+from ridgeline.types import RequestError, SamplingParams
 
 B = TypeVar("B", bound=Sampled)
 
@@ -101,9 +102,10 @@ async def admitted(request: Request, kind: type[B]) -> Admitted[B]:
     body = await service.bodies.read(request, kind)
     model = service.model_name(body.model)
     body.check()
-    params = body.params(service.text.sampling_defaults)
+    with form_errors(body):
+        params = body.params(service.text.sampling_defaults)
     name = request.scope["ridgeline.id"]
-    ticket = service.admit(key, body.answers, name)
+    ticket = service.admit(key, body.answers, name, body.cache_salt)
     service.log_prompt(name, body.content)
     return Admitted(request, service, body, model, params, ticket)
 
@@ -118,10 +120,23 @@ class Generated(Protocol):
 
 async def generated(asked: Admitted[B], answer: Generated) -> Response:
     """An answer at once, or as it grows."""
-    if not asked.body.stream:
-        return json_answer(await answer.whole(asked.ticket))
-    chunks = answer.stream(asked.ticket)
-    return EventStream(await anext(chunks), chunks, asked.ticket.close)
+    with form_errors(asked.body):
+        if not asked.body.stream:
+            return json_answer(await answer.whole(asked.ticket))
+        chunks = answer.stream(asked.ticket)
+        return EventStream(await anext(chunks), chunks, asked.ticket.close)
+
+
+@contextmanager
+def form_errors(body: Sampled) -> Iterator[None]:
+    """Errors about the form of the answer speak of the field in which the request has it."""
+    try:
+        yield
+    except RequestError as error:
+        own, rest = body.form_field, str(error).removeprefix("structured_outputs")
+        if rest == str(error) or own is None:
+            raise
+        raise bad_request(own + rest, own) from None
 
 
 def reason_of(piece: Piece, head: Head) -> str:

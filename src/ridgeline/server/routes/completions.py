@@ -140,7 +140,7 @@ class CompletionAnswer:
 
     def _chunk(self, chunks: CompletionChunks, prompt: int, piece: Piece) -> bytes:
         index, text = prompt * self._n + piece.choice, piece.text
-        self._usage.completion_tokens += len(piece.tokens)
+        self._usage.add(piece)
         first = index not in self._begun
         if first:
             self._begun.add(index)
@@ -169,7 +169,7 @@ class CompletionAnswer:
             async for prompt, pieces in arriving:
                 for piece in pieces:
                     index = prompt * self._n + piece.choice
-                    self._usage.completion_tokens += len(piece.tokens)
+                    self._usage.add(piece)
                     if piece.prompt_logprobs is not None:
                         await self._note(prompt, piece.prompt_logprobs)
                     texts[index].append(piece.text)

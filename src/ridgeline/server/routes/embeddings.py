@@ -39,7 +39,7 @@ async def embeddings(request: Request) -> Response:
     body = await service.bodies.read(request, EmbeddingRequest)
     model = service.model_name(body.model)
     name = request.scope["ridgeline.id"]
-    ticket = service.admit(key, len(body.input), name)
+    ticket = service.admit(key, len(body.input), name, body.cache_salt)
     service.log_prompt(name, body.input)
 
     async def work() -> Response:
@@ -49,17 +49,14 @@ async def embeddings(request: Request) -> Response:
         usage = Usage(sum(map(len, prompts)))
         record_of(request)["usage"] = usage
         deadline_s = time.monotonic() + service.config.queue_timeout_s
-        vectors = await _all(
-            [
-                service.client.embed(each, body.pooling, body.normalize, deadline_s, ticket.arrived_s, name)
-                for each in prompts
-            ]
-        )
+        how = (body.pooling, body.normalize, deadline_s, ticket.arrived_s, name, ticket.cache_salt)
+        embedded = await _all([service.client.embed(each, *how) for each in prompts])
+        usage.cached_tokens = sum(each.cached_tokens for each in embedded)
         fields = usage.fields()
         del fields["completion_tokens"]
         data = [
-            {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
-            for index, vector in enumerate(vectors)
+            {"object": "embedding", "index": i, "embedding": _encoded(each.embedding, body.encoding_format)}
+            for i, each in enumerate(embedded)
         ]
         return json_answer({"object": "list", "data": data, "model": model, "usage": fields})
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from ridgeline.model.tokenizer import Tokenizer
+from ridgeline.server.messages import Piece
 from ridgeline.server.parsers import Delta
 from ridgeline.types import TokenLogprobs
 
@@ -39,12 +40,18 @@ class Head:
 class Usage:
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int = 0
 
-    def fields(self) -> dict[str, int]:
+    def add(self, piece: Piece) -> None:
+        self.completion_tokens += len(piece.tokens)
+        self.cached_tokens += piece.cached_tokens
+
+    def fields(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 

@@ -9,13 +9,15 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from ridgeline.server.errors import bad_request
 from ridgeline.server.wire.base import Accepts, Body, anything, only
-from ridgeline.types import SamplingParams
+from ridgeline.server.wire.forms import ResponseFormatField, StructuredOutputsField, forced_calls
+from ridgeline.types import SamplingParams, StructuredOutputsParams
 
 MAX_PROMPTS = 1024
 MAX_SEQUENCES = 2048
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 512
 MAX_STOP = 4096
+MAX_SALT = 256
 MAX_TOP_LOGPROBS = 20
 COMPLETION_TOKENS = 16
 """What a completion has at most where its request does not say; OpenAI's default."""
@@ -49,6 +51,8 @@ def _token_ids(value: list[int]) -> list[int]:
 Stops = Annotated[list[str], BeforeValidator(_stops, json_schema_input_type=str | list[str])]
 Biases = Annotated[dict[str, float], AfterValidator(_biases)]
 TokenIds = Annotated[list[int], AfterValidator(_token_ids)]
+Salt = Annotated[str, Field(min_length=1, max_length=MAX_SALT)]
+"""What is computed for a request is shared only with those of the same key that send the same."""
 
 
 class StreamOptions(Body):
@@ -89,6 +93,22 @@ class Sampled(Body):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    typical_p: float | None = None
+    top_n_sigma: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    mirostat: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: Stops | None = None
+    bad_words: Stops | None = None
+    response_format: ResponseFormatField | None = None
+    structured_outputs: StructuredOutputsField | None = None
+    cache_salt: Salt | None = None
 
     unsupported: ClassVar[Mapping[str, Accepts]] = {
         "user": anything,
@@ -104,19 +124,16 @@ class Sampled(Body):
         "length_penalty": only(1),
         "best_of": only(),
         "allowed_token_ids": only([]),
-        "bad_words": only([]),
         "truncate_prompt_tokens": only(),
         "spaces_between_special_tokens": only(True),
         "return_tokens_as_token_ids": only(False),
         "return_token_ids": only(False),
         "priority": only(0),
-        "cache_salt": only(),
         "request_id": only(),
         "guided_json": only(),
         "guided_regex": only(),
         "guided_choice": only(),
         "guided_grammar": only(),
-        "structured_outputs": only(),
         "logits_processors": only([]),
         "mm_processor_kwargs": only({}),
         "kv_transfer_params": only(),
@@ -148,13 +165,32 @@ class Sampled(Body):
     def sampling(self, defaults: SamplingParams, **fixed: Any) -> SamplingParams:
         """Parameters for the engine: the model's own, changed by what was sent and by `fixed`. Raises
         RequestError for a value out of range."""
-        own = {"logit_bias", "logprobs", "max_tokens"}
+        own = {"best_of", "logit_bias", "logprobs", "max_tokens", "structured_outputs"}
         names = set(SamplingParams.__dataclass_fields__) - own
         sent = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.logit_bias:
             sent["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        sent["structured_outputs"] = self.form()
         base = {name: getattr(defaults, name) for name in SamplingParams.__dataclass_fields__}
         return SamplingParams(**{**base, **sent, **fixed})
+
+    def form(self) -> StructuredOutputsParams | None:
+        """The form that the answer must have. Raises RequestError and HttpError."""
+        form = None if self.response_format is None else self.response_format.form()
+        if self.structured_outputs is None:
+            return form
+        if form is not None:
+            raise bad_request(
+                "response_format and structured_outputs are set; accepted: one of them", "structured_outputs"
+            )
+        return self.structured_outputs.form()
+
+    @property
+    def form_field(self) -> str | None:
+        """Where the form of the answer is asked for."""
+        if self.structured_outputs is not None:
+            return "structured_outputs"
+        return None if self.response_format is None else "response_format"
 
     def check_stream_options(self) -> None:
         if self.stream_options is not None and not self.stream:
@@ -194,7 +230,6 @@ class ChatRequest(ChatTemplateFields, Sampled):
 
     unsupported: ClassVar[Mapping[str, Accepts]] = {
         **Sampled.unsupported,
-        "response_format": only({"type": "text"}),
         "functions": only([]),
         "function_call": only("none", "auto"),
         "modalities": only(["text"]),
@@ -216,12 +251,27 @@ class ChatRequest(ChatTemplateFields, Sampled):
         self.check_stream_options()
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
-        if self.tool_choice not in (None, "none", "auto"):
+
+    @property
+    def forces_calls(self) -> bool:
+        """Whether the answer has to call tools."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    @property
+    def form_field(self) -> str | None:
+        return "tool_choice" if self.forces_calls else super().form_field
+
+    def form(self) -> StructuredOutputsParams | None:
+        form = super().form()
+        if not self.forces_calls:
+            return form
+        if form is not None:
             raise bad_request(
-                "tool_choice is not supported with this value; accepted: none, auto",
+                "tool_choice forces a call and the answer has another form; accepted: one of them",
                 "tool_choice",
-                "unsupported_parameter",
             )
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        return forced_calls(self.tools or [], named, self.parallel_tool_calls)
 
     def params(self, defaults: SamplingParams) -> SamplingParams:
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
@@ -264,7 +314,6 @@ class CompletionRequest(Sampled):
     unsupported: ClassVar[Mapping[str, Accepts]] = {
         **{name: accepts for name, accepts in Sampled.unsupported.items() if name != "best_of"},
         "suffix": only(""),
-        "response_format": only({"type": "text"}),
         "prompt_embeds": only(),
     }
 
@@ -274,19 +323,15 @@ class CompletionRequest(Sampled):
 
     @property
     def answers(self) -> int:
-        return self.n * len(self.prompt)
+        return max(self.n, self.best_of or 0) * len(self.prompt)
 
     def check(self) -> None:
         self.check_stream_options()
-        if self.best_of is not None and self.best_of != self.n:
-            raise bad_request(
-                f"best_of is {self.best_of}; accepted: n, which is {self.n}",
-                "best_of",
-                "unsupported_parameter",
-            )
+        if self.stream and self.best_of is not None and self.best_of != self.n:
+            raise bad_request("best_of cannot be streamed; accepted: n, or stream: false", "best_of")
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise bad_request("max_tokens is 0; accepted: a positive number", "max_tokens")
-        if len(self.prompt) * max(self.n, 1) > MAX_SEQUENCES:
+        if len(self.prompt) * max(self.n, self.best_of or 1) > MAX_SEQUENCES:
             raise bad_request(
                 f"{len(self.prompt)} prompts with n {self.n}; accepted: at most {MAX_SEQUENCES} answers", "n"
             )
@@ -307,7 +352,13 @@ class CompletionRequest(Sampled):
             limit = 1  # of parameters that nobody will use
         wanted = [most for most in (self.echo_logprobs, self.prompt_logprobs) if most is not None]
         scores = max(wanted, default=None)
-        return self.sampling(defaults, max_tokens=limit, logprobs=self.logprobs, prompt_logprobs=scores)
+        return self.sampling(
+            defaults,
+            max_tokens=limit,
+            logprobs=self.logprobs,
+            prompt_logprobs=scores,
+            best_of=self.best_of,
+        )
 
 
 # ------------------------------------------------------------------------------------------ embeddings
@@ -322,6 +373,7 @@ class EmbeddingRequest(Body):
     pooling: Literal["mean", "last"] = "mean"
     normalize: bool = True
     add_special_tokens: bool = True
+    cache_salt: Salt | None = None
 
     unsupported: ClassVar[Mapping[str, Accepts]] = {
         "user": anything,

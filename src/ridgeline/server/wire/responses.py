@@ -14,10 +14,17 @@ class Answer(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
+class PromptTokensDetails(Answer):
+    """`cached_tokens` were found in the prefix cache."""
+
+    cached_tokens: int
+
+
 class Usage(Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class TopLogprob(Answer):
@@ -155,6 +162,7 @@ class Embedding(Answer):
 class EmbeddingUsage(Answer):
     prompt_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Embeddings(Answer):

@@ -1,0 +1,374 @@
+"""Answers of a given form: which tokens may come next, by llguidance.
+
+A grammar is compiled once, against the vocabulary's bytes, and then shared: every sequence has a matcher of
+its own over the automaton that all of them build as they go. Masks are computed in a thread while the model's
+pass runs, since the library works without Python's lock; a sampler that comes for one too early waits.
+
+Compiling, memory and each mask are bounded by the library's counters, so that an expression that explodes is
+an error of its own request. What has become of the lexer's automaton the library does not tell; the cache
+reckons it by the time that masks took, which is what making its states costs.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ridgeline.sampling.grammars import grammar_of, unusable
+from ridgeline.sampling.words import Words
+from ridgeline.types import Float32Array, RequestError, StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+CACHE_BYTES = 128 << 20
+_ENTRY_BYTES, _BYTES_PER_CHARACTER = 64 << 10, 64
+_GROWTH_BYTES_PER_S = 64 << 20
+"""Measured with the expression that makes the most states of those that were tried: 50 KB per ms of masks."""
+_MAX_STATES = 2**14
+_STATE_BYTES = 1024
+_LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 300_000,
+    "max_grammar_size": 150_000,
+    "max_lexer_states": _MAX_STATES,
+    "step_lexer_fuel": 100_000,
+    "verbose_errors": False,
+}
+
+Ids = NDArray[np.int64]
+
+
+class _Vocabulary:
+    """A tokenizer in the form in which llguidance takes it. Special tokens are known by their ids: no text of
+    a grammar is ever one of them."""
+
+    is_tokenizer_wrapper = True
+
+    def __init__(self, words: Words, size: int, end: int) -> None:
+        self.eos_token_id = end
+        self.bos_token_id = words.bos_id
+        known = min(words.vocab_size, size)
+        self.tokens = [words.token_bytes(index) for index in range(known)] + [b""] * (size - known)
+        nameless = {index for index, token in enumerate(self.tokens) if not token}
+        for index in nameless:  # every token needs bytes of its own
+            self.tokens[index] = b"<|unused %d|>" % index
+        self.special_token_ids = sorted(nameless.union(i for i in words.special_ids if i < size))
+        self._encode = words.encode
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
+
+
+class _Grammar:
+    """A compiled form, as the cache holds it."""
+
+    __slots__ = ("mask_s", "matcher", "static_bytes")
+
+    def __init__(self, matcher: LLMatcher, characters: int) -> None:
+        self.matcher = matcher
+        self.static_bytes = _ENTRY_BYTES + _BYTES_PER_CHARACTER * characters
+        self.mask_s = 0.0  # time that all its masks took
+
+    @property
+    def nbytes(self) -> int:
+        """An estimate, rather too high."""
+        grown = min(int(self.mask_s * _GROWTH_BYTES_PER_S), _MAX_STATES * _STATE_BYTES)
+        return self.static_bytes + grown
+
+
+class Constraints:
+    """Compiles forms for one vocabulary and keeps them, up to `capacity_bytes`; those that running answers
+    use are not counted twice. Safe to share between threads, and what one request asked for changes no
+    other's mask.
+
+    `end_ids` are the tokens by which an answer may end, `size` is the width of a row of logits.
+    """
+
+    def __init__(
+        self, words: Words, size: int, end_ids: Collection[int], capacity_bytes: int = CACHE_BYTES
+    ) -> None:
+        self.words = words
+        self._size = size
+        self._ends = tuple(sorted(end_ids))
+        self._capacity_bytes = capacity_bytes
+        self._grammars: OrderedDict[StructuredOutputsParams, _Grammar] = OrderedDict()
+        self._lock = threading.Lock()  # guards _grammars and _thread
+        self._making = threading.Lock()  # guards _tokenizer, which is slow to make
+        self._tokenizer: LLTokenizer | None = None
+        self._thread: _MaskThread | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """What the cache is reckoned to hold."""
+        with self._lock:
+            return sum(grammar.nbytes for grammar in self._grammars.values())
+
+    def __len__(self) -> int:
+        return len(self._grammars)
+
+    def has(self, form: StructuredOutputsParams) -> bool:
+        """Whether the form needs no compiling any more."""
+        with self._lock:
+            return _key(form) in self._grammars
+
+    def prepare(self, form: StructuredOutputsParams) -> None:
+        """Compile a form for a `start` that follows. Raises RequestError when that cannot be done, or nothing
+        has this form; takes a second at the very most."""
+        self._compiled(form)
+
+    def start(self, form: StructuredOutputsParams, count: int) -> list[Constraint]:
+        """One constraint for each of a request's answers. Raises as `prepare` does."""
+        grammar = self._compiled(form)
+        with self._lock:
+            if self._thread is None:
+                self._thread = _MaskThread()
+            thread = self._thread
+        made = []
+        for _ in range(count):
+            made.append(Constraint(grammar, form, self._size, self._ends, thread))
+        return made
+
+    def flush(self) -> None:
+        """Begin with the masks that will be wanted next, which takes none of this thread's time."""
+        thread = self._thread
+        if thread is not None:
+            thread.flush()
+
+    def close(self) -> None:
+        """End the thread: Python cannot end one that is inside the library."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            self._grammars.clear()
+        if thread is not None:
+            thread.close()
+
+    def _compiled(self, form: StructuredOutputsParams) -> _Grammar:
+        key = _key(form)
+        with self._lock:
+            found = self._grammars.get(key)
+            if found is not None:
+                self._keep(key, found)
+                return found
+        made = self._compile(key)
+        with self._lock:
+            self._keep(key, made)
+        return made
+
+    def _keep(self, key: StructuredOutputsParams, grammar: _Grammar) -> None:
+        """Make the grammar the one that was used last, and forget others while they are too large together:
+        they may have grown."""
+        self._grammars[key] = grammar
+        self._grammars.move_to_end(key)
+        total = sum(each.nbytes for each in self._grammars.values())
+        while total > self._capacity_bytes and len(self._grammars) > 1:
+            _, dropped = self._grammars.popitem(last=False)
+            total -= dropped.nbytes
+
+    def _compile(self, form: StructuredOutputsParams) -> _Grammar:
+        from llguidance import LLMatcher, LLParserLimits
+
+        if not self._ends:
+            raise RequestError(
+                "structured_outputs cannot be used: this model has no token that ends an answer"
+            )
+        grammar = grammar_of(form)
+        with self._making:
+            tokenizer = self._tokenizer = self._tokenizer or self._make_tokenizer()
+        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
+        if matcher.is_error():
+            raise unusable(matcher.get_error())
+        compiled = _Grammar(matcher, len(grammar))
+        # Much of the work is only done for the first mask.
+        if not _permitted(matcher.deep_copy(), self._size).any:
+            raise unusable("nothing has this form, or finding out takes too much")
+        return compiled
+
+    def _make_tokenizer(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        if not self.words.is_bytewise:
+            raise RequestError(
+                "structured_outputs cannot be used: this model's tokens do not stand for bytes one by one"
+            )
+        vocabulary: Any = _Vocabulary(self.words, self._size, self._ends[0])
+        return LLTokenizer(vocabulary, eos_token=list(self._ends))
+
+
+def _key(form: StructuredOutputsParams) -> StructuredOutputsParams:
+    return form if form.thinking is None else replace(form, thinking=None)
+
+
+_FEW = 1024
+"""Tokens up to which a draw among them alone costs less than one over the vocabulary."""
+_ROWS = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") == 1, 0, -np.inf
+).astype(np.float32)
+"""For each byte of a mask, what it adds to the logits of its eight tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Permitted:
+    """The tokens that may come next: as what is added to a row of logits (vocabulary,), and, where they are
+    `few`, as ids, ascending."""
+
+    row: Float32Array
+    few: Ids | None
+    any: bool = True
+
+
+_NOTHING = _Permitted(np.empty(0, np.float32), None, any=False)
+
+
+def _permitted(matcher: LLMatcher, size: int) -> _Permitted:
+    """What may come next: nothing where there is no way on, or finding it takes too much."""
+    words = np.zeros(-(-size // 32), np.int32)
+    matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+    mask = words.view(np.uint8)
+    used = np.flatnonzero(mask)
+    if matcher.is_error() or not used.size:
+        return _NOTHING
+    few = None
+    if used.size <= _FEW:
+        bits = np.unpackbits(mask[used], bitorder="little").reshape(-1, 8)
+        ids = (used[:, None] * 8 + np.arange(8))[bits == 1]
+        few = ids[ids < size] if ids.size <= _FEW else None
+    return _Permitted(_ROWS[mask].reshape(-1)[:size], few)
+
+
+class DeadEndError(Exception):
+    """No token can go on with an answer of the form that was asked for."""
+
+
+class Constraint:
+    """What one sequence may say next. It belongs to the sequence's chooser; only `step` runs in the thread of
+    masks, and never while another call touches the matcher.
+    """
+
+    __slots__ = ("_ends", "_failure", "_form", "_grammar", "_matcher", "_next", "_ready", "_size",
+                 "_thinking", "_thread", "_token", "_tokens", "ended")  # fmt: skip
+
+    def __init__(
+        self,
+        grammar: _Grammar,
+        form: StructuredOutputsParams,
+        size: int,
+        ends: Sequence[int],
+        thread: _MaskThread,
+    ) -> None:
+        self.ended = False
+        self._grammar = grammar
+        self._matcher = grammar.matcher.deep_copy()
+        self._form = form
+        self._size = size
+        self._ends = np.array(ends, np.int64)
+        self._thread = thread
+        self._thinking = form.thinking is not None and form.thinking.open
+        self._tokens = 0
+        self._token: int | None = None  # to be taken in by the thread
+        self._next = _NOTHING
+        self._failure = ""
+        self._ready = threading.Event()
+        thread.add(self)
+
+    def append(self, token: int) -> None:
+        """Take in the token that the sequence has taken on; its mask is computed in the background."""
+        first, self._tokens = self._tokens == 0, self._tokens + 1
+        thinking = self._form.thinking
+        if self._thinking:
+            assert thinking is not None
+            self._thinking = token != thinking.end
+            return
+        if first and thinking is not None and token == thinking.start:
+            self._thinking = True
+            return
+        self.ended = self.ended or token in self._ends
+        if self.ended:
+            return
+        self._wait()
+        self._ready.clear()
+        self._token = token
+        self._thread.add(self)
+
+    def _wait(self) -> None:
+        if not self._ready.is_set():
+            self._thread.flush()
+            self._ready.wait()
+
+    def step(self) -> None:
+        """Advance by the token that came last, and find those that may follow."""
+        began_s = time.thread_time()
+        try:
+            if self._token is not None and not self._matcher.consume_token(self._token):
+                self._next = _NOTHING
+            else:
+                self._next = _permitted(self._matcher, self._size)
+            self._failure = "" if self._next.any else self._matcher.get_error()
+        except Exception as error:
+            self._next, self._failure = _NOTHING, f"{type(error).__name__}: {error}"
+        self._grammar.mask_s += time.thread_time() - began_s
+        self._ready.set()
+
+    def masked(self, logits: Float32Array) -> Float32Array:
+        """A row (vocabulary,) in which what may not follow is −inf. Raises DeadEndError where nothing may."""
+        masked: Float32Array
+        if self._thinking:
+            masked = logits.copy()
+            masked[self._ends] = -np.inf  # the answer itself is still to come
+            return masked
+        self._wait()
+        if not self._next.any:
+            cause = " ".join(self._failure.removesuffix("<non-verbose/>").split())
+            raise DeadEndError(f"the answer cannot go on in the form that was asked for ({cause})")
+        masked = logits + self._next.row
+        if self._may_think:
+            masked[self._form.thinking.start] = logits[self._form.thinking.start]  # type: ignore[union-attr]
+        return masked
+
+    @property
+    def few(self) -> Ids | None:
+        """The tokens that `masked` left, ascending, where they are few."""
+        return None if self._thinking or self._may_think else self._next.few
+
+    @property
+    def _may_think(self) -> bool:
+        return self._tokens == 0 and self._form.thinking is not None
+
+
+class _MaskThread:
+    """One thread that steps constraints in the order in which they come. They are handed over together:
+    waking it for each of them would cost more than their masks do."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _gathered
+        self._gathered: list[Constraint] = []
+        self._queue: queue.SimpleQueue[list[Constraint] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="ridgeline-masks", daemon=True)
+        self._thread.start()
+
+    def add(self, constraint: Constraint) -> None:
+        """Have the constraint stepped, after the next `flush`."""
+        with self._lock:
+            self._gathered.append(constraint)
+
+    def flush(self) -> None:
+        with self._lock:
+            gathered, self._gathered = self._gathered, []
+        if gathered:
+            self._queue.put(gathered)
+
+    def _run(self) -> None:
+        while (constraints := self._queue.get()) is not None:
+            for constraint in constraints:
+                constraint.step()
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
