@@ -90,7 +90,7 @@ class Model:
         canonical = decoder(spec)
         fmt = ALL_FORMATS[format_name]
         formats = {weight.name: fmt for weight in _matrices(canonical)}
-        return cls(name, spec, format_name, with_precision(canonical, formats), formats)
+        return cls(name, spec, format_name, with_precision(canonical, formats, KV_FORMAT), formats)
 
     @property
     def bits(self) -> Literal[4, 8, 16, 32]:
