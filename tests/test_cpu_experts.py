@@ -17,6 +17,7 @@ from ridgeline.execution.cpu.launches import ActivateLaunch, CombineLaunch, Expe
 from ridgeline.execution.cpu.lower import lower
 from ridgeline.execution.lowering import WorkModel, borders, launch_work
 from ridgeline.model.build import decoder
+from ridgeline.model.matrix_reader import MatrixReader
 from ridgeline.model.program import (
     Embed,
     ExpertLinear,
@@ -44,6 +45,23 @@ ATTENTION = AttentionSpec(4, 2, 32, 32**-0.5, RopeSpec(tuple(10000.0 ** -(np.ara
 SHARED = FeedForwardSpec(40, "silu", gated=True)
 
 
+class HeldMatrix(MatrixReader):
+    """Reads from memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.storage, self._tensor = tensor.shape, tensor.storage, tensor
+
+    def read(self, expert: int, rows: slice) -> Tensor:
+        data = self._tensor.data.reshape(self.experts, self.rows, -1)[expert, rows]
+        return Tensor(self.storage, (len(data), self.cols), data)
+
+    def prefetch(self, expert: int, rows: slice) -> None: ...
+
+    def release(self, expert: int, rows: slice) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class RandomWeights:
     """Stands in for `model.weights.Weights`: normal values, so scaled that every part of a model counts."""
 
@@ -63,6 +81,9 @@ class RandomWeights:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
+
+    def reader(self, name: str) -> MatrixReader:
+        return HeldMatrix(self.matrix(name))
 
     def matrix(self, name: str) -> Tensor:
         return quantise_tensor(float32_tensor(self._values[name]), self.formats[name], name)
