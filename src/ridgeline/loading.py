@@ -229,9 +229,7 @@ def memory_ledger(config: EngineConfig, program: Program, weights: Weights) -> L
     from ridgeline.resources.memory import GPU_POOL_SHARE, plan_memory
 
     widened = sum(4 * math.prod(weight.shape) for weight in program.weights())
-    demand = memory_demand(
-        config, program, widened if config.device == "reference" else weights.nbytes
-    )
+    demand = memory_demand(config, program, widened if config.device == "reference" else weights.nbytes)
     if config.device == "cuda":
         return plan_memory(
             demand,

@@ -105,7 +105,7 @@ def sequences_that_fit(demand: Demand, free_bytes: int, pool_share: float = POOL
     one = _pool_bytes(demand, 1.0)
     if available <= 0 or one > available:
         return 0
-    each, shared = _bytes_of_sequences(demand)
+    each, shared = bytes_of_sequences(demand)
     return int((max(int(available * pool_share), one) - shared) / each)
 
 
@@ -134,12 +134,12 @@ def _pool_bytes(demand: Demand, sequences: float) -> int:
 
 def _sequences(demand: Demand, budget_bytes: int) -> float:
     """How many sequences of full length the budget holds; a fraction is as good, pages are shared freely."""
-    each, shared = _bytes_of_sequences(demand)
+    each, shared = bytes_of_sequences(demand)
     fits = (budget_bytes - shared) / each if each else float(demand.max_num_seqs)
     return min(max(fits, 1.0), float(demand.max_num_seqs))
 
 
-def _bytes_of_sequences(demand: Demand) -> tuple[int, int]:
+def bytes_of_sequences(demand: Demand) -> tuple[int, int]:
     """Bytes of the pages of each sequence, and of those that all share."""
     rules = [(group.page_bytes, *_page_rule(demand, group)) for group in demand.groups]
     return sum(size * n for size, n, _ in rules), sum(size * n for size, _, n in rules)

@@ -47,6 +47,11 @@ class FormattedModel:
     launches: int
 
     @property
+    def kv_bytes_per_token(self) -> tuple[int, ...]:
+        """Bytes that each memory group keeps of a token, in all of its layers."""
+        return tuple(page_bytes(group, self.kv_format) // PAGE_TOKENS for group in self.program.groups)
+
+    @property
     def nbytes(self) -> int:
         """Memory of all weights."""
         return sum(self.weights_bytes.values())
@@ -106,11 +111,11 @@ class PlannedModel:
             weight.name: weight_bytes(weight.shape, storage_of(fmt) if weight.name in matrices else None)
             for weight in self._canonical.weights()
         }
-        return {name: fmt for name in matrices}, bytes_of
+        return dict.fromkeys(matrices, fmt), bytes_of
 
 
 def open_model(path: Path) -> PlannedModel:
-    """The model at a path: a GGUF, a folder with weights or with nothing but its `config.json`, or such a file.
+    """The model at a path: a GGUF, a folder with weights or nothing but `config.json`, or such a file.
 
     Raises CheckpointError for anything else.
     """
