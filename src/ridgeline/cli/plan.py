@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="Name of a pulled model, a path, or a config.json without weights."),
+    typer.Argument(
+        metavar="MODEL",
+        help="Catalog name, path, config.json alone, or hf.co/<org>/<repo> (only its config is fetched).",
+    ),
 ]
 Prompt = Annotated[int, flag("prompt", "Tokens of each prompt.", "-p")]
 Output = Annotated[int, flag("output", "Tokens of each answer.", "-n")]
@@ -67,13 +70,13 @@ def plan(
     from ridgeline.cli.plan_report import Report
     from ridgeline.config import EngineConfig
     from ridgeline.loading import kv_format_of
-    from ridgeline.model.catalog import resolve
+    from ridgeline.model.catalog import resolve_metadata
 
     for name, value in {"price": price, "power": power}.items():
         _check(name, value)
     wanted = EngineConfig(**options.given(weights=weights, device=device, threads=threads))
     workload = Workload(prompt, output, users, _seconds(ttft), _seconds(itl))
-    with open_model(resolve(model, pull_missing=False)) as source:
+    with open_model(resolve_metadata(model)) as source:
         host, more = _host(machine, wanted, device, power, price)
         question = Question(workload, host, wanted.weights, kv_format_of(wanted), more)
         report = Report(model, source, answer(source, question, sweep))

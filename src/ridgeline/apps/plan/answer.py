@@ -15,7 +15,7 @@ from ridgeline.types import ConfigError
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _MOST_DEVICES = 64
-_NOTABLY = 0.9
+_NOTABLY = 0.8
 """A format that keeps more than this of the bytes is not worth what it loses."""
 
 

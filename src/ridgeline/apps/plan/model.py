@@ -43,6 +43,7 @@ class FormattedModel:
     program: Program
     formats: Mapping[str, Format]
     weights_bytes: Mapping[str, int]
+    footprint: Footprint
     work: WorkModel
     launches: int
 
@@ -92,12 +93,21 @@ class PlannedModel:
         for name, nbytes in bytes_of.items():
             key = formats[name].name if name in formats else "F32"
             by_format[key] = by_format.get(key, 0) + nbytes
-        # A GPU's launches differ in which activations cross them, not in weights or KV cache, and importing
-        # them takes PyTorch: the CPU's lowering stands for both, so that a plan is the same everywhere.
+        # A GPU's launches move the same weights and KV cache, but more activations: a fifth of all
+        # bytes where prompts are read, which arithmetic bounds. Importing them takes PyTorch, so the CPU's lowering stands for
+        # both, and a plan is the same everywhere.
         launches = lower(program)
-        work = WorkModel.of(program, launches, _footprint(program, bytes_of, kv_format))
+        footprint = _footprint(program, bytes_of, kv_format)
         return FormattedModel(
-            choice, kv_format, self.spec, program, formats, by_format, work, launches=len(launches)
+            choice=choice,
+            kv_format=kv_format,
+            spec=self.spec,
+            program=program,
+            formats=formats,
+            weights_bytes=by_format,
+            footprint=footprint,
+            work=WorkModel.of(program, launches, footprint),
+            launches=len(launches),
         )
 
     def _weights(self, choice: str, device: str) -> tuple[Mapping[str, Format], dict[str, int]]:
