@@ -257,7 +257,7 @@ def test_the_expectation_is_near_what_was_measured(default_model_path: Path) -> 
     with open_model(default_model_path) as source:
         model = source.in_format("auto", "cpu", "KV16")
     host = host_here(TWO_CORES, 20 << 30)
-    for batch, rows, context, tokens_per_s in ((1, 1, 320, 177), (1, 512, 512, 1729), (32, 1, 160, 1127)):
+    for batch, rows, context, tokens_per_s in ((1, 1, 188, 177), (1, 512, 512, 1729), (32, 1, 160, 1127)):
         expected = step_time(model, load_of(model, rows, context, batch), host).expected_s
         assert batch * rows / expected == pytest.approx(tokens_per_s, rel=0.15)
 
@@ -467,7 +467,7 @@ def test_this_machine(ridgeline: Cli, tiny_llama: Path, monkeypatch: pytest.Monk
     assert outcome.code == 0, outcome.err
     assert "two cores" in outcome.out
     assert "--power gives it" in outcome.out
-    assert "1 at once fit" in outcome.out
+    assert "it fits" in outcome.out
 
 
 def test_of_a_hub_model_the_configuration_is_fetched(

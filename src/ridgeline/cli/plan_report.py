@@ -179,14 +179,14 @@ class Report:
 
 def _verdict(plan: Plan) -> str:
     workload = plan.question.workload
+    aimed = workload.ttft_s is not None or workload.itl_s is not None
     if plan.fits and plan.meets:
-        return f"{workload.users} at once fit" + (
-            " and meet the targets" if (workload.ttft_s or workload.itl_s) else ""
-        )
+        fitting = "it fits" if workload.users == 1 else f"all {workload.users} fit"
+        return fitting + (", and the targets are met" if aimed else "")
     if not plan.ledger.has_room_for_weights:
         failing = "the weights do not fit"
     elif not plan.fits:
-        failing = f"{workload.users} at once do not fit, {plan.ledger.sequences} do"
+        failing = f"{workload.users} at once do not fit, {plan.ledger.sequences:,} do"
     else:
         failing = "the targets are not met"
     return f"{failing}; " + (_change(plan.change) if plan.change else "no single flag changes that")

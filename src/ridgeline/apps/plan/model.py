@@ -93,9 +93,9 @@ class PlannedModel:
         for name, nbytes in bytes_of.items():
             key = formats[name].name if name in formats else "F32"
             by_format[key] = by_format.get(key, 0) + nbytes
-        # A GPU's launches move the same weights and KV cache, but more activations: a fifth of all
-        # bytes where prompts are read, which arithmetic bounds. Importing them takes PyTorch, so the CPU's lowering stands for
-        # both, and a plan is the same everywhere.
+        # A GPU's launches move the same weights and KV cache, but more activations: a fifth of all bytes
+        # where prompts are read, which arithmetic bounds. Importing them takes PyTorch, so the CPU's lowering
+        # stands for both, and a plan is the same everywhere.
         launches = lower(program)
         footprint = _footprint(program, bytes_of, kv_format)
         return FormattedModel(
