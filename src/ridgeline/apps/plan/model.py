@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from ridgeline.config import PAGE_TOKENS
-from ridgeline.execution.base import page_bytes
+from ridgeline.execution.base import page_bytes, slot_bytes
 from ridgeline.execution.cpu.buffers import value_row_bytes
 from ridgeline.execution.cpu.lower import lower
 from ridgeline.execution.lowering import Footprint, WorkModel
@@ -147,13 +147,9 @@ def _open(path: Path) -> Checkpoint:
 def _footprint(program: Program, bytes_of: Mapping[str, int], kv_format: str) -> Footprint:
     shapes = {weight.name: weight.shape for weight in program.weights()}
     groups = program.groups
-
-    def slot_bytes(group: int) -> int:
-        return page_bytes(groups[group], kv_format) // (PAGE_TOKENS * len(groups[group].layers))
-
     return Footprint(
         weight_bytes=lambda name: bytes_of[name],
         weight_row_bytes=lambda name: bytes_of[name] // prod(shapes[name][:-1]),
         value_row_bytes=value_row_bytes,
-        slot_bytes=slot_bytes,
+        slot_bytes=lambda group: slot_bytes(groups[group], kv_format),
     )
