@@ -123,6 +123,8 @@ def test_kv_bytes_per_token_of_known_models(llama2: PlannedModel, llama405: Plan
     assert sum(half(llama405).kv_bytes_per_token) == 516_096
     assert sum(half(llama2).kv_bytes_per_token) == 524_288
     assert sum(llama2.in_format("W32A32", "cuda", "KV32").kv_bytes_per_token) == 2 * 524_288
+    scales = 2 * 32 * 32 * 4
+    assert sum(llama2.in_format("W16A16", "cuda", "KV8").kv_bytes_per_token) == 524_288 // 2 + scales
 
 
 def test_parameters_and_weights_of_known_models(llama2: PlannedModel, llama405: PlannedModel) -> None:
@@ -398,6 +400,20 @@ def test_what_to_change_where_users_do_not_fit(llama2: PlannedModel) -> None:
     assert 0 < room < 64
     assert sequences(plan.model, plan.question.host, 4000, room) >= room
     assert answer(llama2, asked("a100x4", workload, "W16A16")).fits
+
+
+def test_fewer_bits_of_keys_come_first_where_they_are_the_matter(llama2: PlannedModel) -> None:
+    """69 GB of KV cache in 16 bits beside 13.5 GB of weights, of 77 GB that may be taken."""
+    crowded = replace(asked("a100", Workload(2700, 300, users=44)), narrower_kv="KV8")
+    plan = answer(llama2, crowded)
+    assert not plan.fits
+    assert plan.change is not None
+    assert (plan.change.flag, plan.change.value) == ("--kv-format", "KV8")
+    large = answer(llama2, replace(asked("l4", Workload(64, 64)), narrower_kv="KV8"))
+    assert large.fits
+    small = answer(llama2, replace(asked("l4", Workload(64, 64, itl_s=0.04)), narrower_kv="KV8"))
+    assert small.change is not None
+    assert small.change.flag == "--weights"
 
 
 def test_the_best_choice_meets_the_targets(llama2: PlannedModel) -> None:

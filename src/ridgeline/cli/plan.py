@@ -56,6 +56,7 @@ def plan(
     ttft: Ttft = None,
     itl: Itl = None,
     weights: options.WeightFormat = None,
+    kv_format: options.KVFormat = None,
     device: Device = None,
     threads: Threads = None,
     price: Price = None,
@@ -74,11 +75,14 @@ def plan(
 
     for name, value in {"price": price, "power": power}.items():
         _check(name, value)
-    wanted = EngineConfig(**options.given(weights=weights, device=device, threads=threads))
+    wanted = EngineConfig(
+        **options.given(weights=weights, kv_format=kv_format, device=device, threads=threads)
+    )
     workload = Workload(prompt, output, users, _seconds(ttft), _seconds(itl))
     with open_model(resolve_metadata(model)) as source:
         host, more = _host(machine, wanted, device, power, price)
-        question = Question(workload, host, wanted.weights, kv_format_of(wanted), more)
+        narrower = "KV8" if wanted.kv_format == "auto" else None
+        question = Question(workload, host, wanted.weights, kv_format_of(wanted), narrower, more)
         report = Report(model, source, answer(source, question, sweep))
     if json:
         print_json(report.to_json())

@@ -21,13 +21,15 @@ _NOTABLY = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """`weights` is "auto" or a format, `kv_format` that of keys and values. `more_hosts` gives the same host
-    with that many devices, None where they cannot be more."""
+    """`weights` is "auto" or a format, `kv_format` that of keys and values, and `narrower_kv` one to suggest
+    in its place, if any. `more_hosts` gives the same host with that many devices, None where they cannot be
+    more."""
 
     workload: Workload
     host: Host
     weights: str = "auto"
     kv_format: str = "KV16"
+    narrower_kv: str | None = None
     more_hosts: Callable[[int], Host] | None = None
 
 
@@ -98,7 +100,7 @@ def answer(source: PlannedModel, question: Question, sweep: bool = False) -> Pla
         if sweep
         else (),
         best=_best(formatted, question),
-        change=None if fits and meets else next(_changes(formatted, question), None),
+        change=None if fits and meets else next(_changes(source, formatted, question), None),
     )
 
 
@@ -135,29 +137,37 @@ def _best(formatted: Sequence[FormattedModel], question: Question) -> Choice | N
     return max(choices, key=lambda choice: choice.forecast.throughput.expected_per_s, default=None)
 
 
-def _changes(formatted: Sequence[FormattedModel], question: Question) -> Iterator[Change]:
-    """Changes of one flag after which the workload fits and meets its targets, those to try first in front:
-    fewer bits, then more machines, then fewer users."""
-    workload, host = question.workload, question.host
-
-    def tried(flag: str, value: str, model: FormattedModel, host: Host, users: int) -> Iterator[Change]:
-        if _fits(model, host, workload, users):
-            seen = forecast(model, host, workload, users)
-            if seen.meets(workload):
-                yield Change(flag, value, model.nbytes, seen)
-
-    for model in formatted[1:]:
-        yield from tried("--weights", model.choice, model, host, workload.users)
+def _changes(
+    source: PlannedModel, formatted: Sequence[FormattedModel], question: Question
+) -> Iterator[Change]:
+    """Changes of one flag after which the workload fits and meets its targets, first those to try first:
+    fewer bits of weights, or of keys and values where these are the matter; more machines; fewer users."""
+    workload, host, model = question.workload, question.host, formatted[0]
+    users = workload.users
+    tried = [("--weights", other.choice, other, host, users) for other in formatted[1:]]
+    if question.narrower_kv is not None:
+        kv = source.in_format(question.weights, host.device, question.narrower_kv)
+        change = ("--kv-format", question.narrower_kv, kv, host, users)
+        tried.insert(0 if _kv_is_the_matter(model, question) else len(tried), change)
     if question.more_hosts is not None:
         for count in _doublings(host.count, _MOST_DEVICES):
-            more = question.more_hosts(count)
-            yield from tried("--machine", f"{host.name}x{count}", formatted[0], more, workload.users)
-    fewer = {batch for batch in BATCHES if batch < workload.users}
-    room = sequences(formatted[0], host, workload.tokens, workload.users)
-    if 0 < room < workload.users:
-        fewer.add(room)
-    for users in sorted(fewer, reverse=True):
-        yield from tried("--users", str(users), formatted[0], host, users)
+            tried.append(("--machine", f"{host.name}x{count}", model, question.more_hosts(count), users))
+    room = sequences(model, host, workload.tokens, users)
+    fewer = {batch for batch in (*BATCHES, room) if 0 < batch < users}
+    tried += [("--users", str(few), model, host, few) for few in sorted(fewer, reverse=True)]
+    for flag, value, other, there, number in tried:
+        if _fits(other, there, workload, number):
+            seen = forecast(other, there, workload, number)
+            if seen.meets(workload):
+                yield Change(flag, value, other.nbytes, seen)
+
+
+def _kv_is_the_matter(model: FormattedModel, question: Question) -> bool:
+    """Whether one sequence would do where all of them do not fit, or are bound by their KV cache."""
+    workload, host = question.workload, question.host
+    if not _fits(model, host, workload, workload.users):
+        return _fits(model, host, workload, 1)
+    return forecast(model, host, workload).decode_step.bound == "KV cache"
 
 
 def _doublings(count: int, most: int) -> Iterator[int]:
