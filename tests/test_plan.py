@@ -192,6 +192,19 @@ def test_bytes_of_a_step_by_kind(llama2: PlannedModel) -> None:
     assert 0 < step.bytes.activations < 0.01 * step.work.bytes
 
 
+def test_of_experts_a_step_reads_those_that_are_chosen(tmp_path: Path) -> None:
+    """Mixtral 8x7B: two of eight for a row, all of them for many."""
+    config = MISTRAL | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    with configured(tmp_path, config | {"sliding_window": None}) as source:
+        assert source.parameters == 46_702_792_704
+        model = half(source)
+    experts, table = 2 * 32 * 8 * 3 * 4096 * 14336, 2 * 32000 * 4096
+    host = preset("h100")
+    one, many = (step_time(model, load_of(model, 1, 100, batch), host).bytes.weights for batch in (1, 512))
+    assert one == model.nbytes - table - experts * 6 // 8
+    assert many == model.nbytes - table
+
+
 def test_a_window_bounds_what_is_kept_and_read(tmp_path: Path) -> None:
     with configured(tmp_path, MISTRAL) as source:
         model = half(source)
