@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ridgeline.model.tokenizer import Tokenizer
     from ridgeline.model.weights import Weights
     from ridgeline.precision.formats import Format
-    from ridgeline.resources.memory import Ledger
+    from ridgeline.resources.memory import Demand, Ledger
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -224,21 +224,12 @@ def kv_format_of(config: EngineConfig) -> str:
 
 def memory_ledger(config: EngineConfig, program: Program, weights: Weights) -> Ledger:
     """Where the memory goes for a config that names its context, KV format and device."""
-    from ridgeline.execution.base import page_bytes
     from ridgeline.resources.cuda import cuda_free_memory_bytes
     from ridgeline.resources.machine import free_memory_bytes
-    from ridgeline.resources.memory import GPU_POOL_SHARE, Demand, KVGroup, plan_memory
+    from ridgeline.resources.memory import GPU_POOL_SHARE, plan_memory
 
-    assert config.max_model_len is not None
     widened = sum(4 * math.prod(weight.shape) for weight in program.weights())
-    demand = Demand(
-        weights_bytes=widened if config.device == "reference" else weights.nbytes,
-        activation_bytes=_buffer_bytes(config, program) + 4 * program.output.width * config.max_num_seqs,
-        groups=tuple(KVGroup(page_bytes(g, config.kv_format), g.window) for g in program.groups),
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-    )
+    demand = memory_demand(config, program, widened if config.device == "reference" else weights.nbytes)
     if config.device == "cuda":
         return plan_memory(
             demand,
@@ -248,6 +239,22 @@ def memory_ledger(config: EngineConfig, program: Program, weights: Weights) -> L
             memory="GPU memory",
         )
     return plan_memory(demand, free_memory_bytes(), config.kv_cache_memory_bytes)
+
+
+def memory_demand(config: EngineConfig, program: Program, weights_bytes: int) -> Demand:
+    """What a model asks of the memory under a config that names its context and KV format."""
+    from ridgeline.execution.base import page_bytes
+    from ridgeline.resources.memory import Demand, KVGroup
+
+    assert config.max_model_len is not None
+    return Demand(
+        weights_bytes=weights_bytes,
+        activation_bytes=_buffer_bytes(config, program) + 4 * program.output.width * config.max_num_seqs,
+        groups=tuple(KVGroup(page_bytes(g, config.kv_format), g.window) for g in program.groups),
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )
 
 
 def _buffer_bytes(config: EngineConfig, program: Program) -> int:

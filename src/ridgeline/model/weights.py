@@ -47,7 +47,7 @@ class Weights:
         self._sources = _sources(family_of(checkpoint), spec, checkpoint, self._shapes)
         self._check_stored()
         self.formats: Mapping[str, Format] = {
-            name: self._format(name, choice) for name in sorted(_matrices(program))
+            name: self._format(name, choice) for name in sorted(matrices_of(program))
         }
 
     def __iter__(self) -> Iterator[str]:
@@ -93,7 +93,7 @@ class Weights:
     @property
     def nbytes(self) -> int:
         """Memory that all weights take in their formats, before an executor pads them."""
-        return sum(self._nbytes(name) for name in self._shapes)
+        return sum(self.nbytes_of(name) for name in self._shapes)
 
     def release(self, name: str) -> None:
         """The tensor behind `name` has been packed: its pages of the file need not stay in memory."""
@@ -125,11 +125,9 @@ class Weights:
         held = [self._checkpoint.tensors[tensor] for tensor in source.tensors]
         return source.decodes or len(held[0].shape) == 1 or len({info.storage for info in held}) > 1
 
-    def _nbytes(self, name: str) -> int:
-        shape = self._shapes[name]
-        if name not in self.formats:
-            return 4 * math.prod(shape)
-        return math.prod(shape[:-1]) * self._storage(name).row_bytes(shape[-1])
+    def nbytes_of(self, name: str) -> int:
+        """Memory that one weight takes in its format."""
+        return weight_bytes(self._shapes[name], self._storage(name) if name in self.formats else None)
 
     def _storage(self, name: str) -> Storage:
         """That of a matrix in its format."""
@@ -149,7 +147,14 @@ class Weights:
                     )
 
 
-def _matrices(program: Program) -> set[str]:
+def weight_bytes(shape: tuple[int, ...], storage: Storage | None) -> int:
+    """Memory of a matrix in a storage; of a weight that is no matrix (None), which is kept in float32."""
+    if storage is None:
+        return 4 * math.prod(shape)
+    return math.prod(shape[:-1]) * storage.row_bytes(shape[-1])
+
+
+def matrices_of(program: Program) -> set[str]:
     """Weights of linears, experts' too, and of token embeddings: those that a format is chosen for."""
     linears = {op.weight.name for op in program.operations if isinstance(op, Linear | ExpertLinear)}
     tables = {op.table.name for op in program.operations if isinstance(op, Embed) and op.ids.kind == "tokens"}

@@ -98,6 +98,17 @@ def plan_memory(
     return Ledger(demand.weights_bytes, demand.activation_bytes, kv_bytes, pages, free_bytes)
 
 
+def sequences_that_fit(demand: Demand, free_bytes: int, pool_share: float = POOL_SHARE) -> int:
+    """How many sequences of `max_model_len` tokens the pools hold that `plan_memory` would make if none were
+    too many; 0 where not even the weights, or the pages of one, fit."""
+    available = int(free_bytes * (1 - RESERVE_SHARE)) - demand.weights_bytes - demand.activation_bytes
+    one = _pool_bytes(demand, 1.0)
+    if available <= 0 or one > available:
+        return 0
+    each, shared = bytes_of_sequences(demand)
+    return int((max(int(available * pool_share), one) - shared) / each)
+
+
 def _page_rule(demand: Demand, group: KVGroup) -> tuple[int, int]:
     """(pages for each sequence, pages that all share) of a group's pool.
 
@@ -123,11 +134,15 @@ def _pool_bytes(demand: Demand, sequences: float) -> int:
 
 def _sequences(demand: Demand, budget_bytes: int) -> float:
     """How many sequences of full length the budget holds; a fraction is as good, pages are shared freely."""
-    rules = [(group.page_bytes, *_page_rule(demand, group)) for group in demand.groups]
-    each = sum(size * n for size, n, _ in rules)
-    shared = sum(size * n for size, _, n in rules)
+    each, shared = bytes_of_sequences(demand)
     fits = (budget_bytes - shared) / each if each else float(demand.max_num_seqs)
     return min(max(fits, 1.0), float(demand.max_num_seqs))
+
+
+def bytes_of_sequences(demand: Demand) -> tuple[int, int]:
+    """Bytes of the pages of each sequence, and of those that all share."""
+    rules = [(group.page_bytes, *_page_rule(demand, group)) for group in demand.groups]
+    return sum(size * n for size, n, _ in rules), sum(size * n for size, _, n in rules)
 
 
 def _longest(demand: Demand, limit_bytes: int) -> int:

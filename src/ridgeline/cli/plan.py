@@ -1,0 +1,130 @@
+"""`ridgeline plan`: what a model will do on a machine, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ridgeline.cli import options
+from ridgeline.cli.options import flag
+from ridgeline.cli.output import print_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ridgeline.apps.plan.host import Host
+    from ridgeline.config import EngineConfig
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="Catalog name, path, config.json alone, or hf.co/<org>/<repo> (only its config is fetched).",
+    ),
+]
+Prompt = Annotated[int, flag("prompt", "Tokens of each prompt.", "-p")]
+Output = Annotated[int, flag("output", "Tokens of each answer.", "-n")]
+Users = Annotated[int, flag("users", "Sequences at once.", "-u")]
+Ttft = Annotated[float | None, flag("ttft", "Target: at most so many ms to the first token.")]
+Itl = Annotated[float | None, flag("itl", "Target: at most so many ms from a token to the next.")]
+Machine = Annotated[
+    str | None,
+    flag(
+        "machine",
+        "Machines as H200x8 (default: this one); `ridgeline list --machines` has the names.",
+    ),
+]
+Device = Annotated[
+    str | None, flag("device", "Of this machine: cpu or cuda (default: the GPU, if it can be used).")
+]
+Threads = Annotated[int | None, flag("threads", "CPU threads of this machine (default: all usable cores).")]
+Price = Annotated[
+    float | None, flag("price", "US dollars per device and hour (default: the machine's, if known).")
+]
+Power = Annotated[float | None, flag("power", "Watts of each device (default: the machine's, if known).")]
+Sweep = Annotated[bool, flag("sweep", "Also: batches of 1 to 64 sequences.")]
+
+
+def plan(
+    model: Model,
+    machine: Machine = None,
+    prompt: Prompt = 512,
+    output: Output = 128,
+    users: Users = 1,
+    ttft: Ttft = None,
+    itl: Itl = None,
+    weights: options.WeightFormat = None,
+    kv_format: options.KVFormat = None,
+    device: Device = None,
+    threads: Threads = None,
+    price: Price = None,
+    power: Power = None,
+    sweep: Sweep = False,
+    json: options.Json = False,
+) -> None:
+    """Say what fits a machine, how fast it can be and likely will be, what bounds it, and what to change."""
+    from ridgeline.apps.plan.answer import Question, answer
+    from ridgeline.apps.plan.model import open_model
+    from ridgeline.apps.plan.serving import Workload
+    from ridgeline.cli.plan_report import Report
+    from ridgeline.config import EngineConfig
+    from ridgeline.loading import kv_format_of
+    from ridgeline.model.catalog import resolve_metadata
+
+    for name, value in {"price": price, "power": power}.items():
+        _check(name, value)
+    wanted = EngineConfig(
+        **options.given(weights=weights, kv_format=kv_format, device=device, threads=threads)
+    )
+    workload = Workload(prompt, output, users, _seconds(ttft), _seconds(itl))
+    with open_model(resolve_metadata(model)) as source:
+        host, more = _host(machine, wanted, device, power, price)
+        narrower = "KV8" if wanted.kv_format == "auto" else None
+        question = Question(workload, host, wanted.weights, kv_format_of(wanted), narrower, more)
+        report = Report(model, source, answer(source, question, sweep))
+    if json:
+        print_json(report.to_json())
+    else:
+        report.show()
+
+
+def _host(
+    machine: str | None, wanted: EngineConfig, device: str | None, power: float | None, price: float | None
+) -> tuple[Host, Callable[[int], Host] | None]:
+    """The machine asked for, and where they can be more, how so many of it are made."""
+    from ridgeline.apps.plan.host import host_here, host_of_fleet
+    from ridgeline.resources.cuda import choose_device, cuda_free_memory_bytes
+    from ridgeline.resources.fleet import parse_fleet
+    from ridgeline.resources.machine import free_memory_bytes
+    from ridgeline.resources.probe import quick_ceilings
+    from ridgeline.types import ConfigError
+
+    if machine is not None:
+        for name, value in {"device": device, "threads": wanted.threads}.items():
+            if value is not None:
+                raise ConfigError(f"{name} is {value!r} and machine is {machine!r}; accepted: one of them")
+        fleet = parse_fleet(machine)
+        return (
+            host_of_fleet(fleet, power, price),
+            lambda count: host_of_fleet(replace(fleet, count=count), power, price),
+        )
+    chosen = choose_device(wanted.device)
+    if chosen not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {chosen!r}, which nobody plans for; accepted: auto, cpu, cuda")
+    ceilings = quick_ceilings(wanted.threads, device=chosen)
+    free = cuda_free_memory_bytes() if chosen == "cuda" else free_memory_bytes()
+    return host_here(ceilings, free, power, price), None
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
+
+
+def _check(name: str, value: float | None) -> None:
+    """Raise ConfigError unless a number that was given is above zero and finite."""
+    from ridgeline.types import ConfigError
+
+    if value is not None and not 0 < value <= 1e9:
+        raise ConfigError(f"{name} is {value}; accepted: more than 0, at most 1e9")
