@@ -89,10 +89,11 @@ def _attention_error(ready: Ready, size: StepSize, shapes: list[Rows]) -> tuple[
     counts = torch.tensor([len(records), 0], dtype=torch.int32).to(query.device)
     block_m, programs, partials = binding.attention_grid(op, size)
     expected = torch.full_like(out, torch.nan)
+    pool, pool_scales = binding.pool(op.layer)
     attention_reference(
         kept,
         expected,
-        binding.pool(op.layer),
+        pool,
         binding.inputs.positions[: size.rows],
         WorkList(counts, items, work.merges, work.segments, work.tables),
         partials,
@@ -101,6 +102,7 @@ def _attention_error(ready: Ready, size: StepSize, shapes: list[Rows]) -> tuple[
         block_m=block_m,
         programs=programs,
         softcap=op.softcap,
+        pool_scales=pool_scales,
     )
     rows = items[:, ITEM_ROW].long()
     error = worst(out[rows], expected[rows])

@@ -32,7 +32,7 @@ from ridgeline.model.spec import (
     ModelSpec,
     NormSpec,
 )
-from ridgeline.model.weights import _matrices
+from ridgeline.model.weights import matrices_of
 from ridgeline.precision.formats import FORMATS, Format
 from ridgeline.precision.quantise import storage_of
 from ridgeline.precision.storage import Tensor
@@ -192,7 +192,7 @@ class _Shapes:
 
     def __init__(self, program: Program, fmt: Format) -> None:
         self._shapes = {weight.name: weight.shape for weight in program.weights()}
-        self.formats = dict.fromkeys(sorted(_matrices(program)), fmt)
+        self.formats = dict.fromkeys(sorted(matrices_of(program)), fmt)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
