@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -205,7 +206,8 @@ def test_peak_memory_while_loading(tmp_path: Path, fmt: str) -> None:
     else:
         file, model = write_folder(tmp_path / "model"), tmp_path / "model"
     command = [sys.executable, "-c", _LOAD, str(model), fmt]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     size = file.stat().st_size
     assert size > 60 * MIB
