@@ -78,6 +78,7 @@ class Server:
     async def run(self) -> None:
         """Raises EngineDeadError, with the cause, when the model cannot be loaded."""
         loop = asyncio.get_running_loop()
+        loop.set_default_executor(self.service.threads)  # one bounded pool, not asyncio's beside it
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, signal.Signals(number).name)
         http = asyncio.create_task(self._http.serve([self._listener]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -53,11 +54,11 @@ class Service:
         self._tickets: dict[Ticket, None] = {}  # in the order of their arrival
         self._text_jobs = 0
         self._of_key: Counter[str] = Counter()
-        self._threads = ThreadPoolExecutor(config.text_threads, thread_name_prefix="ridgeline-text")
-        self.bodies = BodyReader(config, self._threads)
+        self.threads = _started_pool(config.text_threads)
+        self.bodies = BodyReader(config, self.threads)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.threads.shutdown(wait=False, cancel_futures=True)
 
     # ---------------------------------------------------------------------------------------- state
 
@@ -110,7 +111,7 @@ class Service:
             raise _overloaded("too many texts are waiting to be tokenized")
         self._text_jobs += 1
         try:
-            return await loop.run_in_executor(self._threads, partial(call, *arguments, **options))
+            return await loop.run_in_executor(self.threads, partial(call, *arguments, **options))
         finally:
             self._text_jobs -= 1
 
@@ -175,6 +176,15 @@ class Service:
             if not 0 <= token < card.vocabulary_size:
                 accepted = f"0 to {card.vocabulary_size - 1}"
                 raise bad_request(f"prompt token is {token}; accepted: {accepted}", param)
+
+
+def _started_pool(size: int) -> ThreadPoolExecutor:
+    """All of its threads are there from the beginning: a server under load holds what an idle one does."""
+    pool = ThreadPoolExecutor(size, thread_name_prefix="ridgeline-text")
+    all_there = threading.Barrier(size)
+    for _ in range(size):
+        pool.submit(all_there.wait)
+    return pool
 
 
 def _overloaded(message: str) -> HttpError:
