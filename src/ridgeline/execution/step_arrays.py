@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, repeat
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ridgeline.config import PAGE_TOKENS
 from ridgeline.model.spec import RopeSpec
-from ridgeline.types import Float32Array, Int32Array, Step
+from ridgeline.types import Float32Array, Int32Array, Segment, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +23,9 @@ class StepArrays:
 
     int32 unless noted. Per row: tokens, positions (rotary), slots (in the sequence's last segment) and
     row_sequence. output_rows: rows whose logits are wanted. Per sequence, as offsets with an end:
-    sequence_row_begin, segment_begin. Per segment: segment_length, segment_first_position, segment_bias
-    (float32), segment_causal (uint8), and table_begin as offsets with an end into the columns of
-    tables (groups, pages).
+    sequence_row_begin, segment_begin. Per segment: segment_length, segment_first_position, table_begin
+    as offsets with an end into the columns of tables (groups, pages), segment_bias (float32) and
+    segment_causal (uint8).
     """
 
     tokens: Int32Array
@@ -36,44 +37,52 @@ class StepArrays:
     segment_begin: Int32Array
     segment_length: Int32Array
     segment_first_position: Int32Array
+    table_begin: Int32Array
     segment_bias: Float32Array
     segment_causal: NDArray[np.uint8]
-    table_begin: Int32Array
     tables: Int32Array
 
     @classmethod
     def of(cls, step: Step, groups: int, drawn: Int32Array | None = None) -> StepArrays:
         """`drawn` holds the tokens of the step before, for those that this step leaves open; without it
         they stay as they are, below 0."""
-        sequences = step.sequences
-        segments = [segment for s in sequences for segment in s.segments]
-        counts = [len(s.tokens) for s in sequences]
-        begin = _offsets(counts)
-        own = [range(s.start, s.start + count) for s, count in zip(sequences, counts, strict=True)]
-        slots = np.array([*chain.from_iterable(own)], np.int32)
-        row_sequence = np.repeat(np.arange(len(sequences), dtype=np.int32), counts)
-        first = np.array([s.segments[-1].first_position for s in sequences], np.int32)
-        outputs = [row + offset for s, offset in zip(sequences, begin, strict=False) for row in s.outputs]
-        tokens = np.array([*chain.from_iterable(s.tokens for s in sequences)], np.int32)
-        if drawn is not None and tokens.size and tokens.min() < 0:
-            # A token that could not be drawn ends its sequence; what is run in its place does not matter.
-            known = np.maximum(drawn[np.where(tokens < 0, -1 - tokens, 0)], 0)
-            tokens = np.where(tokens < 0, known, tokens)
-        return cls(
-            tokens=tokens,
-            positions=slots + first[row_sequence],
-            slots=slots,
-            row_sequence=row_sequence,
-            sequence_row_begin=np.array(begin, np.int32),
-            output_rows=np.array(outputs, np.int32),
-            segment_begin=np.array(_offsets(len(s.segments) for s in sequences), np.int32),
-            segment_length=np.array([s.length for s in segments], np.int32),
-            segment_first_position=np.array([s.first_position for s in segments], np.int32),
-            segment_bias=np.array([s.bias for s in segments], np.float32),
-            segment_causal=np.array([s.causal for s in segments], np.uint8),
-            table_begin=np.array(_offsets(len(s.tables[0]) for s in segments), np.int32),
-            tables=_tables([s.tables for s in segments], groups),
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        owners: list[int] = []
+        outputs: list[int] = []
+        segments: list[Segment] = []
+        rows_end, segments_end = [0], [0]
+        for index, rows in enumerate(step.sequences):
+            begin, count = len(tokens), len(rows.tokens)
+            first = rows.segments[-1].first_position + rows.start
+            tokens.extend(rows.tokens)
+            positions.extend(range(first, first + count))
+            slots.extend(range(rows.start, rows.start + count))
+            owners.extend(repeat(index, count))
+            outputs.extend([begin + row for row in rows.outputs])
+            segments.extend(rows.segments)
+            rows_end.append(len(tokens))
+            segments_end.append(len(segments))
+        lengths = [s.length for s in segments]
+        firsts = [s.first_position for s in segments]
+        tables_end = [*accumulate((len(s.tables[0]) for s in segments), initial=0)]
+        integers = _side_by_side(
+            _known(tokens, drawn),
+            positions,
+            slots,
+            owners,
+            rows_end,
+            outputs,
+            segments_end,
+            lengths,
+            firsts,
+            tables_end,
         )
+        biases = np.array([s.bias for s in segments], np.float32)
+        causal = np.array([s.causal for s in segments], np.uint8)
+        tables = _tables([s.tables for s in segments], groups)
+        return cls(*chain(integers, (biases, causal, tables)))
 
     def row_pages(self, group: int) -> Int32Array:
         """The page of a memory group that each row's keys and values are written to."""
@@ -82,8 +91,21 @@ class StepArrays:
         return pages
 
 
-def _offsets(counts: Iterable[int]) -> list[int]:
-    return [*accumulate(counts, initial=0)]
+def _side_by_side(*columns: list[int]) -> Iterator[Any]:
+    """Each column as an int32 array. They lie in one: a step has many, and they are short."""
+    everything = np.array([*chain.from_iterable(columns)], np.int32)
+    begin = 0
+    for column in columns:
+        yield everything[begin : begin + len(column)]
+        begin += len(column)
+
+
+def _known(tokens: list[int], drawn: Int32Array | None) -> list[int]:
+    """Those that the step before drew in place of those that are open. One that could not be drawn ends its
+    sequence: what is run in its place does not matter."""
+    if drawn is None or not tokens or min(tokens) >= 0:
+        return tokens
+    return [token if token >= 0 else max(int(drawn[-1 - token]), 0) for token in tokens]
 
 
 def _tables(tables: list[tuple[Sequence[int], ...]], groups: int) -> Int32Array:
