@@ -19,13 +19,14 @@ from ridgeline.config import PAGE_TOKENS
 from ridgeline.engine import Engine, ModelFacts
 from ridgeline.execution.draw import Drawer, undrawn
 from ridgeline.scheduling.scheduler import Scheduler
-from ridgeline.types import Float32Array, SequenceRows, Step, StepResult, Work
+from ridgeline.types import Float32Array, SequenceRows, Step, StepResult, StepWork, Work
 
 _SLOT = np.dtype([("token", np.int64), ("position", np.int64), ("chain", np.uint64)])
 _POISON = np.array((-1, -1, 0xDEAD), _SLOT)
 _ROOT = 0x243F6A8885A308D3
 _OFFSETS = 2**13
 HIDDEN = 8
+NO_WORK = StepWork(Work(), Work(), rows=0, outputs=0, sequences=0, launches=0)
 
 
 def _chained(chain: Any, token: Any) -> Any:
@@ -107,7 +108,9 @@ class FakeExecutor:
             self._logits = self._logits[:, :HIDDEN].copy()
         self._drawn = self._drawer.rows(self._logits, step.draws)
         logits = undrawn(self._logits, step.draws)
-        return FakeFuture(StepResult(logits, self._drawn, 0.001, Work(int8_ops=step.rows, read_bytes=1)))
+        dense = Work(int8_ops=step.rows, read_bytes=1)
+        work = StepWork(dense, Work(), step.rows, step.outputs, len(step.sequences), 1)
+        return FakeFuture(StepResult(logits, self._drawn, 0.001, work))
 
     def _known(self, step: Step) -> Step:
         """The step with the tokens in it that this executor has drawn in the one before."""

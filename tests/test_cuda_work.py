@@ -294,7 +294,7 @@ class Counted:
         crossed = list(zip(self.handle.launches, borders(self.program, self.handle.launches), strict=True))
         for kind, step in steps(len(self.program.groups)).items():
             self.of_launch.clear()
-            total = self.executor.run(self.handle, step).result().work
+            total = self.executor.run(self.handle, step).result().work.total
             load = StepLoad.of(step, self.program.groups)
             for launch, border in crossed:
                 seen = self.of_launch.get(id(launch), Work())  # one that only outputs need may not run

@@ -13,7 +13,7 @@ from tiny_models import TinyModel
 
 from ridgeline.execution.cpu.lower import lower
 from ridgeline.execution.lowering import Footprint, Launch, WorkModel, borders, check_lowering, launch_work
-from ridgeline.model.program import Program, StepLoad
+from ridgeline.model.program import Attention, Program, StepLoad
 from ridgeline.precision.formats import DEVICE_FORMATS
 from ridgeline.types import Work
 
@@ -78,10 +78,28 @@ def test_work_is_linear_and_keeps_the_arithmetic(tiny: Tiny, family: str) -> Non
     for outputs in (0, 1, 5):
         rows = int(random.integers(5, 50))
         pairs, slots = (tuple(random.integers(1, 999, len(program.groups)).tolist()) for _ in range(2))
-        load_ = StepLoad(rows, outputs, pairs, slots)
+        load_ = StepLoad(rows, outputs, pairs, slots, sequences=3)
         summed = total_work(program, launches, load_)
         assert model.at(load_) == summed
+        parts = model.parts(load_)
+        attending = [one for one in launches if any(isinstance(op, Attention) for op in one.covers)]
+        crossed = dict(zip(map(id, launches), borders(program, launches), strict=True))
+        attention = Work.total(launch_work(one, crossed[id(one)], load_, FOOTPRINT) for one in attending)
+        assert (parts.attention, parts.total) == (attention, summed)
+        assert (parts.rows, parts.outputs, parts.sequences) == (rows, outputs, 3)
+        assert len(launches) - parts.launches in ((0,) if outputs else (3, 4))
+        groups, layers = range(len(program.groups)), [len(group.layers) for group in program.groups]
+        stored = sum(layers[g] * (rows + slots[g]) * FOOTPRINT.slot_bytes(g) for g in groups)
+        assert parts.kv_bytes == stored
         assert summed.ops == program.work(load_).ops
+
+
+def test_figures_beyond_64_bits_are_exact(tiny: Tiny) -> None:
+    program, launches = launches_of(tiny)
+    model = WorkModel.of(program, launches, FOOTPRINT)
+    load_ = StepLoad(2**20, 1, (2**60,), (2**20,))
+    assert model.at(load_) == total_work(program, launches, load_)
+    assert model.at(load_).ops > 2**64
 
 
 def test_fusion_moves_fewer_bytes(tiny: Tiny) -> None:
@@ -100,4 +118,4 @@ def test_weights_are_read_once_a_step(tiny: Tiny, weights: str, bytes_each: floa
     held = sum(
         w.shape[0] * w.shape[1] for w in loaded.program.weights() if len(w.shape) == 2 and w.name != "embed"
     )
-    assert model.fixed.read_bytes + model.if_outputs.read_bytes == pytest.approx(held * bytes_each, rel=0.1)
+    assert model.parts(StepLoad(1, 1, (1,), (1,))).weight_bytes == pytest.approx(held * bytes_each, rel=0.1)

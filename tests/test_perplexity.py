@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_executor import NO_WORK
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ridgeline.apps.perplexity import Perplexity, Scorer, score_text
 from ridgeline.config import MAX_OUTPUT_ROWS, PAGE_TOKENS
-from ridgeline.types import PageCopy, RequestError, Step, StepResult, Work
+from ridgeline.types import PageCopy, RequestError, Step, StepResult
 
 VOCABULARY = 37
 
@@ -50,7 +51,7 @@ class PagedExecutor:
             logits_after(self.history(segment.tables, sequence.start + row)) for row in sequence.outputs
         ]
         array = np.array(logits, np.float32).reshape(-1, VOCABULARY)
-        return Done(StepResult(array, np.full(len(array), -1, np.int32), 0.001, Work()))
+        return Done(StepResult(array, np.full(len(array), -1, np.int32), 0.001, NO_WORK))
 
     def history(self, tables: Sequence[Sequence[int]], position: int) -> list[int]:
         for pool, table, window in zip(self.pools, tables, self.windows, strict=True):

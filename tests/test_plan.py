@@ -22,11 +22,10 @@ from ridgeline.apps.plan.host import Host, host_here, host_of_fleet
 from ridgeline.apps.plan.ledger import ledger_of, sequences
 from ridgeline.apps.plan.model import FormattedModel, PlannedModel, open_model
 from ridgeline.apps.plan.serving import Workload, forecast
-from ridgeline.apps.plan.steps import load_of, ridge_batch, step_time, together
+from ridgeline.apps.plan.steps import load_of, ridge_batch, step_time
 from ridgeline.execution.lowering import WorkModel
 from ridgeline.model.program import StepLoad
 from ridgeline.resources.ceilings import Ceilings
-from ridgeline.resources.efficiency import EFFICIENCY, Efficiency, efficiency_of, expected_s
 from ridgeline.resources.fleet import parse_fleet
 from ridgeline.resources.memory import (
     RESERVE_SHARE,
@@ -37,8 +36,8 @@ from ridgeline.resources.memory import (
     sequences_that_fit,
 )
 from ridgeline.resources.presets import presets
-from ridgeline.resources.roofline import arithmetic_s, memory_s, predicted_s
-from ridgeline.types import ConfigError, Segment, SequenceRows, Step, Work
+from ridgeline.resources.roofline import arithmetic_s, memory_s
+from ridgeline.types import Segment, SequenceRows, Step
 
 Tiny = Callable[[str], TinyModel]
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "published_decode.json").read_text())
@@ -147,7 +146,8 @@ def test_a_configuration_plans_as_its_checkpoint(
         one, other = (source.in_format(weights, "cpu", "KV16") for source in (whole, bare))
         assert whole.parameters == bare.parameters
         assert sum(one.weights_bytes.values()) == other.nbytes
-        assert one.work == other.work
+        load_ = load_of(model=one, rows=7, context=70, batch=3)
+        assert one.work.parts(load_) == other.work.parts(load_)
         assert (bare.bare, whole.bare) == (True, False)
 
 
@@ -158,7 +158,7 @@ def test_work_is_the_executors(tiny: Tiny, family: str) -> None:
     with open_model(tiny(family).folder) as source:
         model = source.in_format("W8A8-g32", "cpu", "KV16")
     step = Step((loaded.rows(range(2, 40)),))
-    done = loaded.executor.run(loaded.handle, step).result().work
+    done = loaded.executor.run(loaded.handle, step).result().work.total
     planned = model.work.at(StepLoad.of(step, model.program.groups))
     loaded.executor.close()
     kinds = ("int8_ops", "bf16_flops", "fp32_flops", "written_bytes")
@@ -179,17 +179,17 @@ def test_the_cpus_lowering_stands_for_a_gpus(
     load = load_of(model, rows, 512, batch)
     assert work.at(load).ops == model.work.at(load).ops
     assert work.at(load).bytes == pytest.approx(model.work.at(load).bytes, rel=within)
-    assert len(launches) == pytest.approx(model.launches, rel=0.15)
+    assert len(launches) == pytest.approx(model.work.parts(load).launches, rel=0.15)
 
 
 def test_bytes_of_a_step_by_kind(llama2: PlannedModel) -> None:
     model, host = half(llama2), preset("a100")
     step = step_time(model, load_of(model, 1, 1000, batch=4), host)
     table = 2 * 32000 * 4096  # rows of it are looked up
-    assert step.bytes.weights == model.nbytes - table
-    assert step.bytes.kv == 4 * 1001 * 524_288  # a thousand are read, the last of them was written
-    assert step.bytes.weights + step.bytes.kv + step.bytes.activations == step.work.bytes
-    assert 0 < step.bytes.activations < 0.01 * step.work.bytes
+    assert step.work.weight_bytes == model.nbytes - table
+    assert step.work.kv_bytes == 4 * 1001 * 524_288  # a thousand are read, the last of them was written
+    activations = step.work.total.bytes - step.work.weight_bytes - step.work.kv_bytes
+    assert 0 < activations < 0.01 * step.work.total.bytes
 
 
 def test_of_experts_a_step_reads_those_that_are_chosen(tmp_path: Path) -> None:
@@ -200,7 +200,9 @@ def test_of_experts_a_step_reads_those_that_are_chosen(tmp_path: Path) -> None:
         model = half(source)
     experts, table = 2 * 32 * 8 * 3 * 4096 * 14336, 2 * 32000 * 4096
     host = preset("h100")
-    one, many = (step_time(model, load_of(model, 1, 100, batch), host).bytes.weights for batch in (1, 512))
+    one, many = (
+        step_time(model, load_of(model, 1, 100, batch), host).work.weight_bytes for batch in (1, 512)
+    )
     assert one == model.nbytes - table - experts * 6 // 8
     assert many == model.nbytes - table
 
@@ -209,7 +211,7 @@ def test_a_window_bounds_what_is_kept_and_read(tmp_path: Path) -> None:
     with configured(tmp_path, MISTRAL) as source:
         model = half(source)
     host = preset("h100")
-    short, long = (step_time(model, load_of(model, 1, n), host).bytes.kv for n in (4096, 30_000))
+    short, long = (step_time(model, load_of(model, 1, n), host).work.kv_bytes for n in (4096, 30_000))
     assert short == long
     kept = ledger_of(model, host, 30_000, 1)
     assert [(group.window, group.layers) for group in kept.kv] == [(4096, 32)]
@@ -222,7 +224,7 @@ def test_loads_add_up(llama2: PlannedModel) -> None:
     segment = Segment(((),), 70)
     rows = [SequenceRows(range(7), 63, (segment,), (6,))] * 3
     assert load_of(model, 7, 70, batch=3) == StepLoad.of(Step(tuple(rows)), model.program.groups)
-    both = together(load_of(model, 7, 70, batch=2), load_of(model, 7, 70))
+    both = load_of(model, 7, 70, batch=2) + load_of(model, 7, 70)
     assert both == load_of(model, 7, 70, batch=3)
 
 
@@ -277,28 +279,6 @@ def test_the_expectation_is_near_what_was_measured(default_model_path: Path) -> 
         assert batch * rows / expected == pytest.approx(tokens_per_s, rel=0.15)
 
 
-works = st.builds(Work, *(st.integers(0, 1 << 50) for _ in range(5)))
-
-
-@given(works, st.sampled_from(list(EFFICIENCY)), st.floats(0, 1))
-def test_expectation_is_never_below_the_bound(work: Work, kind: str, overhead_s: float) -> None:
-    limits = presets()["A100-80G"]
-    share = EFFICIENCY[kind]
-    expected = expected_s(work, limits, share, overhead_s)
-    assert expected >= predicted_s(work, limits, overhead_s)
-    ideal = Efficiency(1.0, 1.0, "")
-    both = memory_s(work, limits) + arithmetic_s(work, limits) + overhead_s
-    assert expected_s(work, limits, ideal, overhead_s) == pytest.approx(both)
-
-
-def test_efficiency_has_sources_and_refuses_more_than_all() -> None:
-    assert all(share.source for share in EFFICIENCY.values())
-    assert efficiency_of("apple") is efficiency_of("gpu") is not efficiency_of("cpu")
-    for wrong in (0.0, 1.01):
-        with pytest.raises(ConfigError, match="share of memory"):
-            Efficiency(wrong, 0.5, "")
-
-
 def test_growing_batches(llama2: PlannedModel) -> None:
     model, host, workload = half(llama2), preset("h100"), Workload(512, 64)
     seen = [forecast(model, host, workload, batch) for batch in BATCHES]
@@ -327,7 +307,7 @@ def test_launches_cost_where_they_were_measured(llama2: PlannedModel) -> None:
     model, free = half(llama2), host_here(replace(gpu, graph_launch_s=0.0), 80 << 30)
     load = load_of(model, 1, 100)
     costly = step_time(model, load, host_here(gpu, 80 << 30))
-    assert costly.overhead_s == pytest.approx(model.launches * 1e-6)
+    assert costly.overhead_s == pytest.approx(costly.work.launches * 1e-6)
     assert costly.bound_s == pytest.approx(step_time(model, load, free).bound_s + costly.overhead_s)
     slow = host_here(replace(gpu, graph_launch_s=1.0), 80 << 30)
     assert step_time(model, load, slow).bound == "overhead"

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from fake_executor import NO_WORK
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from ridgeline.sampling import processors
 from ridgeline.sampling.history import TokenHistory
 from ridgeline.sampling.sampler import Chooser, Sampled, Sampler
 from ridgeline.sampling.stop import StopMatcher
-from ridgeline.types import SamplingParams, Step, StepResult, Work
+from ridgeline.types import SamplingParams, Step, StepResult
 
 VOCABULARY = 200
 
@@ -354,7 +355,7 @@ class Done:
     def result(self) -> StepResult:
         draws = self.step.draws
         return StepResult(
-            draw.undrawn(self.logits, draws), draw.Drawer().rows(self.logits, draws), 0.0, Work()
+            draw.undrawn(self.logits, draws), draw.Drawer().rows(self.logits, draws), 0.0, NO_WORK
         )
 
 

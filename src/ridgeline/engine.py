@@ -68,7 +68,7 @@ class StepTotals:
         self.steps += 1
         self.rows += rows
         self.elapsed_s += result.elapsed_s
-        self.work = self.work + result.work
+        self.work = self.work + result.work.total
 
 
 @dataclass(slots=True)

@@ -63,20 +63,28 @@ class Work:
     written_bytes: int = 0
 
     def __add__(self, other: Work) -> Work:
-        return Work(*map(operator.add, self._numbers(), other._numbers()))
+        return Work(
+            self.int8_ops + other.int8_ops,
+            self.bf16_flops + other.bf16_flops,
+            self.fp32_flops + other.fp32_flops,
+            self.read_bytes + other.read_bytes,
+            self.written_bytes + other.written_bytes,
+        )
 
     def __sub__(self, other: Work) -> Work:
-        return Work(*map(operator.sub, self._numbers(), other._numbers()))
+        return Work(*map(operator.sub, self.numbers, other.numbers))
 
     @classmethod
     def total(cls, works: Iterable[Work], counts: Sequence[int] | None = None) -> Work:
         """The sum of `works`, each taken as often as its entry in `counts` says, or once."""
-        columns = zip(*(work._numbers() for work in works), strict=True)
+        columns = zip(*(work.numbers for work in works), strict=True)
         if counts is None:
             return cls(*map(sum, columns))
         return cls(*(sum(map(operator.mul, column, counts)) for column in columns))
 
-    def _numbers(self) -> tuple[int, ...]:
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The fields in their order."""
         return (self.int8_ops, self.bf16_flops, self.fp32_flops, self.read_bytes, self.written_bytes)
 
     @property
@@ -88,6 +96,29 @@ class Work:
     def bytes(self) -> int:
         """All memory traffic."""
         return self.read_bytes + self.written_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """The work of a whole step, by what its time depends on.
+
+    `attention` is that of the launches that attend to sequence memory, `dense` that of all others. Of their
+    bytes, `weight_bytes` are weights that are read, and `kv_bytes` keys and values that are read or written.
+    `launches` counts the kernel calls.
+    """
+
+    dense: Work
+    attention: Work
+    rows: int
+    outputs: int
+    sequences: int
+    launches: int
+    weight_bytes: int = 0
+    kv_bytes: int = 0
+
+    @property
+    def total(self) -> Work:
+        return self.dense + self.attention
 
 
 # --------------------------------------------------------------------------------------------- step
@@ -186,7 +217,7 @@ class StepResult:
     logits: Float32Array
     tokens: Int32Array
     elapsed_s: float
-    work: Work
+    work: StepWork
 
 
 class StepFuture(Protocol):

@@ -140,7 +140,7 @@ class Report:
             if plan.best.weights != "auto":
                 rows["best"] += " (fewer bits cost quality: `ridgeline perplexity` says how much)"
         rows["verdict"] = _verdict(plan)
-        share = host.efficiency
+        share = host.costs
         rows["expected"] = (
             f"{share.memory:.0%} of the memory bandwidth and {share.arithmetic:.0%} of the arithmetic, "
             f"one after the other ({share.source})"

@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ridgeline.model.program import (
     Attention,
     Embed,
@@ -22,7 +25,9 @@ from ridgeline.model.program import (
     StoreKV,
     Value,
 )
-from ridgeline.types import Work
+from ridgeline.types import StepWork, Work
+
+Int64Array = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,67 +126,105 @@ def _steady_work(launch: Launch, border: Border, load: StepLoad, footprint: Foot
     return work + Work(read_bytes=read, written_bytes=written)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class WorkModel:
     """The work of a whole lowering as a function of a step's load: cheap to ask in every step.
 
     Every operation and every launch is linear in rows, outputs, pairs and slots, but for the weights of
     experts, and those of the final norm and the head, which are only read when a step wants outputs at all.
     Only launches over selected rows depend on outputs, and only attention on pairs and slots.
+
+    `coefficients` is int64, (counts, figures): a step's counts, 1, rows, whether it wants outputs, outputs,
+    and each group's pairs and slots, times it are the figures of its `StepWork`.
     """
 
-    fixed: Work
-    per_row: Work
-    if_outputs: Work
-    per_output: Work
-    per_pair: tuple[Work, ...]
-    per_slot: tuple[Work, ...]
+    coefficients: Int64Array
     experts: tuple[tuple[ExpertWeights, int], ...]  # each with how often it occurs
+    exact_to: int  # counts up to which no figure exceeds 64 bits
 
     @classmethod
     def of(cls, program: Program, launches: Sequence[Launch], footprint: Footprint) -> WorkModel:
-        groups = range(len(program.groups))
-        none = (0,) * len(groups)
-        units = [tuple(int(g == h) for h in groups) for g in groups]
-        one = StepLoad(1, 0, none, none)
         crossed = tuple(zip(launches, borders(program, launches), strict=True))
-        selecting = [c for c in crossed if any(op.out.selected for op in c[0].covers)]
-        attending = [c for c in crossed if any(isinstance(op, Attention) for op in c[0].covers)]
-
-        def work(some: Iterable[tuple[Launch, Border]], load: StepLoad) -> Work:
-            return Work.total(_steady_work(launch, border, load, footprint) for launch, border in some)
-
-        def added(some: Sequence[tuple[Launch, Border]], load: StepLoad, to: StepLoad = one) -> Work:
-            return work(some, load) - work(some, to)
-
-        first_output, second_output = replace(one, outputs=1), replace(one, outputs=2)
-        base = work(crossed, one)
+        attending = [c for c in crossed if _attends(c[0])]
+        others = [c for c in crossed if not _attends(c[0])]
+        groups = len(program.groups)
+        dense, attention = (_coefficients(some, groups, footprint) for some in (others, attending))
+        nothing = [0] * groups
+        reads = [d.read_bytes + a.read_bytes for d, a in zip(dense, attention, strict=True)]
+        # What is read whatever the rows are is weights.
+        weights = [reads[0], 0, reads[2], 0, *nothing, *nothing]
+        kv = [0, _stored_bytes(launches, footprint), 0, 0, *nothing, *reads[4 + groups :]]
+        selecting = sum(map(_selects, launches))
+        calls = [len(launches) - selecting, 0, selecting, 0, *nothing, *nothing]
+        rows = zip(dense, attention, weights, kv, calls, strict=True)
+        coefficients = np.array([[*d.numbers, *a.numbers, *rest] for d, a, *rest in rows], np.int64)
         experts = Counter(held for launch in launches for held in _expert_weights(launch, footprint))
-        per_row = work(crossed, replace(one, rows=2)) - base
-        per_output = added(selecting, second_output, to=first_output)
-        return cls(
-            fixed=base - per_row,
-            per_row=per_row,
-            if_outputs=added(selecting, first_output) - per_output,
-            per_output=per_output,
-            per_pair=tuple(added(attending, replace(one, pairs=unit)) for unit in units),
-            per_slot=tuple(added(attending, replace(one, slots=unit)) for unit in units),
-            experts=tuple(experts.items()),
-        )
+        exact_to = 2**62 // int(np.abs(coefficients).sum(axis=0).max())
+        return cls(coefficients, tuple(experts.items()), exact_to)
+
+    def parts(self, load: StepLoad) -> StepWork:
+        """The work of a step; a few microseconds, so that every step can be told its own."""
+        rows, outputs = load.rows, load.outputs
+        counts = (1, rows, min(outputs, 1), outputs, *load.pairs, *load.slots)
+        kind = np.int64 if max(counts) <= self.exact_to else object
+        figures = (np.array(counts, kind) @ self.coefficients).tolist()
+        for held, times in self.experts:
+            read = times * held.read_bytes(load)
+            figures[_DENSE_READ] += read
+            figures[_WEIGHTS] += read
+        dense, attention, (weights, kv, launches) = Work(*figures[:5]), Work(*figures[5:10]), figures[10:]
+        return StepWork(dense, attention, rows, outputs, load.sequences, launches, weights, kv)
 
     def at(self, load: StepLoad) -> Work:
-        experts = sum(times * held.read_bytes(load) for held, times in self.experts)
-        return Work(read_bytes=experts) + Work.total(
-            (
-                self.fixed,
-                self.per_row,
-                self.if_outputs,
-                self.per_output,
-                *self.per_pair,
-                *self.per_slot,
-            ),
-            (1, load.rows, min(load.outputs, 1), load.outputs, *load.pairs, *load.slots),
-        )
+        return self.parts(load).total
+
+
+_DENSE_READ, _WEIGHTS = 3, 10
+"""Columns of the coefficients: those of the work of dense launches, then of attention, then `weight_bytes`,
+`kv_bytes` and `launches`."""
+
+
+def _attends(launch: Launch) -> bool:
+    return any(isinstance(op, Attention) for op in launch.covers)
+
+
+def _selects(launch: Launch) -> bool:
+    return any(op.out.selected for op in launch.covers)
+
+
+def _stored_bytes(launches: Iterable[Launch], footprint: Footprint) -> int:
+    """What a row adds to the sequence memory of all layers."""
+    operations = (op for launch in launches for op in launch.covers)
+    return sum(footprint.slot_bytes(op.group) for op in operations if isinstance(op, StoreKV))
+
+
+def _coefficients(some: Sequence[tuple[Launch, Border]], groups: int, footprint: Footprint) -> list[Work]:
+    """What launches add for 1 (whatever the step), each row, any outputs at all, each output, and each pair
+    and slot of every memory group."""
+    none = (0,) * groups
+    units = [tuple(int(g == h) for h in range(groups)) for g in range(groups)]
+    one = StepLoad(1, 0, none, none)
+    selecting = [crossed for crossed in some if _selects(crossed[0])]
+    attending = [crossed for crossed in some if _attends(crossed[0])]
+
+    def work(chosen: Sequence[tuple[Launch, Border]], load: StepLoad) -> Work:
+        return Work.total([Work(), *(_steady_work(*crossed, load, footprint) for crossed in chosen)])
+
+    def added(chosen: Sequence[tuple[Launch, Border]], load: StepLoad, to: StepLoad = one) -> Work:
+        return work(chosen, load) - work(chosen, to)
+
+    base = work(some, one)
+    per_row = work(some, replace(one, rows=2)) - base
+    first, second = replace(one, outputs=1), replace(one, outputs=2)
+    per_output = added(selecting, second, to=first)
+    return [
+        base - per_row,
+        per_row,
+        added(selecting, first) - per_output,
+        per_output,
+        *(added(attending, replace(one, pairs=unit)) for unit in units),
+        *(added(attending, replace(one, slots=unit)) for unit in units),
+    ]
 
 
 def check_lowering(program: Program, launches: Sequence[Launch]) -> None:

@@ -111,7 +111,7 @@ class ReferenceExecutor:
             else:
                 run.values[op.out.name] = self._apply(op, run)
         logits = undrawn(run.values[handle.output.name], step.draws)
-        work = handle.work(StepLoad.of(step, handle.groups))
+        work = handle.parts(StepLoad.of(step, handle.groups))
         return FinishedStep(StepResult(logits, self._drawn, time.perf_counter() - started, work))
 
     def transfer(self, moves: Sequence[PageCopy]) -> None:

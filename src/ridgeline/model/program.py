@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ridgeline.model.spec import Activation, NormSpec, RopeSpec
-from ridgeline.types import Step, Work
+from ridgeline.types import SequenceRows, Step, StepWork, Work
 
 Kind = Literal["tokens", "positions", "f32", "bf16", "A8-g32", "kv", "routes", "logits", "drawn"]
 
@@ -67,11 +67,28 @@ class StepLoad:
     outputs: int
     pairs: tuple[int, ...]
     slots: tuple[int, ...]
+    sequences: int = 1
 
     @classmethod
     def of(cls, step: Step, groups: Sequence[MemoryGroup]) -> StepLoad:
-        counts = [_visible(step, group.window) for group in groups]
-        return cls(step.rows, step.outputs, tuple(c[0] for c in counts), tuple(c[1] for c in counts))
+        counts = [_visible(step.sequences, group.window) for group in groups]
+        pairs, slots = zip(*counts, strict=True) if counts else ((), ())
+        return cls(step.rows, step.outputs, pairs, slots, len(step.sequences))
+
+    def times(self, count: int) -> StepLoad:
+        """The load of a step that does this `count` times, for other sequences each."""
+        pairs, slots = (tuple(n * count for n in counts) for counts in (self.pairs, self.slots))
+        return StepLoad(self.rows * count, self.outputs * count, pairs, slots, self.sequences * count)
+
+    def __add__(self, other: StepLoad) -> StepLoad:
+        """The load of a step that does both."""
+        return StepLoad(
+            self.rows + other.rows,
+            self.outputs + other.outputs,
+            tuple(map(sum, zip(self.pairs, other.pairs, strict=True))),
+            tuple(map(sum, zip(self.slots, other.slots, strict=True))),
+            self.sequences + other.sequences,
+        )
 
     def rows_of(self, value: Value) -> int:
         return (self.outputs if value.selected else self.rows) * value.experts
@@ -82,13 +99,18 @@ class StepLoad:
         return 1 - (1 - chosen / count) ** self.rows
 
 
-def _visible(step: Step, window: int | None) -> tuple[int, int]:
-    """(row, slot) pairs and slots that the step's rows see through a window, in closed form."""
+def _visible(sequences: Sequence[SequenceRows], window: int | None) -> tuple[int, int]:
+    """(row, slot) pairs and slots that the rows of sequences see through a window, in closed form."""
     pairs = slots = 0
-    for sequence in step.sequences:
-        own = sequence.segments[-1]
+    for sequence in sequences:
+        own, rows = sequence.segments[-1], len(sequence.tokens)
+        # Nearly all are like this, and every step counts them.
+        if window is None and len(sequence.segments) == 1 and own.causal:
+            slots += min(own.length, sequence.start + rows)
+            pairs += rows * sequence.start + rows * (rows + 1) // 2
+            continue
         first = own.first_position + sequence.start
-        last = first + len(sequence.tokens) - 1
+        last = first + rows - 1
         for segment in sequence.segments:
             begin, end = segment.first_position, segment.first_position + segment.length
             low = begin if window is None else max(begin, first - window + 1)
@@ -404,3 +426,10 @@ class Program:
     def work(self, load: StepLoad) -> Work:
         """Arithmetic of the whole program in a step."""
         return Work.total(op.work(load) for op in self.operations)
+
+    def parts(self, load: StepLoad) -> StepWork:
+        """The same as the work of a step in which every operation is a launch that moves no bytes."""
+        attending = [op for op in self.operations if isinstance(op, Attention)]
+        attention = Work.total([Work(), *(op.work(load) for op in attending)])
+        dense = self.work(load) - attention
+        return StepWork(dense, attention, load.rows, load.outputs, load.sequences, len(self.operations))

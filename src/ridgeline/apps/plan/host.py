@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ridgeline.resources.ceilings import Ceilings
-from ridgeline.resources.efficiency import Efficiency, efficiency_of
 from ridgeline.resources.fleet import Fleet
 from ridgeline.resources.footprint import cost_usd, energy_kwh
 from ridgeline.resources.memory import GPU_POOL_SHARE, POOL_SHARE
-from ridgeline.resources.roofline import Limits, launch_overhead_s
+from ridgeline.resources.roofline import Limits
+from ridgeline.resources.step_costs import StepCosts, costs_here, costs_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +37,15 @@ class Host:
     """What a plan knows of a machine of `count` equal devices.
 
     `device` is what runs the model there ("cpu", "cuda"), `rates` and `memory_bytes` are of all devices
-    together. `launch_s` is what each launch of a step costs, 0 where that is not known.
-    `power_w` and `usd_per_hour` are of one device, None where nobody says.
+    together. `power_w` and `usd_per_hour` are of one device, None where nobody says.
     """
 
     name: str
     count: int
     device: str
     rates: Rates
-    efficiency: Efficiency
+    costs: StepCosts
     memory_bytes: int
-    launch_s: float
     power_w: float | None
     usd_per_hour: float | None
     source: str
@@ -74,9 +72,8 @@ def host_of_fleet(fleet: Fleet, power_w: float | None = None, usd_per_hour: floa
         count=count,
         device="cpu" if preset.kind == "cpu" else "cuda",
         rates=Rates.of(preset, count),
-        efficiency=efficiency_of(preset.kind),
+        costs=costs_of(preset.kind),
         memory_bytes=preset.memory_bytes * count,
-        launch_s=0.0,
         power_w=preset.power_w if power_w is None else power_w,
         usd_per_hour=preset.usd_per_hour if usd_per_hour is None else usd_per_hour,
         source=preset.source,
@@ -92,9 +89,8 @@ def host_here(
         count=1,
         device=ceilings.device,
         rates=Rates.of(ceilings, 1),
-        efficiency=efficiency_of("cpu" if ceilings.device == "cpu" else "gpu"),
+        costs=costs_here(ceilings, ""),
         memory_bytes=free_bytes,
-        launch_s=launch_overhead_s(1, ceilings, graph=True),
         power_w=power_w,
         usd_per_hour=usd_per_hour,
         source=f"measured {ceilings.measured_at}, {ceilings.threads} "

@@ -34,7 +34,7 @@ class FormattedModel:
     """A model in the formats in which a device would run it.
 
     `choice` is what was asked for ("auto" or a format), `kv_format` that of keys and values. `weights_bytes`
-    are by number format, vectors as "F32". `launches` counts the kernel calls of a step.
+    are by number format, vectors as "F32".
     """
 
     choice: str
@@ -45,7 +45,6 @@ class FormattedModel:
     weights_bytes: Mapping[str, int]
     footprint: Footprint
     work: WorkModel
-    launches: int
 
     @property
     def kv_bytes_per_token(self) -> tuple[int, ...]:
@@ -107,7 +106,6 @@ class PlannedModel:
             weights_bytes=by_format,
             footprint=footprint,
             work=WorkModel.of(program, launches, footprint),
-            launches=len(launches),
         )
 
     def _weights(self, choice: str, device: str) -> tuple[Mapping[str, Format], dict[str, int]]:

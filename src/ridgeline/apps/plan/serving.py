@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ridgeline.apps.plan.host import Host
 from ridgeline.apps.plan.ledger import step_tokens
 from ridgeline.apps.plan.model import FormattedModel
-from ridgeline.apps.plan.steps import StepTime, load_of, step_time, together
+from ridgeline.apps.plan.steps import StepTime, load_of, step_time
 from ridgeline.types import ConfigError
 
 MOST_TOKENS = 1 << 30
@@ -119,7 +119,7 @@ def _prefill(model: FormattedModel, host: Host, workload: Workload, users: int) 
     while read < workload.prompt:
         rows = min(most, workload.prompt - read)
         read += rows
-        steps.append(step_time(model, together(load_of(model, rows, read), others), host))
+        steps.append(step_time(model, load_of(model, rows, read) + others, host))
     return steps
 
 

@@ -151,7 +151,7 @@ class CpuExecutor:
             logits = output.astype(np.float32)  # a copy: the buffer is reused
         self._drawn = self._drawer.rows(logits, step.draws)
         elapsed_s = time.perf_counter() - started_s
-        work = handle.work.at(StepLoad.of(step, handle.program.groups))
+        work = handle.work.parts(StepLoad.of(step, handle.program.groups))
         return FinishedStep(StepResult(undrawn(logits, step.draws), self._drawn, elapsed_s, work))
 
     def transfer(self, moves: Sequence[PageCopy]) -> None:

@@ -31,7 +31,7 @@ from ridgeline.execution.lowering import Footprint, WorkModel
 from ridgeline.execution.step_arrays import StepArrays
 from ridgeline.model.program import MemoryGroup, Program, StepLoad
 from ridgeline.model.weights import Weights
-from ridgeline.types import CapacityError, Draw, PageCopy, Step, StepResult, Work
+from ridgeline.types import CapacityError, Draw, PageCopy, Step, StepResult, StepWork
 
 _KV_DTYPES = {"KV8": torch.int8, "KV16": torch.bfloat16, "KV32": torch.float32}
 
@@ -65,7 +65,7 @@ class CudaFuture:
     done: Event
     tokens: Tensor
     logits: Tensor
-    work: Work
+    work: StepWork
 
     def result(self) -> StepResult:
         self.done.synchronize()
@@ -173,7 +173,7 @@ class CudaExecutor:
                 found = found.index_select(0, self._inputs.undrawn[:left])
             logits.copy_(found, non_blocking=True)
         turn.done.record()
-        return CudaFuture(turn.started, turn.done, tokens, logits, handle.work.at(load))
+        return CudaFuture(turn.started, turn.done, tokens, logits, handle.work.parts(load))
 
     def transfer(self, moves: Sequence[PageCopy]) -> None:
         for group, pool in self._pools.items():

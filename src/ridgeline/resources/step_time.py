@@ -1,0 +1,124 @@
+"""How long a step takes: the only place that makes seconds of a step's work.
+
+The roofline lets memory and arithmetic run at the same time and at their best. In a step they take turns, one
+launch reading and the next computing, and neither is at its best all of the time. So the expected time is the
+sum of both, each at its share of the ceiling, and of what launches and sequences cost besides. How fast the
+machine runs just now is learned from the steps that were measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from ridgeline.resources.roofline import Limits
+from ridgeline.resources.step_costs import StepCosts
+from ridgeline.types import StepWork, Work
+
+Bound = Literal["weights", "KV cache", "activations", "arithmetic", "overhead"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The seconds that a step will likely take, and what takes most of them."""
+
+    seconds: float
+    bound: Bound
+
+
+class StepTimeModel:
+    """Predicts steps on one machine, and corrects itself by those that were measured.
+
+    Steps with one row per sequence and others are corrected apart. Not safe for concurrent use.
+    """
+
+    def __init__(self, limits: Limits, costs: StepCosts) -> None:
+        fp32 = limits.fp32_flops_per_s
+        self.limits, self.costs = limits, costs
+        self._int8_s = 1 / (limits.int8_ops_per_s or fp32)
+        self._bf16_s = 1 / (limits.bf16_flops_per_s or fp32)
+        self._fp32_s = 1 / fp32
+        self._byte_s = 1 / limits.read_bytes_per_s
+        self._regimes = (_Regime(), _Regime())
+
+    @classmethod
+    def of(cls, limits: Limits, costs: StepCosts) -> StepTimeModel:
+        """The model of a machine of these ceilings, and of what steps cost beside them."""
+        return cls(limits, costs)
+
+    def predict(self, work: StepWork) -> Prediction:
+        """What to expect of a step, corrected by the steps that were observed."""
+        seconds, bound = self._uncorrected(work)
+        return Prediction(seconds * self._regime(work).factor, bound)
+
+    def observe(self, work: StepWork, elapsed_s: float) -> None:
+        """Take in what a step took. Times that are no positive number are passed over."""
+        if 0 < elapsed_s < math.inf:
+            self._regime(work).observe(elapsed_s / self._uncorrected(work)[0])
+
+    @property
+    def error(self) -> float:
+        """The median of |measured / predicted - 1| of recent steps, each predicted before it was observed;
+        0 before the first."""
+        errors = [error for regime in self._regimes for error in regime.errors]
+        return median(errors) if errors else 0.0
+
+    def _regime(self, work: StepWork) -> _Regime:
+        return self._regimes[work.rows > work.sequences]
+
+    def _uncorrected(self, work: StepWork) -> tuple[float, Bound]:
+        costs = self.costs
+        reading = work.total.bytes * self._byte_s / costs.memory
+        computing = self._arithmetic_s(work.total) / costs.arithmetic
+        overhead = work.launches * costs.launch_s
+        return reading + computing + overhead, self._bound(work, reading, computing, overhead)
+
+    def _arithmetic_s(self, work: Work) -> float:
+        return work.int8_ops * self._int8_s + work.bf16_flops * self._bf16_s + work.fp32_flops * self._fp32_s
+
+    def _bound(self, work: StepWork, reading: float, computing: float, overhead: float) -> Bound:
+        if overhead > reading and overhead > computing:
+            return "overhead"
+        if computing > reading:
+            return "arithmetic"
+        activations = work.total.bytes - work.weight_bytes - work.kv_bytes
+        if work.weight_bytes >= max(work.kv_bytes, activations):
+            return "weights"
+        return "KV cache" if work.kv_bytes >= activations else "activations"
+
+
+_DECAY = 0.1
+"""Share by which one step moves the correction."""
+
+_STEP_LIMIT = 1.5
+"""The most by which one step can say that the last correction was wrong: a step that the system interrupted
+moves it no further."""
+
+_LIMIT = 4.0
+"""The most that a correction can be, up or down: beyond it the ceilings are another machine's."""
+
+
+class _Regime:
+    """The correction of steps of one kind: a decayed mean of log(measured / predicted), clipped around
+    itself."""
+
+    __slots__ = ("_log", "_seen", "errors", "factor")
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+        self.errors: deque[float] = deque(maxlen=64)
+        self._log = 0.0
+        self._seen = 0
+
+    def observe(self, ratio: float) -> None:
+        self.errors.append(abs(ratio / self.factor - 1))
+        self._seen += 1
+        allowed = math.log(_STEP_LIMIT)
+        wrong = min(max(math.log(ratio) - self._log, -allowed), allowed)
+        most = math.log(_LIMIT)
+        # The first steps count as much as each other, so that a start is not slow.
+        self._log = min(max(self._log + max(_DECAY, 1 / self._seen) * wrong, -most), most)
+        self.factor = math.exp(self._log)
