@@ -101,11 +101,25 @@ def dequantise_a8(a8: NDArray[np.uint8], width: int) -> NDArray[np.float32]:
 def copy_page(pool: _Pool, source: int, target: int) -> None:
     """Copy one page of one layer's KV pool."""
 
-def probe_read(team: Team, working_set_bytes: int, seconds: float) -> list[tuple[str, float]]:
-    """Read bandwidth in GB/s (1e9 bytes) for several access patterns, about `seconds` each."""
+def probe_read(team: Team, working_set_bytes: int, seconds: float) -> list[tuple[str, list[float]]]:
+    """Bytes per second of reading from memory by several access patterns, about `seconds` each: samples.
 
-def probe_peak(team: Team, isa: str, format: str) -> float:
-    """Peak operations per second (a multiply-add is two) for "int8", "bf16" or "fp32"."""
+    Every probe_ function returns the samples of what it measures, at least two.
+    """
+
+def probe_cached_read(team: Team, isa: str, worker_bytes: int, seconds: float) -> list[float]:
+    """Bytes per second of all workers together when each reads `worker_bytes` of its own again and again."""
+
+def probe_peak(team: Team, isa: str, format: str, seconds: float) -> list[float]:
+    """Peak operations per second (a multiply-add is two) for "int8", "bf16" or "fp32"; empty where the level
+    has no instructions for the format."""
+
+def probe_barrier(team: Team, seconds: float) -> list[float]:
+    """Seconds that the end of one phase and the start of the next take, of work that all workers share
+    evenly."""
+
+def probe_start(team: Team, pause_s: float, seconds: float) -> list[float]:
+    """Seconds that starting a run takes, each after a pause of `pause_s` in which the workers may sleep."""
 
 class Team:
     """Persistent threads that run a tape; worker 0 is the caller. One run at a time, others wait."""

@@ -167,6 +167,7 @@ struct AttentionLaunch {
 };
 
 // Arithmetic whose peak is measured.
+constexpr size_t kReadStep = 512;  // bytes that read_lines takes at a time
 enum class PeakFormat : uint8_t { int8, bf16, fp32 };
 
 // Kernels of one ISA level. Every worker makes the same calls, each with the same phases (Worker::for_units).
@@ -191,6 +192,7 @@ struct Kernels {
   void (*quantise_rows)(const float* x, int64_t rows, int32_t width, uint8_t* out);
   void (*greedy_rows)(const float* logits, int64_t rows, int32_t width, int32_t* tokens, Worker&);
   double (*peak_ops)(PeakFormat format, int64_t iterations);
+  int32_t (*read_lines)(const uint8_t* data, size_t bytes);
 };
 
 // Levels of this build, those of them that this machine runs, both best first, and the kernels of one that it

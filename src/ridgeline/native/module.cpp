@@ -161,24 +161,57 @@ void copy_page(nb::object pool, int64_t source, int64_t target) {
   copy_page_of<uint16_t>(pool, source, target);
 }
 
-std::vector<std::pair<std::string, double>> probe_read(Team& team, int64_t bytes, double seconds) {
+void check_seconds(const char* name, double seconds) {
+  if (!(seconds >= 0.0 && seconds <= 60.0)) refuse(name, std::to_string(seconds), "0 to 60");
+}
+
+std::vector<std::pair<std::string, std::vector<double>>> probe_read(Team& team, int64_t bytes,
+                                                                    double seconds) {
   constexpr int64_t kLeast = 1 << 20;
   if (bytes < kLeast)
     refuse("working_set_bytes", std::to_string(bytes), "at least " + std::to_string(kLeast));
-  if (!(seconds >= 0.0 && seconds <= 60.0)) refuse("seconds", std::to_string(seconds), "0 to 60");
+  check_seconds("seconds", seconds);
   nb::gil_scoped_release release;
   return measure_read(team, size_t(bytes), seconds);
 }
 
-double probe_peak(Team& team, const std::string& isa, const std::string& format) {
+std::vector<double> probe_cached_read(Team& team, const std::string& isa, int64_t worker_bytes,
+                                      double seconds) {
+  constexpr int64_t kMost = int64_t(1) << 40;
+  if (worker_bytes < int64_t(kReadStep) || worker_bytes > kMost / team.threads()) {
+    refuse("worker_bytes", std::to_string(worker_bytes),
+           std::to_string(kReadStep) + " to " + std::to_string(kMost / team.threads()));
+  }
+  check_seconds("seconds", seconds);
+  const Kernels& kernels = kernels_named(isa);
+  nb::gil_scoped_release release;
+  return measure_cached_read(team, kernels, size_t(worker_bytes), seconds);
+}
+
+std::vector<double> probe_peak(Team& team, const std::string& isa, const std::string& format,
+                               double seconds) {
   constexpr std::pair<const char*, PeakFormat> kFormats[] = {
       {"int8", PeakFormat::int8}, {"bf16", PeakFormat::bf16}, {"fp32", PeakFormat::fp32}};
   const auto* found = std::find_if(std::begin(kFormats), std::end(kFormats),
                                    [&](const auto& known) { return format == known.first; });
   if (found == std::end(kFormats)) refuse("format", "'" + format + "'", "int8, bf16 or fp32");
+  check_seconds("seconds", seconds);
   const Kernels& kernels = kernels_named(isa);
   nb::gil_scoped_release release;
-  return measure_peak(team, kernels, found->second);
+  return measure_peak(team, kernels, found->second, seconds);
+}
+
+std::vector<double> probe_barrier(Team& team, double seconds) {
+  check_seconds("seconds", seconds);
+  nb::gil_scoped_release release;
+  return measure_barrier(team, seconds);
+}
+
+std::vector<double> probe_start(Team& team, double pause_s, double seconds) {
+  check_seconds("pause_s", pause_s);
+  check_seconds("seconds", seconds);
+  nb::gil_scoped_release release;
+  return measure_start(team, pause_s, seconds);
 }
 
 std::shared_ptr<Team> make_team(int64_t threads) {
@@ -246,7 +279,10 @@ NB_MODULE(_native, m) {
   m.def("dequantise_a8", &dequantise_a8, "a8"_a, "width"_a);
   m.def("copy_page", &copy_page, "pool"_a, "source"_a, "target"_a);
   m.def("probe_read", &probe_read, "team"_a, "working_set_bytes"_a, "seconds"_a);
-  m.def("probe_peak", &probe_peak, "team"_a, "isa"_a, "format"_a);
+  m.def("probe_cached_read", &probe_cached_read, "team"_a, "isa"_a, "worker_bytes"_a, "seconds"_a);
+  m.def("probe_peak", &probe_peak, "team"_a, "isa"_a, "format"_a, "seconds"_a);
+  m.def("probe_barrier", &probe_barrier, "team"_a, "seconds"_a);
+  m.def("probe_start", &probe_start, "team"_a, "pause_s"_a, "seconds"_a);
   bind_blocks(m);
   bind_tape(m);
 }

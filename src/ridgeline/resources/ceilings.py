@@ -13,7 +13,7 @@ from ridgeline.resources.cuda import GPU
 from ridgeline.resources.machine import choose_isa, machine, usable_cores
 from ridgeline.resources.paths import cache_dir, write_atomic
 
-PROBE_VERSION = 1
+PROBE_VERSION = 2
 """Raised when the probe measures differently: older figures are then measured again."""
 
 FULL_PROBE_S = 0.3
@@ -29,8 +29,9 @@ class Ceilings:
     A multiply-add counts as two operations. A peak is 0 where the hardware has no instructions for that
     format; `roofline` then charges such work at the fp32 peak. `launch_s` is what one kernel launch costs in
     a stream of many, `graph_launch_s` what one kernel costs in the replay of a CUDA graph; with the rates
-    of the link to the host (page-locked memory) they are 0 for a CPU. `seconds_each` says how long each
-    measurement took, `measured_at` when (ISO 8601, UTC).
+    of the link to the host (page-locked memory) they are 0 for a CPU. `barrier_s` is what a CPU's threads
+    take from the end of one operation to the start of the next, 0 for a GPU. `seconds_each` says how long
+    each measurement took, `measured_at` when (ISO 8601, UTC).
     """
 
     read_bytes_per_s: float
@@ -48,6 +49,7 @@ class Ceilings:
     graph_launch_s: float = 0.0
     host_to_device_bytes_per_s: float = 0.0
     device_to_host_bytes_per_s: float = 0.0
+    barrier_s: float = 0.0
 
     @property
     def full(self) -> bool:
@@ -63,9 +65,20 @@ class Ceilings:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Ceilings:
+        """Raises TypeError or ValueError for anything that `to_json` did not make."""
+        ceilings = cls(**fields)
+        figures = [getattr(ceilings, name) for name in _RATES + _COSTS]
+        if not all(isinstance(f, int | float) and math.isfinite(f) and f >= 0 for f in figures):
+            raise ValueError("a ceiling is not a finite number")
+        if not (ceilings.read_bytes_per_s > 0 and ceilings.fp32_flops_per_s > 0):
+            raise ValueError("a ceiling that every machine has is 0")
+        return ceilings
+
 
 _RATES = tuple(f.name for f in fields(Ceilings) if f.name.endswith("_per_s"))
-_COSTS = ("launch_s", "graph_launch_s")
+_COSTS = ("launch_s", "graph_launch_s", "barrier_s")
 
 
 def load_ceilings(
@@ -81,29 +94,23 @@ def load_ceilings(
     else:
         device, threads, isa = "cpu", threads or usable_cores(), isa or choose_isa()
     try:
-        content = json.loads(_path(threads, isa, gpu.description if gpu else None).read_bytes())
-        ceilings = Ceilings(**content)
+        content = json.loads(ceilings_path(threads, isa, gpu.description if gpu else None).read_bytes())
+        ceilings = Ceilings.from_json(content)
     except (OSError, ValueError, TypeError):
         return None  # not measured, or a damaged file: measuring again mends both
-    figures = [getattr(ceilings, name) for name in _RATES + _COSTS]
-    if not all(
-        isinstance(figure, int | float) and math.isfinite(figure) and figure >= 0 for figure in figures
-    ):
-        return None
-    known = ceilings.read_bytes_per_s > 0 and ceilings.fp32_flops_per_s > 0
     same = (ceilings.device, ceilings.threads, ceilings.isa) == (device, threads, isa)
-    return ceilings if known and same else None
+    return ceilings if same else None
 
 
 def save_ceilings(ceilings: Ceilings) -> Path:
     """Keep the ceilings for later processes; raises CapacityError when the cache cannot be written."""
     gpu = ceilings.machine if ceilings.device == "cuda" else None
-    path = _path(ceilings.threads, ceilings.isa, gpu)
+    path = ceilings_path(ceilings.threads, ceilings.isa, gpu)
     write_atomic(path, (json.dumps(ceilings.to_json(), indent=2) + "\n").encode())
     return path
 
 
-def _path(threads: int, isa: str, gpu: str | None) -> Path:
+def ceilings_path(threads: int, isa: str, gpu: str | None) -> Path:
     """The file of the CPU's or of a GPU's ceilings. A GPU's are this machine's too: its launches and its
     link depend on both."""
     subject = f"{PROBE_VERSION} {machine().name}" + (f" {gpu}" if gpu else "")

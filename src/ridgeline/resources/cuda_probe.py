@@ -1,4 +1,5 @@
-"""Measure a GPU's ceilings: read bandwidth, matrix peaks, what a launch costs, the link to the host.
+"""Measure a GPU's ceilings: read bandwidth, matrix peaks, what a launch costs, the link to the host; and
+its caches.
 
 `ceilings_from` makes rates of times and needs no GPU; `Workbench` is the one part that does. Work repeats
 back to back between two events on the GPU, often enough that issuing the first of it does not count.
@@ -7,7 +8,8 @@ back to back between two events on the GPU, often enough that issuing the first 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import median
@@ -18,6 +20,7 @@ import torch
 from ridgeline.resources.ceilings import FULL_PROBE_S, Ceilings
 from ridgeline.resources.cuda import GPU, cuda_device, cuda_free_memory_bytes
 from ridgeline.resources.cuda_read import BLOCK, read_sums
+from ridgeline.resources.measurement import Measurement, typical
 from ridgeline.types import CapacityError
 
 SAMPLES = 5
@@ -30,6 +33,10 @@ _GIB = 1 << 30
 _LEAST_L2_SHARE = 8
 """Least working set in sizes of the L2. Of what the cache keeps from pass to pass, an eighth is too much."""
 
+_CACHE_S = 0.1
+_CACHE_PASSES = 64
+"""Passes over a working set in one CUDA graph: a launch takes longer than reading some megabytes."""
+
 _WIDEST_MATRIX = 8192
 _NARROWEST_MATRIX = 2048
 _LINK_BYTES = 32 << 20
@@ -40,7 +47,8 @@ KINDS = (
     *("bf16", "fp8", "int8", "fp32"),
     *("launch", "graph-launch", "host-to-device", "device-to-host"),
 )
-"""Everything that is timed. `read-n` reads with n programs on each multiprocessor."""
+"""What the ceilings are made of. `read-n` reads with n programs on each multiprocessor; a survey also times
+`cached-n`, which reads n bytes again and again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +79,37 @@ def measure_gpu(seconds: float = FULL_PROBE_S, index: int | None = None) -> Ceil
 
     Raises ConfigError when CUDA cannot be used, CapacityError when too little device memory is free.
     """
+    with _on_gpu(index) as (bench, gpu, sizes):
+        return ceilings_from(gpu, sizes, measure_times(bench, sizes, seconds), seconds)
+
+
+def survey_gpu(
+    seconds: float = FULL_PROBE_S, index: int | None = None
+) -> tuple[Ceilings, tuple[Measurement, ...]]:
+    """The ceilings of a GPU with the samples behind them, and its read bandwidth by working set.
+
+    Raises as `measure_gpu` does.
+    """
+    with _on_gpu(index) as (bench, gpu, sizes):
+        samples = measure_samples(bench, sizes, seconds)
+        kinds = [f"cached-{size_bytes}" for size_bytes in cached_sizes(gpu, sizes)]
+        cached = measure_samples(bench, sizes, min(seconds, _CACHE_S), kinds)
+    times = {kind: median(found) for kind, found in samples.items()}
+    return ceilings_from(gpu, sizes, times, seconds), measurements_from(sizes, samples | cached)
+
+
+@contextmanager
+def _on_gpu(index: int | None) -> Iterator[tuple[Workbench, GPU, Sizes]]:
+    """A bench on the GPU; a lack of its memory in the body becomes a CapacityError."""
     gpu = cuda_device(index)
     device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
     try:
         with torch.cuda.device(device):
-            sizes = choose_sizes(gpu, cuda_free_memory_bytes(device.index))
-            times = measure_times(Workbench(device, gpu), sizes, seconds)
+            yield Workbench(device, gpu), gpu, choose_sizes(gpu, cuda_free_memory_bytes(device.index))
     except torch.cuda.OutOfMemoryError as error:
         raise CapacityError("the GPU's memory was taken by others while it was measured") from error
     finally:
         torch.cuda.empty_cache()  # what the measurements took is not kept from other processes
-    return ceilings_from(gpu, sizes, times, seconds)
 
 
 def choose_sizes(gpu: GPU, free_bytes: int) -> Sizes:
@@ -99,22 +127,60 @@ def choose_sizes(gpu: GPU, free_bytes: int) -> Sizes:
 
 
 def measure_times(bench: Bench, sizes: Sizes, seconds: float) -> dict[str, float]:
-    """Seconds of each of KINDS; those without instructions are missing."""
-    times: dict[str, float] = {}
-    for kind in KINDS:
+    """Seconds of each of KINDS, the median of its samples; those without instructions are missing."""
+    return {kind: median(found) for kind, found in measure_samples(bench, sizes, seconds).items()}
+
+
+def measure_samples(
+    bench: Bench, sizes: Sizes, seconds: float, kinds: Sequence[str] = KINDS
+) -> dict[str, list[float]]:
+    """Samples of the seconds that each of `kinds` takes; those without instructions are missing."""
+    samples: dict[str, list[float]] = {}
+    for kind in kinds:
         work = bench.prepare(kind, sizes)
         if work is not None:
-            times[kind] = median_s(bench, work, seconds)
+            samples[kind] = _samples_s(bench, work, seconds)
         del work  # its memory is needed for the next
-    return times
+    return samples
 
 
-def median_s(bench: Bench, work: Callable[[], object], seconds: float) -> float:
-    """Seconds of running `work` once: the median of SAMPLES, which together take about `seconds`."""
+def _samples_s(bench: Bench, work: Callable[[], object], seconds: float) -> list[float]:
+    """Seconds of running `work` once: SAMPLES of them, which together take about `seconds`."""
     bench.elapsed_s(work, 1)  # compiles, loads libraries and wakes the clocks
     once_s = bench.elapsed_s(work, 1)
     times = max(math.ceil(seconds / SAMPLES / max(once_s, 1e-6)), 1)
-    return median(bench.elapsed_s(work, times) / times for _ in range(SAMPLES))
+    return [bench.elapsed_s(work, times) / times for _ in range(SAMPLES)]
+
+
+def cached_sizes(gpu: GPU, sizes: Sizes) -> tuple[int, ...]:
+    """Working sets around the size of the L2, in bytes, all smaller than what the read test walks through."""
+    step = 4 * BLOCK
+    wanted = (max(gpu.l2_bytes * eighths // 8 // step, 1) * step for eighths in (1, 2, 4, 8, 16, 32, 64))
+    return tuple(sorted({size_bytes for size_bytes in wanted if size_bytes < sizes.read_bytes}))
+
+
+def measurements_from(sizes: Sizes, samples: dict[str, list[float]]) -> tuple[Measurement, ...]:
+    """The rates and costs that the samples of KINDS and of `cached-n` mean."""
+    matrix_ops = 2 * sizes.matrix_width**3
+    fastest = min(
+        (kind for kind in samples if kind.startswith("read-")), key=lambda kind: median(samples[kind])
+    )
+    found: list[Measurement] = []
+    for kind, times in samples.items():
+        name, _, detail = kind.partition("-")
+        if kind == fastest:
+            how = f"{detail} programs on each multiprocessor"
+            found.append(typical("memory read", "B/s", [sizes.read_bytes / s for s in times], how=how))
+        elif name == "cached":
+            rates = [int(detail) * _CACHE_PASSES / s for s in times]
+            found.append(typical("cache read", "B/s", rates, bytes_each=int(detail)))
+        elif name in ("launch", "graph"):
+            found.append(typical(kind, "s", [s / sizes.launches for s in times]))
+        elif name in ("host", "device"):
+            found.append(typical(kind, "B/s", [sizes.link_bytes / s for s in times]))
+        elif name != "read":
+            found.append(typical(kind, "op/s", [matrix_ops / s for s in times]))
+    return tuple(found)
 
 
 def ceilings_from(gpu: GPU, sizes: Sizes, times: dict[str, float], seconds: float) -> Ceilings:
@@ -165,6 +231,8 @@ class Workbench:
         name, _, detail = kind.partition("-")
         if name == "read":
             return self._read(sizes.read_bytes, int(detail) * self._gpu.multiprocessors)
+        if name == "cached":
+            return self._graph(self._passes(int(detail)))
         if kind == "launch":
             return self._launches(sizes.launches)
         if kind == "graph-launch":
@@ -177,6 +245,16 @@ class Workbench:
         x = self._normal(size_bytes // 4)
         sums = torch.empty(programs, device=self._device)
         return lambda: read_sums(x, sums)
+
+    def _passes(self, size_bytes: int) -> Callable[[], object]:
+        """Reads the same values again and again."""
+        read = self._read(size_bytes, _PROGRAMS_PER_MULTIPROCESSOR[0] * self._gpu.multiprocessors)
+
+        def passes() -> None:
+            for _ in range(_CACHE_PASSES):
+                read()
+
+        return passes
 
     def _launches(self, count: int) -> Callable[[], object]:
         """A chain of kernels that read one block each: launched as the executor launches its own."""

@@ -1,4 +1,4 @@
-"""Measure the machine's ceilings: read bandwidth and the arithmetic peak of each number format.
+"""Measure the machine's ceilings, quickly for a figure beside an answer or in full for `ridgeline probe`.
 
 Every function takes a `device`: "cuda" means the current GPU, whose threads and instruction set are not for
 choosing, and everything else the CPU. They raise ConfigError where "cuda" cannot be used.
@@ -7,47 +7,18 @@ choosing, and everything else the CPU. They raise ConfigError where "cuda" canno
 from __future__ import annotations
 
 from contextlib import suppress
-from datetime import UTC, datetime
 
 from ridgeline.resources.ceilings import FULL_PROBE_S, Ceilings, load_ceilings, save_ceilings
 from ridgeline.resources.cuda import cuda_device
-from ridgeline.resources.machine import (
-    choose_isa,
-    free_memory_bytes,
-    last_level_cache_bytes,
-    machine,
-    usable_cores,
-)
+from ridgeline.resources.machine import choose_isa, usable_cores
+from ridgeline.resources.measurement import Measurement
+from ridgeline.resources.paths import cache_dir
+from ridgeline.resources.survey import Survey, load_survey, save_survey
 from ridgeline.types import CapacityError
 
 QUICK_PROBE_S = 0.05
 BESIDE_PROBE_S = 0.1
 """Seconds for each measurement beside a benchmark, which is measured before and after it."""
-
-_MIN_WORKING_SET_BYTES = 128 << 20
-_MAX_WORKING_SET_BYTES = 1 << 30
-
-
-def working_set_bytes() -> int:
-    """How much memory the read test walks through: enough that caches hardly help, at most half of what
-    is free. Raises CapacityError when even that is too little."""
-    wanted = min(max(4 * last_level_cache_bytes(), _MIN_WORKING_SET_BYTES), _MAX_WORKING_SET_BYTES)
-    free = free_memory_bytes()
-    if free < 2 * _MIN_WORKING_SET_BYTES:
-        need = 2 * _MIN_WORKING_SET_BYTES >> 20
-        raise CapacityError(f"{free >> 20} MiB of memory are free; measuring the bandwidth takes {need} MiB")
-    return min(wanted, free // 2)
-
-
-def read_bandwidth(threads: int, seconds: float = FULL_PROBE_S) -> dict[str, float]:
-    """Bytes per second of each access pattern, in `seconds` each."""
-    from ridgeline.native import Team, probe_read
-
-    team = Team(threads)
-    try:
-        return {name: rate * 1e9 for name, rate in probe_read(team, working_set_bytes(), seconds)}
-    finally:
-        team.close()
 
 
 def measure(
@@ -61,27 +32,7 @@ def measure(
         from ridgeline.resources.cuda_probe import measure_gpu
 
         return measure_gpu(seconds)
-    from ridgeline.native import Team, probe_peak
-
-    threads = threads or usable_cores()
-    isa = isa or choose_isa()
-    bandwidth = max(read_bandwidth(threads, seconds).values())
-    team = Team(threads)
-    try:
-        peaks = {kind: probe_peak(team, isa, kind) for kind in ("int8", "bf16", "fp32")}
-    finally:
-        team.close()
-    return Ceilings(
-        read_bytes_per_s=bandwidth,
-        int8_ops_per_s=peaks["int8"],
-        bf16_flops_per_s=peaks["bf16"],
-        fp32_flops_per_s=peaks["fp32"],
-        threads=threads,
-        isa=isa,
-        machine=machine().name,
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        seconds_each=seconds,
-    )
+    return _measure_cpu(threads, isa, seconds)[0]
 
 
 def known_ceilings(
@@ -91,26 +42,66 @@ def known_ceilings(
     return load_ceilings(threads, isa, cuda_device() if device == "cuda" else None)
 
 
-def full_ceilings(
-    threads: int | None = None, isa: str | None = None, force: bool = False, device: str = "cpu"
-) -> Ceilings:
-    """The full measurements, from the cache unless there are none or `force` asks for fresh ones.
-
-    Raises CapacityError when there is too little memory to measure.
-    """
-    known = None if force else known_ceilings(threads, isa, device)
-    if known is not None and known.full:
-        return known
-    return _measured(threads, isa, FULL_PROBE_S, device)
-
-
 def quick_ceilings(threads: int | None = None, isa: str | None = None, device: str = "cpu") -> Ceilings:
     """The cached ceilings, or quick measurements, which are then kept. Raises CapacityError."""
-    return known_ceilings(threads, isa, device) or _measured(threads, isa, QUICK_PROBE_S, device)
-
-
-def _measured(threads: int | None, isa: str | None, seconds: float, device: str) -> Ceilings:
-    ceilings = measure(threads, isa, seconds, device)
+    known = known_ceilings(threads, isa, device)
+    if known is not None:
+        return known
+    ceilings = measure(threads, isa, QUICK_PROBE_S, device)
     with suppress(CapacityError):  # where nothing can be written, the next process measures again
         save_ceilings(ceilings)
     return ceilings
+
+
+def survey(
+    threads: int | None = None, isa: str | None = None, force: bool = False, device: str = "cpu"
+) -> Survey:
+    """All measurements in full, from the cache unless there are none or `force` asks for fresh ones.
+
+    They take about ten seconds; their ceilings are kept as those of the machine. Raises CapacityError when
+    there is too little memory to measure.
+    """
+    gpu = cuda_device() if device == "cuda" else None
+    threads, isa = (gpu.multiprocessors, gpu.isa) if gpu else (threads or usable_cores(), isa or choose_isa())
+    known = None if force else load_survey(threads, isa, gpu)
+    if known is not None:
+        return known
+    found = _survey_gpu() if gpu else _survey_cpu(threads, isa)
+    with suppress(CapacityError):
+        save_survey(found)
+        save_ceilings(found.ceilings)
+    return found
+
+
+def _measure_cpu(
+    threads: int | None, isa: str | None, seconds: float
+) -> tuple[Ceilings, tuple[Measurement, ...]]:
+    from ridgeline.resources.cpu_probe import ceilings_from, measure_ceilings
+
+    threads, isa = threads or usable_cores(), isa or choose_isa()
+    found = measure_ceilings(threads, isa, seconds)
+    return ceilings_from(found, threads, isa, seconds), found
+
+
+def _survey_cpu(threads: int, isa: str) -> Survey:
+    from ridgeline.resources.cpu_probe import measure_levels, measure_starts
+
+    ceilings, found = _measure_cpu(threads, isa, FULL_PROBE_S)
+    found += measure_levels(threads, isa) + measure_starts(threads)
+    return _with_disk(ceilings, found)
+
+
+def _survey_gpu() -> Survey:
+    from ridgeline.resources.cuda_probe import survey_gpu
+
+    return _with_disk(*survey_gpu(FULL_PROBE_S))
+
+
+def _with_disk(ceilings: Ceilings, found: tuple[Measurement, ...]) -> Survey:
+    """The disk is measured where the models lie. A machine whose disk is full still has ceilings."""
+    from ridgeline.resources.disk import measure_disk
+
+    try:
+        return Survey(ceilings, (*found, measure_disk(cache_dir() / "models")))
+    except CapacityError as error:
+        return Survey(ceilings, found, {"disk": str(error)})

@@ -1,4 +1,5 @@
-// Loops of the arithmetic that the linear kernels do, from registers only: what the cores could reach.
+// Loops of the arithmetic that the linear kernels do, from registers only, and of loads without arithmetic:
+// what the cores could reach.
 #include "../launch.h"
 #include "simd.h"
 
@@ -57,6 +58,19 @@ double peak_ops(PeakFormat format, int64_t iterations) {
     case PeakFormat::bf16: return bf16_ops(iterations);
     default: return fp32_ops(iterations);
   }
+}
+
+// Loads whole lines, `bytes` being a multiple of kReadStep; the sum keeps the loads from being optimised away.
+int32_t read_lines(const uint8_t* data, size_t bytes) {
+  constexpr int kLoads = int(kReadStep / 64);
+  vint sums[kLoads];
+  for (auto& sum : sums) sum = izero();
+  for (size_t at = 0; at < bytes; at += kReadStep) {
+    for (int i = 0; i < kLoads; ++i) sums[i] = add(sums[i], iload(data + at + size_t(i) * 64));
+  }
+  int32_t sum = 0;
+  for (auto& one : sums) sum += reduce_add(one);
+  return sum;
 }
 
 RIDGELINE_END

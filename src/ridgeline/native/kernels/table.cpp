@@ -26,6 +26,7 @@ void unpack_row(const MatrixView&, int64_t, float*);
 void quantise_rows(const float*, int64_t, int32_t, uint8_t*);
 void greedy_rows(const float*, int64_t, int32_t, int32_t*, Worker&);
 double peak_ops(PeakFormat, int64_t);
+int32_t read_lines(const uint8_t*, size_t);
 
 extern const Kernels kernels;
 const Kernels kernels = {RIDGELINE_NAME(RIDGELINE_ISA),
@@ -47,6 +48,7 @@ const Kernels kernels = {RIDGELINE_NAME(RIDGELINE_ISA),
                          unpack_row,
                          quantise_rows,
                          greedy_rows,
-                         peak_ops};
+                         peak_ops,
+                         read_lines};
 
 RIDGELINE_END
