@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -20,6 +20,9 @@ from ridgeline.engine import Engine
 from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.roofline import mbu, mfu
 from ridgeline.types import CapacityError, Request, RequestError, SamplingParams, Work
+
+_WARM_STEPS = 2
+"""Steps of a batch size that are not timed: a GPU records its graph in the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +67,54 @@ def measure(engine: Engine, workload: Workload, max_step_tokens: int, repeats: i
     `max_step_tokens` is the engine's token budget. Raises RequestError when prompt and output exceed the
     context, CapacityError when the KV cache cannot hold the whole batch.
     """
-    if repeats < 1:
-        raise RequestError(f"repeats is {repeats}; accepted: at least 1")
+    _check_repeats(repeats)
     prompts = _prompts(workload, engine.model.vocabulary_size)
     slack = _slack(workload, max_step_tokens)
-    longest = workload.prompt_tokens + workload.output_tokens + slack
-    if longest > engine.model.max_model_len:
-        raise RequestError(
-            f"the benchmark needs {longest} tokens of context, {slack} of them while the batch fills; "
-            f"accepted: at most {engine.model.max_model_len}"
-        )
+    _check_context(engine, workload, slack)
     meter = _Meter(engine, prompts)
     short = Workload(workload.prompt_tokens, 2, workload.batch)
     meter.prefill()
     meter.decode(short, slack)
     return [Round(meter.prefill(), meter.decode(workload, slack)) for _ in range(repeats)]
+
+
+def sweep(
+    engine: Engine, workload: Workload, batches: Sequence[int], max_step_tokens: int, repeats: int
+) -> dict[int, list[Phase]]:
+    """Decode at one context with each of `batches` sequences, `repeats` times; of `workload` the batch is
+    not used. Otherwise as `measure`, and it raises the same.
+    """
+    _check_repeats(repeats)
+    found: dict[int, list[Phase]] = {}
+    for batch in batches:
+        one = replace(workload, batch=batch)
+        prompts = _prompts(one, engine.model.vocabulary_size)
+        slack = _slack(one, max_step_tokens) + _WARM_STEPS
+        _check_context(engine, one, slack)
+        meter = _Meter(engine, prompts)
+        found[batch] = [meter.decode(one, slack, _WARM_STEPS) for _ in range(repeats)]
+    return found
+
+
+def sweep_summary(found: Mapping[int, Sequence[Phase]], ceilings: Ceilings) -> list[dict[str, Any]]:
+    """Of each batch the medians over its rounds and where it lies on the roofline, ready for JSON.
+
+    `ops_per_byte` is the arithmetic intensity by the program's own account, `ops_per_s` what was reached;
+    `mbu` and `mfu` are its shares of the read bandwidth and of the arithmetic peaks.
+    """
+    return [
+        {
+            "batch": batch,
+            "tokens_per_s": median(p.tokens_per_s for p in phases),
+            "spread": _spread(phases),
+            "step_s": median(p.elapsed_s / p.steps for p in phases),
+            "ops_per_byte": phases[0].work.ops / phases[0].work.bytes,
+            "ops_per_s": median(p.work.ops / p.elapsed_s for p in phases),
+            "mbu": median(mbu(p.work, p.elapsed_s, ceilings) for p in phases),
+            "mfu": median(mfu(p.work, p.elapsed_s, ceilings) for p in phases),
+        }
+        for batch, phases in found.items()
+    ]
 
 
 def summary(rounds: Sequence[Round], workload: Workload, ceilings: Ceilings) -> dict[str, Any]:
@@ -127,8 +163,9 @@ class _Meter:
         steps, executor_s, work = self._since(before)
         return Phase(sum(map(len, self._prompts)), steps, elapsed_s, executor_s, work)
 
-    def decode(self, workload: Workload, slack: int) -> Phase:
-        """Time output_tokens - 1 steps of the whole batch: the first token belongs to the prefill."""
+    def decode(self, workload: Workload, slack: int, warm_steps: int = 0) -> Phase:
+        """Time output_tokens - 1 steps of the whole batch: the first token belongs to the prefill. Before
+        them come `warm_steps` that are not timed; `slack` has room for those too."""
         ids = self._add(workload.output_tokens + slack)
         wanted, steps = workload.output_tokens - 1, 0
         elapsed_s = executor_s = 0.0
@@ -143,7 +180,11 @@ class _Meter:
                 start = time.perf_counter()
                 self._engine.step()
                 step_s = time.perf_counter() - start
-                if self._engine.stats.decode.rows - rows == len(ids):
+                if self._engine.stats.decode.rows - rows != len(ids):
+                    continue
+                if warm_steps > 0:
+                    warm_steps -= 1
+                else:
                     _, inside_s, done = self._since(before)
                     elapsed_s, executor_s, work = elapsed_s + step_s, executor_s + inside_s, work + done
                     steps += 1
@@ -174,6 +215,20 @@ class _Meter:
     def _since(self, before: tuple[int, float, Work]) -> tuple[int, float, Work]:
         steps, elapsed_s, work = self._totals()
         return steps - before[0], elapsed_s - before[1], work - before[2]
+
+
+def _check_repeats(repeats: int) -> None:
+    if repeats < 1:
+        raise RequestError(f"repeats is {repeats}; accepted: at least 1")
+
+
+def _check_context(engine: Engine, workload: Workload, slack: int) -> None:
+    longest = workload.prompt_tokens + workload.output_tokens + slack
+    if longest > engine.model.max_model_len:
+        raise RequestError(
+            f"the benchmark needs {longest} tokens of context, {slack} of them while the batch fills; "
+            f"accepted: at most {engine.model.max_model_len}"
+        )
 
 
 def _prompts(workload: Workload, vocabulary: int) -> list[tuple[int, ...]]:

@@ -1,8 +1,8 @@
 """The roofline as a picture: speed over arithmetic intensity, with what was reached below what could be.
 
-Both axes are logarithmic. A slope is a bandwidth, a flat is the peak of a number format, and where the memory's
-slope meets a flat is that format's ridge. As characters for a terminal, and as PNG with matplotlib, which
-comes with an extra.
+Both axes are logarithmic. A slope is a bandwidth, a flat is the peak of a number format, and where the
+memory's slope meets a flat is that format's ridge. As characters for a terminal, and as PNG with matplotlib,
+which comes with an extra.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def draw(roofline: Roofline, columns: int, unicode: bool = True) -> list[str]:
     """
     width = min(max(columns, LEAST_COLUMNS), MOST_COLUMNS) - _MARGIN
     canvas = _Canvas(roofline, width)
-    signs = {"slope": "╱", "flat": "─", "ridge": "◆"} if unicode else {"slope": "/", "flat": "-", "ridge": "+"}
+    signs = (
+        {"slope": "╱", "flat": "─", "ridge": "◆"} if unicode else {"slope": "/", "flat": "-", "ridge": "+"}
+    )
     canvas.roofs(signs)
     canvas.labels()
     for mark, point in zip(_MARKS, roofline.points, strict=False):
@@ -98,7 +100,8 @@ def draw(roofline: Roofline, columns: int, unicode: bool = True) -> list[str]:
         roofline.title,
         *canvas.lines("│" if unicode else "|"),
         *canvas.axis("─" if unicode else "-", "┴" if unicode else "+"),
-        f"{'':{_MARGIN}}ops/s over ops/byte; the slope is {read}B/s; ridges {signs['ridge']} at {ridges}",
+        f"{'':{_MARGIN}}operations/s over operations/byte; the slope is {read}B/s",
+        f"{'':{_MARGIN}}ridges {signs['ridge']} at {ridges}",
         *_legend(roofline.points, width),
     ]
 
@@ -132,7 +135,9 @@ class _Canvas:
         for column in range(self.column(max(ridges.values())) + 1):
             share = column / (self._width - 1)
             self._set(
-                self.row(read * 10 ** (self._left + share * (self._right - self._left))), column, signs["slope"]
+                self.row(read * 10 ** (self._left + share * (self._right - self._left))),
+                column,
+                signs["slope"],
             )
         for name, peak in peaks.items():
             for column in range(self.column(ridges[name]), self._width):
@@ -192,7 +197,9 @@ def engineering(value: float) -> str:
     """Three digits and a prefix of thousands: 917 G, 1.5 T, 20 (and a space to put a unit behind)."""
     for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= scale * 0.9995:
-            return f"{value / scale:.3g} {prefix}" if value < scale * 999.5 else f"{value / scale:.0f} {prefix}"
+            return (
+                f"{value / scale:.3g} {prefix}" if value < scale * 999.5 else f"{value / scale:.0f} {prefix}"
+            )
     return f"{value:.3g} "
 
 
@@ -238,7 +245,12 @@ def _draw_roofs(axes: Any, roofline: Roofline) -> None:
         axes.plot([low, top / read], [low * read, top], color="0.7", linewidth=1, linestyle="--", zorder=1)
         at = max(low * 1.15, roofline.speeds[0] * 1.3 / read)
         axes.annotate(
-            f"{name} {engineering(read)}B/s", (at, at * read), fontsize=7, color="0.45", ha="left", va="bottom"
+            f"{name} {engineering(read)}B/s",
+            (at, at * read),
+            fontsize=7,
+            color="0.45",
+            ha="left",
+            va="bottom",
         )
     read = roofline.ceilings.read_bytes_per_s
     ridge = max(ridges.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,13 +12,19 @@ from ridgeline.cli.output import console, print_json, table
 from ridgeline.cli.progress import fetch
 
 if TYPE_CHECKING:
-    from ridgeline.config import EngineConfig
+    from ridgeline.apps.benchmark import Round, Workload
+    from ridgeline.execution.profiling import ProfilingExecutor
+    from ridgeline.loading import LoadedModel
     from ridgeline.resources.ceilings import Ceilings
 
 PromptTokens = Annotated[int, flag("prompt-tokens", "Tokens of each prompt.", "-p")]
 OutputTokens = Annotated[int, flag("output-tokens", "Tokens to decode for each sequence.", "-n")]
 Batch = Annotated[int, flag("batch", "Sequences at once.", "-b")]
 Repeats = Annotated[int, flag("repeats", "Rounds; the median counts.", "-r")]
+Sweep = Annotated[
+    str | None,
+    flag("sweep", "Decode with these numbers of sequences in place of --batch, as 1,8,64 or 1,2,4,...,64."),
+]
 Operations = Annotated[
     bool, flag("ops", "Time each operation of the steps, beside its ceiling; this slows them a little.")
 ]
@@ -33,6 +38,8 @@ def bench(
     batch: Batch = 1,
     repeats: Repeats = 5,
     ops: Operations = False,
+    sweep: Sweep = None,
+    plot: options.Plot = None,
     weights: options.WeightFormat = None,
     kv_format: options.KVFormat = None,
     threads: options.Threads = None,
@@ -44,13 +51,14 @@ def bench(
     if context.invoked_subcommand is not None:
         _refuse_flags(context)
         return
-    from ridgeline.apps.benchmark import Workload, measure, summary
-    from ridgeline.apps.operations import by_phase, measure_operations
+    from ridgeline.apps.benchmark import Workload
+    from ridgeline.cli import bench_sweep
     from ridgeline.config import EngineConfig
     from ridgeline.loading import load_engine
-    from ridgeline.types import CapacityError
 
-    workload = Workload(prompt_tokens, output_tokens, batch)
+    batches = bench_sweep.check(sweep, plot, {"batch": batch != 1, "ops": ops})
+    largest = max(batches, default=batch)
+    workload = Workload(prompt_tokens, output_tokens, largest)
     room = EngineConfig()
     config = EngineConfig(
         **given(
@@ -61,27 +69,32 @@ def bench(
             device=device,
             packed_cache=options.packed_cache(no_packed_cache),
         ),
-        max_num_seqs=max(batch, room.max_num_seqs),
-        max_num_batched_tokens=max(2 * batch, room.max_num_batched_tokens),
+        max_num_seqs=max(largest, room.max_num_seqs),
+        max_num_batched_tokens=max(2 * largest, room.max_num_batched_tokens),
         enable_prefix_caching=False,  # its pages would be kept, and every round would take cold memory
     )
     fetch(model)
     loaded = load_engine(config)
-    before, profiling = None, None
-    limit = loaded.config.max_num_batched_tokens
-    try:
-        # Other tenants share the memory: what the machine gives now counts, not what it gave some day.
-        with suppress(CapacityError):  # the engine may have left a GPU too little memory to measure with
-            before = _ceilings_now(loaded.config)
+    if batches:
+        bench_sweep.run(loaded, workload, batches, repeats, plot, json)
+    else:
+        _measure(loaded, workload, repeats, ops, json)
+
+
+def _measure(loaded: LoadedModel, workload: Workload, repeats: int, ops: bool, json: bool) -> None:
+    """One batch size, prefill and decode."""
+    from ridgeline.apps.benchmark import measure, summary
+    from ridgeline.apps.operations import by_phase, measure_operations
+    from ridgeline.cli.figures import beside_ceilings
+
+    limit, settled = loaded.config.max_num_batched_tokens, loaded.config
+
+    def run() -> tuple[list[Round], ProfilingExecutor | None]:
         if ops:
-            rounds, profiling = measure_operations(loaded.engine, workload, limit, repeats)
-        else:
-            rounds = measure(loaded.engine, workload, limit, repeats)
-    finally:
-        loaded.engine.close()
-    after = _ceilings_now(loaded.config)
-    ceilings = after.best_with(before) if before is not None else after
-    settled = loaded.config
+            return measure_operations(loaded.engine, workload, limit, repeats)
+        return measure(loaded.engine, workload, limit, repeats), None
+
+    (rounds, profiling), ceilings = beside_ceilings(loaded, run)
     result = {
         "model": settled.model,
         "weights": settled.weights,
@@ -107,14 +120,8 @@ def _refuse_flags(context: typer.Context) -> None:
             raise typer.BadParameter(f"{flag_} stands before {verb}; accepted: {verb} {flag_} …", context)
 
 
-def _ceilings_now(config: EngineConfig) -> Ceilings:
-    from ridgeline.resources import probe
-
-    return probe.measure(config.threads, seconds=probe.BESIDE_PROBE_S, device=config.device)
-
-
 def _show(result: dict[str, Any], ceilings: Ceilings) -> None:
-    from ridgeline.cli.figures import parallel_units, peaks
+    from ridgeline.cli.figures import limits
 
     shown = table(
         "", "tokens/s", "spread", "memory", "arithmetic", right=("tokens/s", "memory", "arithmetic")
@@ -129,9 +136,7 @@ def _show(result: dict[str, Any], ceilings: Ceilings) -> None:
     console().print(shown)
     console().print(
         f"{result['batch']} × ({result['prompt_tokens']} prompt + {result['output_tokens']} output tokens), "
-        f"median of {result['repeats']}; shares of {ceilings.read_bytes_per_s / 1e9:.1f} GB/s read, "
-        + ", ".join(f"{peak} {name}" for name, peak in peaks(ceilings).items())
-        + f" ({ceilings.threads} {parallel_units(ceilings)}, {ceilings.isa})",
+        f"median of {result['repeats']}; shares of {limits(ceilings)}",
         style="dim",
         soft_wrap=True,
     )

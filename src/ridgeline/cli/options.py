@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +47,7 @@ TopP = Annotated[float | None, flag("top-p", "Sample from the likeliest tokens o
 TopK = Annotated[int | None, flag("top-k", "Sample from this many of the likeliest tokens; 0 is off.")]
 MinP = Annotated[float | None, flag("min-p", "Drop tokens below this share of the best probability.")]
 Seed = Annotated[int | None, flag("seed", "Makes the answer repeatable.")]
+Plot = Annotated[Path | None, flag("plot", "File for the roofline plot, as PNG; needs ridgeline[plot].")]
 Json = Annotated[bool, flag("json", "Print JSON.")]
 
 

@@ -8,8 +8,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from rich.console import Console
     from rich.table import Table
+
+
+_PIPED_COLUMNS = 80
+"""Width of what is drawn for a pipe, which has none."""
 
 
 def print_json(value: object) -> None:
@@ -42,6 +48,17 @@ def facts(rows: dict[str, Any]) -> None:
     width = max(map(len, rows)) + 2
     for name, value in rows.items():
         console().print(Text.assemble((f"{name:<{width}}", "dim"), str(value)), soft_wrap=True)
+
+
+def plot(lines: Callable[[int, bool], Sequence[str]]) -> None:
+    """Lines that are drawn for a number of columns, and for a terminal that knows more than ASCII or not."""
+    width = console().width if sys.stdout.isatty() else _PIPED_COLUMNS
+    try:
+        "─╱◆│┴".encode(sys.stdout.encoding or "ascii")
+        unicode = True
+    except (UnicodeEncodeError, LookupError):
+        unicode = False
+    print("\n".join(lines(width, unicode)), flush=True)
 
 
 def note(text: str) -> None:

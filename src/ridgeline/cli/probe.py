@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
-from ridgeline.cli.options import Json, Threads, flag
-from ridgeline.cli.output import facts, print_json
-
-if TYPE_CHECKING:
-    from ridgeline.resources.ceilings import Ceilings
+from ridgeline.cli.options import Json, Plot, Threads, flag
+from ridgeline.cli.output import print_json
 
 Device = Annotated[
     str,
@@ -20,40 +17,34 @@ Force = Annotated[bool, flag("force", "Measure again even if this machine is kno
 DEVICES = ("auto", "cpu", "cuda")
 
 
-def probe(device: Device = "auto", force: Force = False, threads: Threads = None, json: Json = False) -> None:
-    """Measure the read bandwidth and the arithmetic peaks of a CPU or GPU. Takes some seconds, once."""
-    from ridgeline.resources.machine import usable_cores
-    from ridgeline.resources.probe import full_ceilings
+def probe(
+    device: Device = "auto",
+    force: Force = False,
+    threads: Threads = None,
+    plot: Plot = None,
+    json: Json = False,
+) -> None:
+    """Measure the bandwidths, arithmetic peaks and fixed costs of a CPU or GPU. Takes some seconds, once."""
+    from ridgeline.apps.roofline_plot import check_png
+    from ridgeline.resources.probe import survey
 
     threads = check_threads(threads)
     chosen = check_device(device, threads)
+    if plot is not None:
+        check_png(plot)
     if not json and sys.stderr.isatty():
         print("measuring…", end="\r", file=sys.stderr, flush=True)
-    found = full_ceilings(threads or usable_cores(), force=force, device=chosen)
+    found = survey(threads, force=force, device=chosen)
+    if plot is not None:
+        from ridgeline.cli.probe_report import write_plot
+
+        write_plot(found, plot)
     if json:
         print_json(found.to_json())
     else:
-        facts(_rows(found))
+        from ridgeline.cli.probe_report import show
 
-
-def _rows(found: Ceilings) -> dict[str, Any]:
-    from ridgeline.cli.figures import parallel_units, peaks
-
-    gpu = {
-        "kernel launch": f"{found.launch_s * 1e6:.1f} µs, {found.graph_launch_s * 1e6:.1f} µs in a graph",
-        "host to device": f"{found.host_to_device_bytes_per_s / 1e9:.1f} GB/s",
-        "device to host": f"{found.device_to_host_bytes_per_s / 1e9:.1f} GB/s",
-    }
-    formats = ("int8", "fp8", "bf16", "fp32") if found.device == "cuda" else ("int8", "bf16", "fp32")
-    return {
-        "machine": found.machine,
-        parallel_units(found): found.threads,
-        "instruction level": found.isa,
-        "memory read": f"{found.read_bytes_per_s / 1e9:.1f} GB/s",
-        **(dict.fromkeys(formats, "not at this level") | peaks(found)),
-        **(gpu if found.device == "cuda" else {}),
-        "measured": found.measured_at,
-    }
+        show(found)
 
 
 def check_device(asked: str, threads: int | None) -> str:

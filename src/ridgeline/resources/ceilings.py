@@ -51,11 +51,6 @@ class Ceilings:
     device_to_host_bytes_per_s: float = 0.0
     barrier_s: float = 0.0
 
-    @property
-    def full(self) -> bool:
-        """Whether the measurements took long enough to compare others with."""
-        return self.seconds_each >= FULL_PROBE_S
-
     def best_with(self, other: Ceilings) -> Ceilings:
         """The better figure of each kind: whatever else ran on the machine only makes measurements slower."""
         rates = {name: max(getattr(self, name), getattr(other, name)) for name in _RATES}
