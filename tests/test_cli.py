@@ -141,6 +141,12 @@ MISTAKES = [
     (["bench", "-m", "TINY", "--batch", "0"], "batch is 0"),
     (["bench", "-m", "TINY", "--prompt-tokens", "600"], "accepted: at most 512"),
     (["probe", "--threads", "-2"], "threads is -2"),
+    (["probe", "--plot", "roof.svg"], "plot is 'roof.svg'; accepted: a file whose name ends in .png"),
+    (["bench", "-m", "TINY", "--plot", "roof.png"], "plot is 'roof.png' without a sweep; accepted: with"),
+    (["bench", "-m", "TINY", "--sweep", "4,2"], "sweep is '4,2'; accepted: at most 64 numbers"),
+    (["bench", "-m", "TINY", "--sweep", "1,2", "--batch", "8"], "--batch is given beside --sweep"),
+    (["bench", "-m", "TINY", "--sweep", "1,2", "--ops"], "--ops is given beside --sweep"),
+    (["bench", "-m", "TINY", "--sweep", "1", "-p", "500", "-n", "20"], "accepted: at most 512"),
     (["doctor", "--threads", "-2"], "threads is -2"),
 ]
 
@@ -381,11 +387,24 @@ def test_bench_ends_with_one_json_line(ridgeline: Cli, tiny_llama: Path) -> None
     assert re.search(r"^decode +\d", ridgeline("bench", "-m", tiny_llama, *sizes).out, re.MULTILINE)
 
 
-def test_probe_prints_what_it_measured_and_keeps_it(
-    ridgeline: Cli, known_machine: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = json.loads(ridgeline("probe", "--threads", 1, "--json").out)
-    assert found["read_bytes_per_s"] == 1e9
-    monkeypatch.setattr("ridgeline.resources.probe.measure", None)  # another measurement would fail
-    assert json.loads(ridgeline("probe", "--threads", 1, "--json").out) == found
-    assert "1.0 GB/s" in ridgeline("probe", "--threads", 1).out
+@pytest.mark.usefixtures("known_machine")
+def test_bench_sweeps_batches_and_draws_them(ridgeline: Cli, tiny_llama: Path, tmp_path: Path) -> None:
+    png = tmp_path / "roofline.png"
+    sizes = ("--sweep", "1,2,...,8", "--prompt-tokens", 20, "--output-tokens", 4, "--repeats", 1)
+    outcome = ridgeline("bench", "-m", tiny_llama, *sizes, "--plot", png, "--json")
+    found = json.loads(outcome.out.splitlines()[-1])
+    rows = found["sweep"]
+    assert [row["batch"] for row in rows] == [1, 2, 4, 8]
+    intensities = [row["ops_per_byte"] for row in rows]
+    assert intensities == sorted(intensities)  # more sequences share the reading of the weights
+    assert 0 < intensities[0] < intensities[-1]
+    for row in rows:
+        assert row["ops_per_s"] / row["ops_per_byte"] == pytest.approx(
+            row["mbu"] * found["ceilings"]["read_bytes_per_s"]
+        )
+        assert row["tokens_per_s"] * row["step_s"] == pytest.approx(row["batch"])
+        assert row["spread"][0] <= row["tokens_per_s"] <= row["spread"][1]
+    assert png.read_bytes().startswith(b"\x89PNG\r\n")
+    shown = ridgeline("bench", "-m", tiny_llama, *sizes).out
+    assert re.search(r"^ +8 +\d", shown, re.MULTILINE)
+    assert re.search(r"1 batch 1 +2 batch 2 +3 batch 4 +4 batch 8", shown)

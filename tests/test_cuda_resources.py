@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,12 +19,24 @@ from command_line import Cli, command_line
 from test_resources import CEILINGS, TOKEN_BYTES, demand
 
 from ridgeline.cli.figures import known_ceilings
-from ridgeline.resources import cuda, cuda_probe, probe, roofline
-from ridgeline.resources.ceilings import Ceilings, load_ceilings, save_ceilings
+from ridgeline.resources import cuda, cuda_probe, disk, probe, roofline
+from ridgeline.resources.ceilings import FULL_PROBE_S, Ceilings, load_ceilings, save_ceilings
 from ridgeline.resources.cuda import GPU, choose_device, cuda_free_memory_bytes, cuda_unavailable
-from ridgeline.resources.cuda_probe import KINDS, Sizes, Workbench, ceilings_from, choose_sizes, measure_times
+from ridgeline.resources.cuda_probe import (
+    KINDS,
+    Sizes,
+    Workbench,
+    cached_sizes,
+    ceilings_from,
+    choose_sizes,
+    measure_samples,
+    measure_times,
+    measurements_from,
+)
 from ridgeline.resources.cuda_read import BLOCK, read_sums
+from ridgeline.resources.measurement import Measurement, typical
 from ridgeline.resources.memory import GPU_POOL_SHARE, plan_memory
+from ridgeline.resources.survey import Survey
 from ridgeline.types import CapacityError, ConfigError, Work
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -252,7 +265,7 @@ def test_rates_from_times() -> None:
     found = ceilings_from(MADE_UP, sizes, times, seconds=0.3)
     assert (found.device, found.threads, found.isa) == ("cuda", 132, "sm_90")
     assert found.machine == MADE_UP.description
-    assert found.full
+    assert found.seconds_each == 0.3
     assert found.read_bytes_per_s == pytest.approx(4e12)
     assert found.bf16_flops_per_s == pytest.approx(2 * 8000**3 / 2e-3)
     assert found.fp8_flops_per_s == pytest.approx(2 * 8000**3 / 1e-3)
@@ -263,6 +276,48 @@ def test_rates_from_times() -> None:
     assert found.device_to_host_bytes_per_s == pytest.approx(25e9)
     del times["fp8"]
     assert ceilings_from(MADE_UP, sizes, times, seconds=0.05).fp8_flops_per_s == 0
+
+
+def test_samples_of_a_survey_become_measurements() -> None:
+    once_s = dict.fromkeys(KINDS, 1e-3) | {"read-4": 2e-3, "cached-4096": 64e-9, "cached-8192": 128e-9}
+    del once_s["fp8"]
+    sizes = Sizes(read_bytes=4 * 10**9, matrix_width=8000, link_bytes=50 * 10**6, launches=1000)
+    samples = measure_samples(FakeBench(once_s), sizes, 0.3, [*KINDS, "cached-4096", "cached-8192"])
+    found = {(one.what, one.bytes_each): one for one in measurements_from(sizes, samples)}
+    assert {unit: sum(one.unit == unit for one in found.values()) for unit in ("B/s", "op/s", "s")} == {
+        "B/s": 5,
+        "op/s": 3,
+        "s": 2,
+    }
+    figures = {key: one.figure for key, one in found.items()}
+    assert figures["memory read", 0] == pytest.approx(4e12, rel=0.001)
+    assert found["memory read", 0].how == "6 programs on each multiprocessor"
+    assert figures["int8", 0] == pytest.approx(2 * 8000**3 / 1e-3, rel=0.001)
+    assert figures["graph-launch", 0] == pytest.approx(1e-6, rel=0.001)
+    assert figures["host-to-device", 0] == pytest.approx(50e9, rel=0.001)
+    assert figures["cache read", 4096] == pytest.approx(4096 * 64 / 64e-9, rel=0.05)
+    assert figures["cache read", 8192] == pytest.approx(figures["cache read", 4096], rel=0.05)
+    assert all(len(one.samples) == 5 for one in found.values())
+    assert found["int8", 0].spread > 0.5  # the hiccup shows
+
+
+def test_working_sets_lie_around_the_cache() -> None:
+    sizes = choose_sizes(MADE_UP, 130 * GIB)
+    sets = cached_sizes(MADE_UP, sizes)
+    assert len(sets) == 7
+    assert sets[0] < MADE_UP.l2_bytes / 7
+    assert 7 * MADE_UP.l2_bytes < sets[-1] < sizes.read_bytes
+    assert all(size_bytes % (4 * BLOCK) == 0 for size_bytes in sets)
+    assert len(cached_sizes(dataclasses.replace(MADE_UP, l2_bytes=0), sizes)) == 1
+
+
+def test_a_working_set_is_read_in_passes() -> None:
+    few = dataclasses.replace(MADE_UP, multiprocessors=1)
+    bench = Workbench(torch.device(DEVICE), few)
+    read: list[int] = []
+    bench._read = lambda size_bytes, programs: lambda: read.append(size_bytes)  # type: ignore[method-assign]
+    bench._passes(4 * BLOCK)()
+    assert read == [4 * BLOCK] * cuda_probe._CACHE_PASSES
 
 
 def test_sizes_follow_the_cache_and_the_free_memory() -> None:
@@ -336,8 +391,17 @@ def test_a_real_gpu_is_plausible(cache: Path) -> None:
     assert quick.fp8_flops_per_s == 0 or quick.fp8_flops_per_s > quick.bf16_flops_per_s
     assert 1e-7 < quick.graph_launch_s < quick.launch_s < 1e-3
     assert min(quick.host_to_device_bytes_per_s, quick.device_to_host_bytes_per_s) > 1e9
-    assert not quick.full
     assert probe.quick_ceilings(device="cuda") == quick
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU that CUDA can use")
+def test_a_survey_of_a_real_gpu(cache: Path) -> None:
+    found = probe.survey(device="cuda")
+    read = {one.bytes_each: one.figure for one in found.of("cache read")}
+    assert len(read) >= 4
+    assert read[min(read)] > found.ceilings.read_bytes_per_s
+    assert found.whole("disk") or "disk" in found.absent
+    assert probe.survey(device="cuda") == found
 
 
 # ------------------------------------------------------------------------------------------ ceilings
@@ -355,7 +419,7 @@ def test_ceilings_of_cpu_and_gpu_lie_side_by_side(cache: Path) -> None:
 def test_files_from_before_gpus_are_still_read(cache: Path) -> None:
     path = save_ceilings(CEILINGS)
     old = CEILINGS.to_json()
-    for name in ("device", "fp8_flops_per_s", "launch_s", "graph_launch_s"):
+    for name in ("device", "fp8_flops_per_s", "launch_s", "graph_launch_s", "barrier_s"):
         del old[name]
     path.write_text(json.dumps(old), encoding="utf-8")
     assert load_ceilings(2, "portable") == CEILINGS
@@ -385,8 +449,26 @@ def test_a_gpu_is_measured_once(
         assert quick is not None
         assert quick.device == "cuda"
     assert asked == [probe.QUICK_PROBE_S]
-    assert probe.full_ceilings(device="cuda").full
-    assert known_ceilings(None, device="cuda") == probe.full_ceilings(device="cuda")
+
+
+def test_a_gpu_is_surveyed_once_and_its_ceilings_are_kept(
+    machine_with_gpu: FakePyTorch, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def survey_gpu(seconds: float) -> tuple[Ceilings, tuple[Measurement, ...]]:
+        asked.append(seconds)
+        return GPU_CEILINGS, (typical("memory read", "B/s", [3.9e12, 4e12, 4.1e12]),)
+
+    monkeypatch.setattr(cuda_probe, "survey_gpu", survey_gpu)
+    monkeypatch.setattr(disk, "measure_disk", lambda folder: typical("disk", "B/s", [1e9]))
+    found = probe.survey(device="cuda")
+    assert probe.survey(device="cuda") == found
+    assert asked == [FULL_PROBE_S]
+    assert (found.ceilings, found.core_share) == (GPU_CEILINGS, 1.0)
+    assert found.spread == pytest.approx(0.16 / 4)
+    assert known_ceilings(None, device="cuda") == GPU_CEILINGS
+    probe.survey(device="cuda", force=True)
     assert len(asked) == 2
 
 
@@ -440,8 +522,13 @@ def ridgeline(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 def test_probe_of_a_gpu(
     ridgeline: Cli, machine_with_gpu: FakePyTorch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_probe, "measure_gpu", lambda seconds: GPU_CEILINGS)
-    assert json.loads(ridgeline("probe", "--device", "cuda", "--json").out) == GPU_CEILINGS.to_json()
+    sizes = Sizes(read_bytes=4 * 10**9, matrix_width=8000)
+    samples = measure_samples(FakeBench(dict.fromkeys((*KINDS, "cached-1048576"), 1e-3)), sizes, 0.3)
+    found = measurements_from(sizes, samples | {"cached-1048576": [1e-5, 1e-5]})
+    monkeypatch.setattr(cuda_probe, "survey_gpu", lambda seconds: (GPU_CEILINGS, found))
+    monkeypatch.setattr(disk, "measure_disk", lambda folder: typical("disk", "B/s", [5e9], how=disk.DIRECT))
+    told = json.loads(ridgeline("probe", "--device", "cuda", "--json").out)
+    assert GPU_CEILINGS.to_json().items() <= told.items()
     shown = ridgeline("probe").out  # auto
     for expected in (
         "multiprocessors    132",
@@ -450,22 +537,27 @@ def test_probe_of_a_gpu(
         "fp8                1400.0 Tflop/s",
         "kernel launch      8.0 µs, 1.5 µs in a graph",
         "host to device     50.0 GB/s",
+        "disk read          5.0 GB/s (O_DIRECT)",
+        "ridges ◆ at int8 375, fp8 350, bf16 188, fp32 12.5",
     ):
         assert expected in shown
+    assert re.search(r"^GB/s, reading +GPU *\n1 MiB +6711 *\nmemory +4\d\d\d *$", shown, re.MULTILINE)
+    assert "barrier" not in shown
 
 
 def test_a_gpu_without_fp8_says_so(
     ridgeline: Cli, machine_with_gpu: FakePyTorch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     older = dataclasses.replace(GPU_CEILINGS, fp8_flops_per_s=0.0)
-    monkeypatch.setattr(cuda_probe, "measure_gpu", lambda seconds: older)
+    monkeypatch.setattr(cuda_probe, "survey_gpu", lambda seconds: (older, ()))
+    monkeypatch.setattr(disk, "measure_disk", lambda folder: typical("disk", "B/s", [5e9]))
     assert "fp8                not at this level" in ridgeline("probe", "--device", "cuda").out
 
 
 def test_auto_measures_the_cpu_where_there_is_no_gpu(
     ridgeline: Cli, machine_without_gpu: FakePyTorch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "measure", lambda *args: CEILINGS)
+    monkeypatch.setattr(probe, "_survey_cpu", lambda threads, isa: Survey(CEILINGS, ()))
     shown = ridgeline("probe").out
     assert "threads            2" in shown
     assert "launch" not in shown

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from native_oracles import (
@@ -252,15 +254,45 @@ def test_arrays_of_a_step_are_checked() -> None:
 
 
 def test_probes_give_positive_rates() -> None:
-    rates = native.probe_read(TEAM, 4 << 20, 0.0)
-    assert len(rates) >= 3
-    assert all(gb_per_s > 0 for _, gb_per_s in rates)
+    found = native.probe_read(TEAM, 4 << 20, 0.0)
+    assert len(found) >= 3
+    assert all(positive(rates) for _, rates in found)
     for isa in LEVELS:
-        assert native.probe_peak(TEAM, isa, "int8") > 0
-        assert native.probe_peak(TEAM, isa, "fp32") > 0
-        assert native.probe_peak(TEAM, isa, "bf16") > 0
+        for name in ("int8", "fp32", "bf16"):
+            assert positive(native.probe_peak(TEAM, isa, name, 0.01))
+        for size_bytes in (512, 700, 1 << 20):
+            assert positive(native.probe_cached_read(TEAM, isa, size_bytes, 0.0))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_barrier_and_a_start_cost_something(threads: int) -> None:
+    team = native.Team(threads)
+    try:
+        assert positive(native.probe_barrier(team, 0.005))
+        assert positive(native.probe_start(team, 0.0, 0.002))
+        assert positive(native.probe_start(team, 0.001, 0.002))
+    finally:
+        team.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        native.probe_barrier(team, 0.0)
+
+
+def test_probes_refuse_what_would_not_end() -> None:
     with pytest.raises(ValueError, match="format"):
-        native.probe_peak(TEAM, LEVELS[0], "int9")
+        native.probe_peak(TEAM, LEVELS[0], "int9", 0.0)
+    with pytest.raises(ValueError, match=r"^seconds is .*; accepted: 0 to 60"):
+        native.probe_peak(TEAM, LEVELS[0], "int8", math.nan)
+    with pytest.raises(ValueError, match=r"^seconds is 61"):
+        native.probe_barrier(TEAM, 61.0)
+    with pytest.raises(ValueError, match=r"^pause_s is -1"):
+        native.probe_start(TEAM, -1.0, 0.0)
+    for size_bytes in (-1, 511, 1 << 62):
+        with pytest.raises(ValueError, match=rf"^worker_bytes is {size_bytes}; accepted: 512 to"):
+            native.probe_cached_read(TEAM, LEVELS[0], size_bytes, 0.0)
+
+
+def positive(samples: list[float]) -> bool:
+    return len(samples) >= 2 and all(math.isfinite(x) and x > 0 for x in samples)
 
 
 @pytest.mark.parametrize("isa", native.isa_levels())

@@ -210,7 +210,8 @@ def test_probe_measures_and_is_cached(cache: Path) -> None:
     assert quick.fp32_flops_per_s > 1e8
     assert quick.int8_ops_per_s > 1e8
     assert quick.bf16_flops_per_s >= 0
-    assert not quick.full
+    assert 0 < quick.barrier_s < 1
+    assert quick.seconds_each == probe.QUICK_PROBE_S
     assert probe.quick_ceilings(threads=1, isa="portable") == quick
 
 

@@ -104,8 +104,9 @@ def _picture(result: Mapping[str, Any], ceilings: Ceilings) -> Roofline:
     from ridgeline.apps.roofline_plot import Point, Roofline
 
     model, context = Path(result["model"]).name, result["prompt_tokens"]
+    weights = "" if result["weights"] == "auto" else f" {result['weights']}"
     return Roofline(
-        f"{model} {result['weights']}, decoding after {context} tokens: {ceilings.machine}",
+        f"{model}{weights}, decoding after {context} tokens: {ceilings.machine}",
         ceilings,
         points=[
             Point(f"batch {row['batch']}", row["ops_per_byte"], row["ops_per_s"]) for row in result["sweep"]

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ridgeline.apps.roofline_plot import Roofline, draw
-from ridgeline.cli.figures import parallel_units, rate
+from ridgeline.cli.figures import parallel_units, peaks
 from ridgeline.cli.output import console, facts, plot, table
 
 if TYPE_CHECKING:
     from ridgeline.resources.measurement import Measurement
     from ridgeline.resources.survey import Survey
-
-_OPS = {"int8": "op", "fp8": "flop", "bf16": "flop", "fp32": "flop"}
 
 
 def show(found: Survey) -> None:
@@ -49,7 +47,8 @@ def _rows(found: Survey) -> dict[str, Any]:
         parallel_units(ceilings): ceilings.threads,
         "instruction level": ceilings.isa,
         "memory read": _with_spread(found, "memory read", _bandwidth(ceilings.read_bytes_per_s)),
-        **{name: _peak(found, name) for name in formats},
+        **dict.fromkeys(formats, "not at this level"),
+        **{name: _with_spread(found, name, peak) for name, peak in peaks(ceilings).items()},
     }
     if gpu:
         in_graph = _microseconds(ceilings.graph_launch_s)
@@ -71,11 +70,6 @@ def _rows(found: Survey) -> dict[str, Any]:
     )
     rows["measured"] = ceilings.measured_at
     return rows
-
-
-def _peak(found: Survey, name: str) -> str:
-    one = found.whole(name)
-    return _with_spread(found, name, rate(one.figure, _OPS[name])) if one is not None else "not at this level"
 
 
 def _with_spread(found: Survey, what: str, text: str) -> str:
@@ -102,12 +96,14 @@ def _show_reads(found: Survey) -> None:
 
 def _show_peaks(found: Survey) -> None:
     """Arithmetic by number of threads, where that is for choosing."""
+    from ridgeline.resources.cpu_probe import FORMATS
+
     counts = sorted({one.threads for one in found.of("fp32")})
     if len(counts) < 2:
         return
     names = [_counted(count) for count in counts]
     shown = table("Gop/s", *names, right=tuple(names))
-    for name in _OPS:
+    for name in FORMATS:
         if row := found.of(name):
             shown.add_row(name, *(_cell(row, count, 1e9) for count in counts))
     print()
