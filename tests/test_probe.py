@@ -208,7 +208,7 @@ def test_a_survey_of_this_machine(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(probe, "FULL_PROBE_S", 0.01)
     levels, starts = cpu_probe.measure_levels, cpu_probe.measure_starts
     monkeypatch.setattr(cpu_probe, "measure_levels", lambda threads, isa: levels(threads, isa, 0.0))
-    monkeypatch.setattr(cpu_probe, "measure_starts", lambda threads: starts(threads, 0.0))
+    monkeypatch.setattr(cpu_probe, "measure_starts", lambda threads, isa: starts(threads, isa, 0.0))
     monkeypatch.setattr(disk, "FILE_BYTES", 8 * BLOCK_BYTES)
     found = probe.survey(2, "portable")
     ceilings = found.ceilings

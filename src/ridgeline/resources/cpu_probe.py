@@ -31,6 +31,7 @@ PAUSE_S = 2e-3
 
 _GRID_S = 0.05
 _COST_S = 0.1
+_WARM_S = 0.06
 _CACHES_DEEP = 8
 """Working set in sizes of the last-level cache. A pass that a preempted thread breaks up finds there what the
 pass before left, and looks faster than memory is: of a set of four caches, by a third."""
@@ -57,7 +58,7 @@ def measure_ceilings(threads: int, isa: str, seconds: float) -> tuple[Measuremen
     `seconds` for each access pattern and each peak. Beside each peak is the share of the threads' time in
     which the system let them run. Raises CapacityError when there is too little memory to measure.
     """
-    with _team(threads) as team:
+    with _team(threads, isa) as team:
         barrier = typical("barrier", "s", probe_barrier(team, min(seconds, _COST_S)), threads=threads)
         return (
             _memory(team, working_set_bytes(), seconds),
@@ -74,7 +75,7 @@ def measure_levels(threads: int, isa: str, seconds: float = _GRID_S) -> tuple[Me
     found: list[Measurement] = []
     memory_bytes = working_set_bytes()
     for count in thread_counts(threads):
-        with _team(count) as team:
+        with _team(count, isa) as team:
             for each in CACHED_BYTES:
                 if each * count < memory_bytes:
                     rates = probe_cached_read(team, isa, each, seconds)
@@ -86,9 +87,9 @@ def measure_levels(threads: int, isa: str, seconds: float = _GRID_S) -> tuple[Me
     return tuple(found)
 
 
-def measure_starts(threads: int, seconds: float = _COST_S) -> tuple[Measurement, ...]:
+def measure_starts(threads: int, isa: str, seconds: float = _COST_S) -> tuple[Measurement, ...]:
     """What the start of a step takes: of a team that is awake, and of one that a pause let sleep."""
-    with _team(threads) as team:
+    with _team(threads, isa) as team:
         return (
             typical("start", "s", probe_start(team, 0.0, seconds), threads=threads),
             typical("start after a pause", "s", probe_start(team, PAUSE_S, seconds), threads=threads),
@@ -122,9 +123,11 @@ def thread_counts(most: int) -> tuple[int, ...]:
 
 
 @contextmanager
-def _team(threads: int) -> Iterator[Team]:
+def _team(threads: int, isa: str) -> Iterator[Team]:
+    """A team at work: only busy threads does the system spread over the cores."""
     team = Team(threads)
     try:
+        probe_peak(team, isa, "fp32", _WARM_S)
         yield team
     finally:
         team.close()

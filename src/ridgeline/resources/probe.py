@@ -87,7 +87,7 @@ def _survey_cpu(threads: int, isa: str) -> Survey:
     from ridgeline.resources.cpu_probe import measure_levels, measure_starts
 
     ceilings, found = _measure_cpu(threads, isa, FULL_PROBE_S)
-    found += measure_levels(threads, isa) + measure_starts(threads)
+    found += measure_levels(threads, isa) + measure_starts(threads, isa)
     return _with_disk(ceilings, found)
 
 

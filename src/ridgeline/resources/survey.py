@@ -16,7 +16,7 @@ SURVEY_VERSION = 1
 """Raised when the file means something else; one of another version is not read."""
 
 QUIET_SPREAD = 0.15
-QUIET_SHARE = 0.97
+QUIET_SHARE = 0.9
 """On a machine without other work samples of a ceiling lie no further apart than this, and the threads run
 for more than this share of the time."""
 
