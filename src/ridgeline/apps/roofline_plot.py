@@ -277,12 +277,13 @@ def _draw_points(axes: Any, points: Sequence[Point]) -> None:
         return
     x, y = [p.ops_per_byte for p in points], [p.ops_per_s for p in points]
     axes.plot(x, y, color="tab:purple", linewidth=0.8, marker="o", markersize=5, zorder=4)
-    for point in points:
+    for place, point in enumerate(points):  # names in turn on either side, because neighbours lie close
         axes.annotate(
             point.name,
             (point.ops_per_byte, point.ops_per_s),
-            xytext=(5, -9),
+            xytext=(5, -9) if place % 2 == 0 else (-5, 5),
             textcoords="offset points",
+            ha="left" if place % 2 == 0 else "right",
             fontsize=7,
             zorder=4,
         )
