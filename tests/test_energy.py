@@ -1,4 +1,4 @@
-"""Energy: counters in a made-up folder and a made-up NVML, the model beside them, and what a step is charged."""
+"""Energy: counters in made-up folders and a made-up NVML, the model beside them, what a step is charged."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Preset:
     It has the rates of `Ceilings`, so that the roofline reads either. Peaks are dense, with a multiply-add as
     two operations, and 0 where a format has none above that of fp32; `bf16_flops_per_s` is of float16 where
     there is no bfloat16. Links count each direction, and are 0 where there is none to count.
-    `cores` are those of a CPU or an Apple chip's GPU. `power_w` and `usd_per_hour` are None where nobody says.
+    `cores` are a CPU's or an Apple GPU's. `power_w` and `usd_per_hour` are None where nobody says.
     """
 
     name: str
