@@ -187,7 +187,7 @@ class _File:
 
     def __init__(self, path: str) -> None:
         """Raises ConfigError. What was in the file is gone."""
-        self._file = _opened(path, os.O_TRUNC)
+        self._file = _opened(path, os.O_TRUNC | os.O_APPEND)
         self._path = path
         self._pending: list[bytes] = []
         self._pending_bytes = 0
@@ -228,15 +228,15 @@ class _File:
                 return
 
     def _end(self, why: str) -> None:
-        with self._lock:
-            if self._ended:
-                return
-            self._ended = True
-        if why:
-            logger.warning("trace %s: %s", self._path, why)
-        if self._lost:
-            logger.warning("trace %s: the disk was too slow for %d events", self._path, self._lost)
-        with self._writing:
+        with self._writing:  # whoever comes second waits for the end
+            with self._lock:
+                if self._ended:
+                    return
+                self._ended = True
+            if self._lost:
+                why += f"{'; ' if why else ''}the disk was too slow for {self._lost} events"
+            if why:
+                logger.warning("trace %s: %s", self._path, why)
             try:
                 self._write(b"\n]\n")
             except OSError:
@@ -251,18 +251,20 @@ class _File:
                 self._write()
 
     def _write(self, end: bytes = b"") -> None:
-        """What is pending, and the end. Raises OSError when not all could be written, and leaves the file as
-        it was before."""
+        """What is pending, and the end. Raises OSError when not all could be written; what there was no room
+        for as a whole is cut off then."""
         with self._lock:
             events, self._pending, self._pending_bytes = self._pending, [], 0
-        begin = b",\n" if self._written else b"[\n"
-        text = begin + b",\n".join(events) if events else b"" if self._written else b"["
-        text += end
-        view = memoryview(text)
+        if not events and not end:
+            return
+        begin = b"" if not events else b",\n" if self._written else b"\n"
+        text = (b"" if self._written else b"[") + begin + b",\n".join(events) + end
+        done = 0
         try:
-            while view:
-                view = view[os.write(self._file, view) :]
+            while done < len(text):
+                done += os.write(self._file, memoryview(text)[done:])
         except OSError:
+            self._written += max(text.rfind(b",\n", 0, done), 0)
             os.ftruncate(self._file, self._written)
             raise
-        self._written += len(text)
+        self._written += done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,12 +47,25 @@ TopP = Annotated[float | None, flag("top-p", "Sample from the likeliest tokens o
 TopK = Annotated[int | None, flag("top-k", "Sample from this many of the likeliest tokens; 0 is off.")]
 MinP = Annotated[float | None, flag("min-p", "Drop tokens below this share of the best probability.")]
 Seed = Annotated[int | None, flag("seed", "Makes the answer repeatable.")]
+Trace = Annotated[
+    Path | None, flag("trace", "File for a timeline of steps and requests, for ui.perfetto.dev.")
+]
 Json = Annotated[bool, flag("json", "Print JSON.")]
 
 
 def packed_cache(refused: bool) -> bool | None:
     """The engine's setting: its default unless the flag refuses it."""
     return False if refused else None
+
+
+def trace_file(path: Path | None) -> str | None:
+    """The engine's setting. Raises ConfigError where nothing can be written, before anything is loaded."""
+    if path is None:
+        return None
+    from ridgeline.trace import check_path
+
+    check_path(str(path))
+    return str(path)
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,6 +64,7 @@ class Patience:
     step_s: float = 10.0  # a step may always take this long
     step_factor: float = 20.0  # and this many times the longest of the recent ones
     kill_s: float = 120.0  # stuck for so long, the process is killed
+    last_words_s: float = 2.0  # for what it writes at its end, where that is asked for
     first_backoff_s: float = 0.5
     longest_backoff_s: float = 30.0
     calm_s: float = 60.0  # a process that lived so long is restarted without back-off
@@ -227,7 +228,7 @@ class EngineClient:
             finally:
                 os.umask(before)
             async with server:
-                self._process = await self._spawn(Start(path, secret, asdict(self._config)))
+                self._process = await self._spawn(Start(path, secret, asdict(self._next_config())))
                 died = asyncio.create_task(self._process.wait())
                 first: set[asyncio.Future[Any]] = {connected, died}
                 await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
@@ -244,6 +245,14 @@ class EngineClient:
                     watch.cancel()
                     writer.close()
 
+    def _next_config(self) -> EngineConfig:
+        """What the next process is told: it has a trace of its own, beside that of one that died."""
+        trace = self._config.trace
+        if trace is None or not self.restarts:
+            return self._config
+        path = Path(trace)
+        return replace(self._config, trace=str(path.with_stem(f"{path.stem}-{self.restarts}")))
+
     async def _spawn(self, start: Start) -> asyncio.subprocess.Process:
         """A process in a session of its own: a Ctrl-C at the terminal is the server's to handle."""
         command = (sys.executable, "-m", "ridgeline.server.engine_process")
@@ -259,6 +268,9 @@ class EngineClient:
         """Make sure that the process is gone. Its socket is closed, which ends it; a stuck one is killed."""
         if self._process is None:
             return
+        if self.state == "closed" and self._config.trace is not None:
+            with contextlib.suppress(TimeoutError):  # it writes the end of its trace
+                await asyncio.wait_for(self._process.wait(), self._patience.last_words_s)
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         await self._process.wait()

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 from setproctitle import setproctitle
 
@@ -283,9 +284,11 @@ def card_of(loaded: LoadedModel) -> ModelCard:
 
 
 class _Line:
-    """The connection to the server, which several threads write to."""
+    """The connection to the server, which several threads write to. `at_end` is called when the server is
+    gone, before the process is."""
 
     def __init__(self, start: Start) -> None:
+        self.at_end: Callable[[], None] = lambda: None
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._connection.connect(start.socket_path)
         self._lock = threading.Lock()  # guards whole frames
@@ -297,7 +300,7 @@ class _Line:
             with self._lock:
                 self._connection.sendall(content)
         except OSError:  # the server is gone; whoever finds out first ends this
-            os._exit(0)
+            self._end()
 
     def listen(self, obey: Callable[[Command], None]) -> None:
         """Take in commands until the server is gone, and then be gone too."""
@@ -305,6 +308,12 @@ class _Line:
             while True:
                 obey(receive_frame(self._connection, COMMANDS))
         except (EOFError, OSError, FrameError):
+            self._end()
+
+    def _end(self) -> NoReturn:
+        try:
+            self.at_end()
+        finally:
             os._exit(0)
 
 
@@ -327,6 +336,7 @@ def main() -> None:
     except (RidgelineError, MemoryError) as error:
         line.tell(Failed(str(error) or "the model needs more memory than there is", startup=True))
         sys.exit(1)
+    line.at_end = loaded.engine.steps.close
     worker = EngineWorker(loaded.engine, commands, line.tell)
     line.tell(Ready(card_of(loaded)))
     threading.Thread(target=_pulses, args=(worker, line), daemon=True).start()
