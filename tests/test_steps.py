@@ -12,12 +12,13 @@ from fake_executor import FakeExecutor, make_engine
 from ridgeline.config import EngineConfig
 from ridgeline.engine import Engine
 from ridgeline.loading import LoadedModel, load_engine
+from ridgeline.records import RECENT_STEPS, Recent, StepRecord
 from ridgeline.resources import probe
 from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.energy import PowerModel
 from ridgeline.resources.roofline import mbu, mfu
 from ridgeline.resources.step_time import StepTimeModel
-from ridgeline.steps import RECENT_STEPS, Recent, StepLog, StepRecord
+from ridgeline.steps import StepLog
 from ridgeline.types import PoolingParams, Request, SamplingParams, StepResult
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)

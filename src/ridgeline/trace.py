@@ -23,8 +23,8 @@ from typing import Any
 import msgspec
 
 from ridgeline.outcome import RequestState
+from ridgeline.records import StepRecord
 from ridgeline.scheduling.scheduler import Plan
-from ridgeline.steps import StepRecord
 from ridgeline.types import ConfigError
 
 MAX_FILE_BYTES = 1 << 30

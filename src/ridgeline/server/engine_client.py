@@ -62,7 +62,7 @@ class Patience:
 
     pulse_s: float = 3.0  # without a sign of life, the engine counts as stuck
     step_s: float = 10.0  # a step may always take this long
-    step_factor: float = 20.0  # and this many times the longest of the recent ones
+    step_factor: float = 20.0  # and this many times what was expected of it
     kill_s: float = 120.0  # stuck for so long, the process is killed
     last_words_s: float = 2.0  # for what it writes at its end, where that is asked for
     first_backoff_s: float = 0.5
@@ -315,14 +315,14 @@ class EngineClient:
             self._settled.set()
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        """Notice a process that does not live on: no pulse, or a step far longer than those before."""
+        """Notice a process that does not live on: no pulse, or a step far longer than it was to take."""
         patience, stuck_since_s = self._patience, 0.0
         while True:
             await asyncio.sleep(patience.pulse_s / 4)
             if self.state not in ("ready", "stuck"):
                 continue
             silent_s, pulse = time.monotonic() - self._heard_s, self.pulse
-            limit_s = max(patience.step_s, patience.step_factor * pulse.usual_step_s) if pulse else 0.0
+            limit_s = max(patience.step_s, patience.step_factor * pulse.expected_step_s) if pulse else 0.0
             if silent_s <= patience.pulse_s and (pulse is None or pulse.step_age_s <= limit_s):
                 self.state = "ready"
                 continue

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from setproctitle import setproctitle
 
 from ridgeline.config import EngineConfig
 from ridgeline.engine import Engine
-from ridgeline.loading import LoadedModel, embedding_of, load_engine
+from ridgeline.loading import LoadedModel, device_ceilings, embedding_of, load_engine
 from ridgeline.server.compiling import Compiling
 from ridgeline.server.messages import (
     COMMANDS,
@@ -48,6 +48,7 @@ from ridgeline.server.messages import (
     Ready,
     Refused,
     Start,
+    Steps,
     frame,
     receive_frame,
 )
@@ -56,6 +57,8 @@ from ridgeline.types import CapacityError, Request, RequestError, RequestOutput,
 PULSE_S = 0.2
 WATCH_S = 0.5
 _RECENT_STEPS = 64
+_STEPS_AT_ONCE = 64
+"""Step records in a message: a frame is short, so that tokens need not wait behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ class EngineWorker:
         self._step_began_s: float | None = None
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._steps = 0
+        self._steps_told = 0  # the pulse's thread's own
 
     def serve(self) -> None:
         """Until the process ends: commands first, then a step."""
@@ -135,15 +139,26 @@ class EngineWorker:
         """How things stand; asked from another thread, so that its numbers may be of different moments."""
         began_s, scheduler = self._step_began_s, self._engine.scheduler
         running = list(scheduler.running)
+        age_s = 0.0 if began_s is None else time.monotonic() - began_s
+        expected_s = self._engine.expected_step_s() if age_s > PULSE_S else None
         return Pulse(
-            step_age_s=0.0 if began_s is None else time.monotonic() - began_s,
-            usual_step_s=max(list(self._recent), default=0.0),
+            step_age_s=age_s,
+            expected_step_s=expected_s or max(list(self._recent), default=0.0),
             in_step=() if began_s is None else tuple(map(int, self._engine.running)),
             steps=self._steps,
             running=len(running),
             waiting=len(scheduler.waiting),
             kv_used=scheduler.cache.usage,
         )
+
+    def new_steps(self) -> Iterator[Steps]:
+        """The steps since this was asked before, from the thread that asks for the pulse."""
+        recent = self._engine.steps.recent
+        records = recent.since(self._steps_told)
+        for begin in range(0, len(records), _STEPS_AT_ONCE):
+            yield Steps(tuple(records[begin : begin + _STEPS_AT_ONCE]))
+        if records:
+            self._steps_told = records[-1].number + 1
 
     def _obey(self, command: Command | _Compiled) -> None:
         if isinstance(command, _Compiled):
@@ -277,6 +292,7 @@ def card_of(loaded: LoadedModel) -> ModelCard:
         vocabulary_size=loaded.engine.model.vocabulary_size,
         sampling_defaults=loaded.sampling_defaults,
         prefix_caching=config.enable_prefix_caching,
+        energy_source=loaded.engine.steps.energy_source,
     )
 
 
@@ -322,6 +338,8 @@ def _pulses(worker: EngineWorker, line: _Line) -> None:
         time.sleep(PULSE_S)
         with suppress(RuntimeError):  # a queue that changed while it was looked at
             line.tell(worker.pulse())
+        for steps in worker.new_steps():
+            line.tell(steps)
 
 
 def main() -> None:
@@ -332,7 +350,9 @@ def main() -> None:
     commands: queue.SimpleQueue[Command | _Compiled] = queue.SimpleQueue()
     threading.Thread(target=line.listen, args=(commands.put,), daemon=True).start()
     try:
-        loaded = load_engine(EngineConfig.from_options(start.config))
+        config = EngineConfig.from_options(start.config)
+        device_ceilings(config, measure=True)  # known from now on: every step is shown beside them
+        loaded = load_engine(config)
     except (RidgelineError, MemoryError) as error:
         line.tell(Failed(str(error) or "the model needs more memory than there is", startup=True))
         sys.exit(1)
