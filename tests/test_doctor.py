@@ -68,12 +68,15 @@ def test_this_machine_runs_models_and_the_answer_fits_a_screen(ridgeline: Cli) -
     assert len(lines) < 40
     assert lines[-1] == "a model can be run"
     assert any(line.startswith("instruction level  portable of ") for line in lines)
+    assert any(line.startswith("energy ") for line in lines)
     facts = json.loads(ridgeline("doctor", "--json").out)
     assert facts["runs"] is True
     assert facts["levels"]["chosen"] == "portable"
     assert facts["levels"]["usable"] == native.isa_levels()
     assert facts["threads"] == machine_module.usable_cores()
     assert facts["memory"]["available_bytes"] <= facts["memory"]["total_bytes"]
+    assert facts["energy"]["source"] in ("rapl", "nvml", "model", "none")
+    assert facts["energy"]["detail"]
 
 
 def test_settings_are_known_by_the_flags_and_secrets_are_not_shown(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +27,9 @@ from serving import (
     with_server,
 )
 
+from ridgeline.records import StepRecord
 from ridgeline.server.config import keys_of
-from ridgeline.server.messages import Add, Begun, Embed, Embedded, Piece, Pieces, Pulse, Refused
+from ridgeline.server.messages import Add, Begun, Embed, Embedded, Piece, Pieces, Pulse, Refused, Steps
 from ridgeline.server.metrics import Metrics
 from ridgeline.server.version import package_version
 from ridgeline.types import PoolingParams, SamplingParams
@@ -230,6 +232,54 @@ def test_gauges_are_those_of_the_engine_that_lives(tiny_llama: Path) -> None:
     with_server(tiny_llama, scenario)
 
 
+def step(number: int, **more: object) -> StepRecord:
+    """Half of the bandwidth, a tenth of the arithmetic, 2 J."""
+    figures = {"elapsed_s": 0.02, "predicted_s": 0.016, "mbu": 0.5, "mfu": 0.1, "energy_j": 2.0, **more}
+    sizes = {"flops": 1000, "attention_flops": 10, "bytes": 3000, "weight_bytes": 2000, "kv_bytes": 600}
+    about = {"kind": "decode", "rows": 4, "sequences": 4, "prompt_tokens": 0, "decoded_tokens": 4}
+    state = {"running": 4, "waiting": 0, "kv_pages": 8, "kv_usage": 0.1, "launches": 9, "wall_s": 0.021}
+    known = {"time_s": time.time(), "bound": "weights", **about, **state, **sizes, **figures}
+    return StepRecord(number, **known)  # type: ignore[arg-type]
+
+
+def test_steps_are_counted_beside_their_limits() -> None:
+    engine = FakeEngine(energy_source="rapl")
+    engine.card = engine._card
+    metrics = Metrics(engine, "tiny", "1")
+
+    def told() -> Told:
+        return Told.of(generate_latest(metrics.registry).decode())
+
+    assert ("ridgeline_mbu", ()) not in told()
+    unknown = {"predicted_s": None, "bound": None, "mbu": None, "mfu": None, "energy_j": None}
+    metrics.hear(Steps((step(0, **unknown),)))
+    for name in ("mbu", "mfu", "tokens_per_joule"):
+        assert (f"ridgeline_{name}", ()) not in told(), "nothing is known of it"
+    prefill = {"kind": "prefill", "bound": "arithmetic", "elapsed_s": 0.06, "mbu": 0.1, "mfu": 0.7}
+    metrics.hear(Steps((step(1), step(2, **prefill))))
+    now = told()
+    assert now.each("step_time_seconds_count") == {("decode",): 2, ("prefill",): 1}
+    assert now.of_ours("step_time_seconds_sum", "prefill") == pytest.approx(0.06)
+    assert now.of_ours("step_predicted_seconds_total", "decode") == pytest.approx(0.016)
+    assert now.of_ours("step_prediction_error_ratio_count") == 2
+    assert now.of_ours("step_prediction_error_ratio_sum") == pytest.approx(0.25 + 2.75)
+    bounds = now.each("step_bound_seconds_total")
+    assert bounds == pytest.approx({("weights",): 0.02, ("arithmetic",): 0.06})
+    assert now.of_ours("step_memory_seconds_total") == pytest.approx(0.016)
+    assert now.of_ours("step_arithmetic_seconds_total") == pytest.approx(0.044)
+    assert now.of_ours("mbu") == pytest.approx(0.016 / 0.08)
+    assert now.of_ours("mfu") == pytest.approx(0.044 / 0.08)
+    assert now.each("step_bytes_total") == {("weights",): 6000, ("KV cache",): 1800, ("activations",): 1200}
+    assert now.of_ours("step_flops_total") == 3000
+    assert now.of_ours("iteration_tokens_sum") == 12
+    assert now.each("energy_joules_total") == {("rapl",): 4}
+    assert now.of_ours("tokens_per_joule") == pytest.approx(8 / 4)
+    old = Metrics(engine, "tiny", "1")
+    old.hear(Steps((step(0, time_s=time.time() - 60),)))
+    now = Told.of(generate_latest(old.registry).decode())
+    assert [now.of_ours(name) for name in ("mbu", "mfu", "tokens_per_joule")] == [0, 0, 0]
+
+
 def test_latencies_are_those_of_each_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics, now_s = Metrics(FakeEngine(), "tiny", "1"), 0.0
     monkeypatch.setattr("ridgeline.server.metrics.time", SimpleNamespace(monotonic=lambda: now_s))
@@ -262,6 +312,7 @@ def everything() -> Metrics:
     """With a sample of each metric."""
     metrics = Metrics(FakeEngine(), "tiny", "1")
     metrics.answered("/metrics", 200, 0.1)
+    metrics.hear(Steps((step(0),)))
     return metrics
 
 

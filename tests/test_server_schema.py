@@ -44,6 +44,7 @@ def test_every_answer_is_as_described(server: ServerProcess, examples: int, tmp_
         "--checks=all",
         # The description says nothing of ranges that depend on the model, nor what fields say of each other.
         "--exclude-checks=positive_data_acceptance",
+        "--exclude-path=/v1/steps",  # its answers have no end
         "--phases=coverage,fuzzing",
         f"--max-examples={examples}",
         *("--seed=1", "--generation-database=none", "--warnings=off", "--no-color"),

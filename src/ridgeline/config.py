@@ -48,6 +48,7 @@ class EngineConfig:
     `packed_cache` lets the CPU executor keep packed weights on disk where that makes the next start faster.
     `enable_prefix_caching` keeps what was computed, for prompts that begin alike, until memory is needed.
     `seed` makes requests without a seed of their own repeatable.
+    `trace` is a file for a timeline of steps and requests, as Perfetto reads it.
     """
 
     model: str = "smollm2"
@@ -62,6 +63,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     seed: int | None = None
     packed_cache: bool = True
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         _check(isinstance(self.model, str) and bool(self.model), "model", self.model, "a name or a path")
@@ -86,6 +88,8 @@ class EngineConfig:
             value = getattr(self, name)
             _check(isinstance(value, bool), name, value, "True or False")
         _check(self.seed is None or isinstance(self.seed, int), "seed", self.seed, "a whole number or none")
+        named = self.trace is None or (isinstance(self.trace, str) and bool(self.trace))
+        _check(named, "trace", self.trace, "a file, or none")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:

@@ -22,6 +22,7 @@ from ridgeline.sampling.pooling import Pooler
 from ridgeline.sampling.sampler import Chooser, Sampled, Sampler
 from ridgeline.scheduling.scheduler import Plan, Scheduler
 from ridgeline.scheduling.sequence import Sequence
+from ridgeline.steps import StepLog
 from ridgeline.types import (
     PoolingParams,
     Request,
@@ -81,7 +82,8 @@ class EngineStats:
 
 
 class Engine:
-    """Runs requests on one executor. It owns the requests; the scheduler owns queues and pages.
+    """Runs requests on one executor. It owns the requests; the scheduler owns queues and pages, and `steps`
+    what is remembered of the steps.
 
     `encoder` compiles the program that gives hidden states, when the first request to pool a prompt comes.
 
@@ -104,6 +106,7 @@ class Engine:
         self.model = model
         self.scheduler = scheduler
         self.stats = EngineStats()
+        self.steps = StepLog(scheduler)
         self.executor = executor
         self.handle = handle
         self._compile_encoder = encoder
@@ -115,7 +118,7 @@ class Engine:
         self._requests: dict[str, RequestState] = {}
         self._owners: dict[int, tuple[RequestState, Outcome]] = {}
         self._in_flight: deque[tuple[Plan, StepFuture]] = deque()
-        self._launching = False
+        self._launching: Plan | None = None
         self._requests_seen = 0
         self._sequences_seen = 0
 
@@ -140,25 +143,37 @@ class Engine:
 
     def _launch(self) -> bool:
         """Plan and launch the next step, if there is one."""
-        unsure = self._launching and self._in_flight
+        unsure = self._launching is not None and self._in_flight
         if unsure or len(self._in_flight) > self.executor.asynchronous:
             # An interrupt struck, between a launch and its record or while results were taken in: bring in
             # what is under way first, before the device draws other tokens or uses results' memory again.
-            self._launching = False
+            self._launching = None
             return False
         plan = self.scheduler.schedule(time.perf_counter())
         if not plan.sequences:
             return False
         if self._constraints is not None:
             self._constraints.flush()
-        self._launching = True
+        self._launching = plan
         if plan.copies:
             self.executor.transfer(plan.copies)
-        future = self.executor.run(self._encoder if plan.pooled else self.handle, plan.step)
+        future = self.executor.run(self._handle_of(plan), plan.step)
         self._in_flight.append((plan, future))
         self.scheduler.advance(plan)
-        self._launching = False
+        self._launching = None
         return True
+
+    def _handle_of(self, plan: Plan) -> Any:
+        return self._encoder if plan.pooled else self.handle
+
+    def expected_step_s(self) -> float | None:
+        """What the steps under way are to take, None where that is not known. Safe to call from any thread,
+        which may find the engine between two steps."""
+        under_way = {id(plan): plan for plan, _ in list(self._in_flight)}
+        if (launching := self._launching) is not None:
+            under_way[id(launching)] = launching
+        expected_s = [self.steps.expected_s(plan, self._handle_of(plan)) for plan in under_way.values()]
+        return None if None in expected_s else sum(filter(None, expected_s))
 
     @property
     def has_work(self) -> bool:
@@ -168,6 +183,7 @@ class Engine:
         """Drop all requests and close the executor."""
         for request_id in list(self._requests):
             self.abort(request_id)
+        self.steps.close()
         # A compiled program keeps its weights alive.
         self.handle = self._encoder = self._compile_encoder = None
         if self._constraints is not None:
@@ -198,6 +214,7 @@ class Engine:
         else:
             state.choices += self._continued(tokens, params, limit, scope)
         self._requests[request.id] = state
+        self.steps.arrived(state)
         self._requests_seen += 1
         self._sequences_seen += len(state.choices)
         for choice in state.choices:
@@ -344,6 +361,7 @@ class Engine:
         A sequence that has ended meanwhile, or took its token on before an interrupt, is passed over.
         """
         now_s = time.perf_counter()
+        self.steps.add(plan, result, now_s)
         decode = len(plan.sequences) == plan.step.rows and not plan.pooled
         (self.stats.decode if decode else self.stats.prefill).add(plan.step.rows, result)
         advanced: dict[str, RequestState] = {}
@@ -378,4 +396,5 @@ class Engine:
     def _finish(self, state: RequestState) -> RequestOutput:
         del self._requests[state.id]
         state.finished_s = time.perf_counter()
+        self.steps.ended(state)
         return state.output()

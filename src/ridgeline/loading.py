@@ -11,7 +11,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ridgeline.config import EngineConfig
-from ridgeline.types import CapacityError, ConfigError, RequestError, RequestOutput, SamplingParams
+from ridgeline.types import (
+    CapacityError,
+    ConfigError,
+    RequestError,
+    RequestOutput,
+    RidgelineError,
+    SamplingParams,
+)
 
 if TYPE_CHECKING:
     from ridgeline.engine import Engine, EngineStats
@@ -22,7 +29,11 @@ if TYPE_CHECKING:
     from ridgeline.model.tokenizer import Tokenizer
     from ridgeline.model.weights import Weights
     from ridgeline.precision.formats import Format
+    from ridgeline.resources.ceilings import Ceilings
+    from ridgeline.resources.energy import Meter
     from ridgeline.resources.memory import Demand, Ledger
+    from ridgeline.resources.step_time import StepTimeModel
+    from ridgeline.steps import StepWatcher
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -126,7 +137,12 @@ def load_engine(config: EngineConfig) -> LoadedModel:
     from ridgeline.resources.cuda import choose_device
     from ridgeline.sampling.constraints import Constraints
     from ridgeline.scheduling.scheduler import Scheduler
+    from ridgeline.steps import StepLog
 
+    if config.trace is not None:
+        from ridgeline.trace import check_path
+
+        check_path(config.trace)
     with ExitStack() as on_failure, closing(open_checkpoint(resolve(config.model))) as checkpoint:
         spec = read_spec(checkpoint)
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
@@ -143,6 +159,8 @@ def load_engine(config: EngineConfig) -> LoadedModel:
         on_failure.callback(executor.close)
         executor.load(weights)
         handle = executor.compile(program)
+        formats = Counter(fmt.name for fmt in weights.formats.values())
+        watched = _watched(config, formats)
         on_failure.pop_all()
     assert config.max_model_len is not None
     windows = tuple(group.window for group in program.groups)
@@ -154,8 +172,49 @@ def load_engine(config: EngineConfig) -> LoadedModel:
     constraints = Constraints(tokenizer, spec.vocabulary, ends)
     detokenizer = tokenizer.detokenizer
     engine = Engine(executor, handle, scheduler, facts, detokenizer, config.seed, encode, constraints)
-    formats = Counter(fmt.name for fmt in weights.formats.values())
+    engine.steps = StepLog(scheduler, *watched)
     return LoadedModel(config, engine, tokenizer, template, defaults, formats)
+
+
+def _watched(
+    config: EngineConfig, formats: Mapping[str, int]
+) -> tuple[StepTimeModel | None, Meter | None, StepWatcher | None]:
+    """What predicts a settled config's steps, counts their energy and writes them down, where there is any.
+
+    A machine that was never measured is measured, quickly, where that is asked for by a trace alone. Raises
+    ConfigError when the trace cannot be written.
+    """
+    from ridgeline.resources.energy import open_meter
+    from ridgeline.resources.step_costs import costs_here
+    from ridgeline.resources.step_time import StepTimeModel
+
+    ceilings = device_ceilings(config, measure=config.trace is not None)
+    costs = None if ceilings is None else costs_here(ceilings, max(formats, key=formats.__getitem__))
+    model = None if ceilings is None or costs is None else StepTimeModel.of(ceilings, costs)
+    meter, energy = open_meter(config.device)
+    if config.trace is None:
+        return model, meter, None
+    from ridgeline.trace import Trace
+
+    labels = {"model": config.model, "device": config.device, "energy": str(energy)}
+    if ceilings is not None:
+        labels |= {"machine": ceilings.machine, "read": f"{ceilings.read_bytes_per_s / 1e9:.1f} GB/s"}
+    return model, meter, Trace(config.trace, labels)
+
+
+def device_ceilings(config: EngineConfig, measure: bool) -> Ceilings | None:
+    """The ceilings of a config's device, None where nobody has measured them; with `measure`, they are then
+    measured quickly, in about a second, and kept. The reference executor is nowhere near any."""
+    from ridgeline.resources import probe
+    from ridgeline.resources.cuda import choose_device
+
+    if config.device == "reference":
+        return None
+    read = probe.quick_ceilings if measure else probe.known_ceilings
+    try:
+        return read(config.threads, device=choose_device(config.device))
+    except RidgelineError:
+        return None  # an answer is worth more than a figure
 
 
 def compile_encoder(

@@ -15,6 +15,7 @@ from ridgeline.model.catalog import DEFAULT_MODEL, list_models
 from ridgeline.resources import installation
 from ridgeline.resources.ceilings import load_ceilings
 from ridgeline.resources.cuda import GPU, choose_device, cuda_devices, cuda_driver, cuda_unavailable
+from ridgeline.resources.energy import EnergySource, energy_source
 from ridgeline.resources.installation import Package
 from ridgeline.resources.machine import (
     Cores,
@@ -90,8 +91,8 @@ class Cache:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """`threads` and `device` are what an engine would take that is not told otherwise; `version` is None in a
-    source tree."""
+    """`threads` and `device` are what an engine would take that is not told otherwise, and `energy` is what
+    counts its joules; `version` is None in a source tree."""
 
     version: str | None
     python: str
@@ -103,6 +104,7 @@ class Report:
     memory: Memory
     cuda: Cuda
     device: str | None
+    energy: EnergySource
     cache: Cache
     packages: tuple[Package, ...]
     environment: dict[str, str]
@@ -150,6 +152,7 @@ def examine(threads: int | None = None, device: str | None = None, settings: Col
         memory=memory,
         cuda=cuda,
         device=chosen,
+        energy=energy_source(chosen or "cpu"),
         cache=cache,
         packages=packages,
         environment=installation.environment(),

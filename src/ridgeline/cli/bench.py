@@ -45,6 +45,7 @@ def bench(
     threads: options.Threads = None,
     device: options.Device = None,
     no_packed_cache: options.NoPackedCache = False,
+    trace: options.Trace = None,
     json: options.Json = False,
 ) -> None:
     """Measure prefill and decode, as shares of the ceilings. The last line of --json is one JSON object."""
@@ -68,6 +69,7 @@ def bench(
             threads=threads,
             device=device,
             packed_cache=options.packed_cache(no_packed_cache),
+            trace=options.trace_file(trace),
         ),
         max_num_seqs=max(largest, room.max_num_seqs),
         max_num_batched_tokens=max(2 * largest, room.max_num_batched_tokens),

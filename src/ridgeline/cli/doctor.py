@@ -57,6 +57,7 @@ def _rows(report: Report) -> dict[str, str]:
         "huge pages": memory.huge_pages or "unknown",
         "GPU": _gpus(report.cuda),
         "device": report.device or "none",
+        "energy": str(report.energy),
         **_cache(report.cache),
         **_packages(report),
         **report.environment,

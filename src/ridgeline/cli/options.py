@@ -48,12 +48,25 @@ TopK = Annotated[int | None, flag("top-k", "Sample from this many of the likelie
 MinP = Annotated[float | None, flag("min-p", "Drop tokens below this share of the best probability.")]
 Seed = Annotated[int | None, flag("seed", "Makes the answer repeatable.")]
 Plot = Annotated[Path | None, flag("plot", "File for the roofline plot, as PNG; needs ridgeline[plot].")]
+Trace = Annotated[
+    Path | None, flag("trace", "File for a timeline of steps and requests, for ui.perfetto.dev.")
+]
 Json = Annotated[bool, flag("json", "Print JSON.")]
 
 
 def packed_cache(refused: bool) -> bool | None:
     """The engine's setting: its default unless the flag refuses it."""
     return False if refused else None
+
+
+def trace_file(path: Path | None) -> str | None:
+    """The engine's setting. Raises ConfigError where nothing can be written, before anything is loaded."""
+    if path is None:
+        return None
+    from ridgeline.trace import check_path
+
+    check_path(str(path))
+    return str(path)
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -79,6 +79,7 @@ def serve(
     threads: options.Threads = None,
     no_packed_cache: options.NoPackedCache = False,
     seed: options.Seed = None,
+    trace: options.Trace = None,
     max_queue: MaxQueue = None,
     max_queue_tokens: MaxQueueTokens = None,
     queue_timeout: QueueTimeout = None,
@@ -107,6 +108,7 @@ def serve(
             threads=threads,
             packed_cache=options.packed_cache(no_packed_cache),
             seed=seed,
+            trace=options.trace_file(trace),
         )
     )
     keys = keys_of(api_key or ())

@@ -102,6 +102,17 @@ def cuda_devices() -> tuple[GPU, ...]:
     return tuple(_facts(index) for index in range(torch.cuda.device_count()))
 
 
+def cuda_uuid() -> str:
+    """The current GPU as NVML knows it, whatever CUDA_VISIBLE_DEVICES makes of its number. Raises
+    ConfigError."""
+    reason = cuda_unavailable()
+    if reason is not None:
+        raise ConfigError(f"device is 'cuda': {reason}")
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+
+
 def cuda_driver() -> str | None:
     """The NVIDIA driver's version, empty where the system does not say; None where there is no driver."""
     if not _driver_installed():

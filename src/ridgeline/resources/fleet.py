@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -43,7 +44,31 @@ def parse_fleet(name: str) -> Fleet:
     )
 
 
+_OTHER = {"d", "design", "laptop", "mig", "mobile", "nvl", "super", "ti"}
+"""Words in the name of a device that is not the one without them: a part of it, or of less or more power."""
+
+
+def preset_of(hardware: str) -> Preset | None:
+    """What a driver or the system calls by this name (`NVIDIA A100-SXM4-80GB`, `Intel(R) Xeon(R) Platinum
+    8480+`), None where that is no preset for sure."""
+    words = re.findall(r"[a-z0-9+]+", _gigabytes(hardware.lower()))
+    if _OTHER & set(words):
+        return None
+    said = {*words, *(first + second for first, second in itertools.pairwise(words))}
+    found: tuple[int, Preset | None] = (0, None)
+    for preset in presets().values():
+        for name in (preset.name, *preset.aliases):
+            wanted = set(re.findall(r"[a-z0-9+]+", name.lower()))
+            if wanted <= said and len(wanted) > found[0]:
+                found = len(wanted), preset
+    return found[1]
+
+
+def _gigabytes(name: str) -> str:
+    return re.sub(r"(\d)gi?b", r"\1g", name)
+
+
 def _key(name: str) -> str:
     """What two spellings of a machine have in common: a100-80GB, A100_80g."""
     plain = re.sub(r"[×*:]", "x", name.lower())
-    return re.sub(r"(\d)gi?b", r"\1g", re.sub(r"[^a-z0-9]", "", plain))
+    return _gigabytes(re.sub(r"[^a-z0-9]", "", plain))

@@ -35,7 +35,7 @@ class Preset:
     It has the rates of `Ceilings`, so that the roofline reads either. Peaks are dense, with a multiply-add as
     two operations, and 0 where a format has none above that of fp32; `bf16_flops_per_s` is of float16 where
     there is no bfloat16. Links count each direction, and are 0 where there is none to count.
-    `power_w` and `usd_per_hour` are None where nobody says.
+    `cores` are a CPU's or an Apple GPU's. `power_w` and `usd_per_hour` are None where nobody says.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Preset:
     int8_ops_per_s: float = 0.0
     fp8_flops_per_s: float = 0.0
     fp4_flops_per_s: float = 0.0
+    cores: int | None = None
     power_w: float | None = None
     link: str | None = None
     link_bytes_per_s: float = 0.0
@@ -85,7 +86,7 @@ def _preset(name: str, table: dict[str, Any]) -> Preset:
         table["memory_bytes"] = int(table.pop("memory_gib") * 2**30)
         table["aliases"] = tuple(table.get("aliases", ()))
         if "per_cycle" in table:
-            every_cycle = table.pop("cores") * table.pop("clock_hz")
+            every_cycle = table["cores"] * table.pop("clock_hz")
             for peak, operations in table.pop("per_cycle").items():
                 table[PEAKS[peak]] = operations * every_cycle
         preset = Preset(name=name, **table)

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from ridgeline.server.body import ClientGoneError
 from ridgeline.server.errors import HttpError, http_error_of
 from ridgeline.server.gate import Gate
-from ridgeline.server.routes import chat, completions, embeddings, metrics, status, tokenizer
+from ridgeline.server.routes import chat, completions, embeddings, metrics, status, steps, tokenizer
 from ridgeline.server.service import Service
 from ridgeline.server.version import package_version
 from ridgeline.server.wire import responses
@@ -38,6 +38,7 @@ ROUTERS: Sequence[APIRouter] = (
     embeddings.router,
     tokenizer.router,
     metrics.router,
+    steps.router,
     status.router,
 )
 """Every endpoint. A new one is a module in `routes/` and its router here."""
@@ -60,6 +61,7 @@ DESCRIBED: Sequence[type[BaseModel]] = (
     responses.Tokenized,
     responses.Detokenized,
     responses.Status,
+    responses.Step,
     responses.Version,
     responses.Error,
 )

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,8 +62,9 @@ class Patience:
 
     pulse_s: float = 3.0  # without a sign of life, the engine counts as stuck
     step_s: float = 10.0  # a step may always take this long
-    step_factor: float = 20.0  # and this many times the longest of the recent ones
+    step_factor: float = 20.0  # and this many times what was expected of it
     kill_s: float = 120.0  # stuck for so long, the process is killed
+    last_words_s: float = 2.0  # for what it writes at its end, where that is asked for
     first_backoff_s: float = 0.5
     longest_backoff_s: float = 30.0
     calm_s: float = 60.0  # a process that lived so long is restarted without back-off
@@ -227,7 +228,7 @@ class EngineClient:
             finally:
                 os.umask(before)
             async with server:
-                self._process = await self._spawn(Start(path, secret, asdict(self._config)))
+                self._process = await self._spawn(Start(path, secret, asdict(self._next_config())))
                 died = asyncio.create_task(self._process.wait())
                 first: set[asyncio.Future[Any]] = {connected, died}
                 await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
@@ -244,6 +245,14 @@ class EngineClient:
                     watch.cancel()
                     writer.close()
 
+    def _next_config(self) -> EngineConfig:
+        """What the next process is told: it has a trace of its own, beside that of one that died."""
+        trace = self._config.trace
+        if trace is None or not self.restarts:
+            return self._config
+        path = Path(trace)
+        return replace(self._config, trace=str(path.with_stem(f"{path.stem}-{self.restarts}")))
+
     async def _spawn(self, start: Start) -> asyncio.subprocess.Process:
         """A process in a session of its own: a Ctrl-C at the terminal is the server's to handle."""
         command = (sys.executable, "-m", "ridgeline.server.engine_process")
@@ -259,6 +268,9 @@ class EngineClient:
         """Make sure that the process is gone. Its socket is closed, which ends it; a stuck one is killed."""
         if self._process is None:
             return
+        if self.state == "closed" and self._config.trace is not None:
+            with contextlib.suppress(TimeoutError):  # it writes the end of its trace
+                await asyncio.wait_for(self._process.wait(), self._patience.last_words_s)
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         await self._process.wait()
@@ -303,14 +315,14 @@ class EngineClient:
             self._settled.set()
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        """Notice a process that does not live on: no pulse, or a step far longer than those before."""
+        """Notice a process that does not live on: no pulse, or a step far longer than it was to take."""
         patience, stuck_since_s = self._patience, 0.0
         while True:
             await asyncio.sleep(patience.pulse_s / 4)
             if self.state not in ("ready", "stuck"):
                 continue
             silent_s, pulse = time.monotonic() - self._heard_s, self.pulse
-            limit_s = max(patience.step_s, patience.step_factor * pulse.usual_step_s) if pulse else 0.0
+            limit_s = max(patience.step_s, patience.step_factor * pulse.expected_step_s) if pulse else 0.0
             if silent_s <= patience.pulse_s and (pulse is None or pulse.step_age_s <= limit_s):
                 self.state = "ready"
                 continue

@@ -16,16 +16,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 from setproctitle import setproctitle
 
 from ridgeline.config import EngineConfig
 from ridgeline.engine import Engine
-from ridgeline.loading import LoadedModel, embedding_of, load_engine
+from ridgeline.loading import LoadedModel, device_ceilings, embedding_of, load_engine
 from ridgeline.server.compiling import Compiling
 from ridgeline.server.messages import (
     COMMANDS,
@@ -47,6 +48,7 @@ from ridgeline.server.messages import (
     Ready,
     Refused,
     Start,
+    Steps,
     frame,
     receive_frame,
 )
@@ -55,6 +57,8 @@ from ridgeline.types import CapacityError, Request, RequestError, RequestOutput,
 PULSE_S = 0.2
 WATCH_S = 0.5
 _RECENT_STEPS = 64
+_STEPS_AT_ONCE = 64
+"""Step records in a message: a frame is short, so that tokens need not wait behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class EngineWorker:
         self._step_began_s: float | None = None
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._steps = 0
+        self._steps_told = 0  # the pulse's thread's own
 
     def serve(self) -> None:
         """Until the process ends: commands first, then a step."""
@@ -134,15 +139,26 @@ class EngineWorker:
         """How things stand; asked from another thread, so that its numbers may be of different moments."""
         began_s, scheduler = self._step_began_s, self._engine.scheduler
         running = list(scheduler.running)
+        age_s = 0.0 if began_s is None else time.monotonic() - began_s
+        expected_s = self._engine.expected_step_s() if age_s > PULSE_S else None
         return Pulse(
-            step_age_s=0.0 if began_s is None else time.monotonic() - began_s,
-            usual_step_s=max(list(self._recent), default=0.0),
+            step_age_s=age_s,
+            expected_step_s=expected_s or max(list(self._recent), default=0.0),
             in_step=() if began_s is None else tuple(map(int, self._engine.running)),
             steps=self._steps,
             running=len(running),
             waiting=len(scheduler.waiting),
             kv_used=scheduler.cache.usage,
         )
+
+    def new_steps(self) -> Iterator[Steps]:
+        """The steps since this was asked before, from the thread that asks for the pulse."""
+        recent = self._engine.steps.recent
+        records = recent.since(self._steps_told)
+        for begin in range(0, len(records), _STEPS_AT_ONCE):
+            yield Steps(tuple(records[begin : begin + _STEPS_AT_ONCE]))
+        if records:
+            self._steps_told = records[-1].number + 1
 
     def _obey(self, command: Command | _Compiled) -> None:
         if isinstance(command, _Compiled):
@@ -276,6 +292,7 @@ def card_of(loaded: LoadedModel) -> ModelCard:
         vocabulary_size=loaded.engine.model.vocabulary_size,
         sampling_defaults=loaded.sampling_defaults,
         prefix_caching=config.enable_prefix_caching,
+        energy_source=loaded.engine.steps.energy_source,
     )
 
 
@@ -283,9 +300,11 @@ def card_of(loaded: LoadedModel) -> ModelCard:
 
 
 class _Line:
-    """The connection to the server, which several threads write to."""
+    """The connection to the server, which several threads write to. `at_end` is called when the server is
+    gone, before the process is."""
 
     def __init__(self, start: Start) -> None:
+        self.at_end: Callable[[], None] = lambda: None
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._connection.connect(start.socket_path)
         self._lock = threading.Lock()  # guards whole frames
@@ -297,7 +316,7 @@ class _Line:
             with self._lock:
                 self._connection.sendall(content)
         except OSError:  # the server is gone; whoever finds out first ends this
-            os._exit(0)
+            self._end()
 
     def listen(self, obey: Callable[[Command], None]) -> None:
         """Take in commands until the server is gone, and then be gone too."""
@@ -305,6 +324,12 @@ class _Line:
             while True:
                 obey(receive_frame(self._connection, COMMANDS))
         except (EOFError, OSError, FrameError):
+            self._end()
+
+    def _end(self) -> NoReturn:
+        try:
+            self.at_end()
+        finally:
             os._exit(0)
 
 
@@ -313,6 +338,8 @@ def _pulses(worker: EngineWorker, line: _Line) -> None:
         time.sleep(PULSE_S)
         with suppress(RuntimeError):  # a queue that changed while it was looked at
             line.tell(worker.pulse())
+        for steps in worker.new_steps():
+            line.tell(steps)
 
 
 def main() -> None:
@@ -323,10 +350,13 @@ def main() -> None:
     commands: queue.SimpleQueue[Command | _Compiled] = queue.SimpleQueue()
     threading.Thread(target=line.listen, args=(commands.put,), daemon=True).start()
     try:
-        loaded = load_engine(EngineConfig.from_options(start.config))
+        config = EngineConfig.from_options(start.config)
+        device_ceilings(config, measure=True)  # known from now on: every step is shown beside them
+        loaded = load_engine(config)
     except (RidgelineError, MemoryError) as error:
         line.tell(Failed(str(error) or "the model needs more memory than there is", startup=True))
         sys.exit(1)
+    line.at_end = loaded.engine.steps.close
     worker = EngineWorker(loaded.engine, commands, line.tell)
     line.tell(Ready(card_of(loaded)))
     threading.Thread(target=_pulses, args=(worker, line), daemon=True).start()

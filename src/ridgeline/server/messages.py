@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from ridgeline.records import StepRecord
 from ridgeline.types import PoolingParams, SamplingParams, TokenLogprobs
 
 MAX_FRAME_BYTES = 64 << 20
@@ -83,6 +84,7 @@ class ModelCard(msgspec.Struct, frozen=True):
     vocabulary_size: int
     sampling_defaults: SamplingParams
     prefix_caching: bool = True
+    energy_source: str = "none"  # of the joules in step records
 
 
 class Hello(Message, frozen=True):
@@ -154,16 +156,23 @@ class Pulse(Message, frozen=True):
     """A sign of life, several a second, from a thread of its own.
 
     `step_age_s` is how long the step under way has taken so far, 0 between steps; `in_step` the requests
-    whose rows are in it. `usual_step_s` is the longest of the recent steps.
+    whose rows are in it. `expected_step_s` is what it was to take, or where nobody can say, the longest of
+    the recent steps.
     """
 
     step_age_s: float
-    usual_step_s: float
+    expected_step_s: float
     in_step: tuple[int, ...]
     steps: int
     running: int
     waiting: int
     kv_used: float  # share of the pages
+
+
+class Steps(Message, frozen=True):
+    """Steps that are over, in their order, some time after; of very many, some may be missing."""
+
+    records: tuple[StepRecord, ...]
 
 
 class Failed(Message, frozen=True):
@@ -173,7 +182,7 @@ class Failed(Message, frozen=True):
     startup: bool
 
 
-Event = Hello | Ready | Begun | Pieces | Embedded | Refused | Pulse | Failed
+Event = Hello | Ready | Begun | Pieces | Embedded | Refused | Pulse | Steps | Failed
 
 # ------------------------------------------------------------------------------------------- the socket
 

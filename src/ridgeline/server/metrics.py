@@ -31,7 +31,9 @@ from ridgeline.server.messages import (
     Pieces,
     Pulse,
     Refused,
+    Steps,
 )
+from ridgeline.server.step_metrics import StepMetrics
 
 _TTFT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60)
 _ITL_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2)
@@ -71,6 +73,7 @@ class Metrics:
         self._steps = 0  # of this engine process, as it last said
         self._define_requests()
         self._define_http()
+        self._step_metrics = StepMetrics(self.registry, self._energy_source)
         ProcessCollector(registry=self.registry)
         self.registry.register(_State(client, model, version))
 
@@ -117,6 +120,10 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"ridgeline_{name}", text, labels, registry=self.registry, buckets=buckets)
 
+    def _energy_source(self) -> str:
+        card = self._client.card
+        return "none" if card is None else card.energy_source
+
     # ------------------------------------------------------------------------------------------- http
 
     def answered(self, route: str, status: int, seconds: float) -> None:
@@ -138,6 +145,8 @@ class Metrics:
         elif isinstance(message, Pulse):
             self._engine_steps.inc(max(0, message.steps - self._steps))
             self._steps = message.steps
+        elif isinstance(message, Steps):
+            self._step_metrics.take(message.records)
         elif isinstance(message, Embedded):
             if (life := self._lives.pop(message.id, None)) is not None:
                 self._count_prompt(life, message.cached_tokens)

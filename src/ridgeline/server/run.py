@@ -114,7 +114,7 @@ class Server:
 
     def stop(self) -> None:
         """Begin to drain, and then end."""
-        self.service.draining = True
+        self.service.drain()
         self._stop.set()
 
     def _on_signal(self, name: str) -> None:
@@ -126,7 +126,7 @@ class Server:
 
     async def _drain(self) -> None:
         """Let open requests end, up to the limit, or to a second signal."""
-        self.service.draining = True
+        self.service.drain()
         end_s = time.monotonic() + self._config.drain_timeout_s
         while self.service.open_requests and self._signals < 2 and time.monotonic() < end_s:
             await asyncio.sleep(0.05)

@@ -27,8 +27,9 @@ from ridgeline.server.config import ApiKey, ServerConfig
 from ridgeline.server.engine_client import EngineClient
 from ridgeline.server.engine_stream import EngineStream
 from ridgeline.server.errors import RETRY_AFTER, HttpError, bad_request, unavailable
-from ridgeline.server.messages import ModelCard, Piece
+from ridgeline.server.messages import Command, Event, ModelCard, Piece, Steps
 from ridgeline.server.metrics import Metrics
+from ridgeline.server.steps import StepFeed
 from ridgeline.server.text import TextSide
 from ridgeline.server.version import package_version
 from ridgeline.types import SamplingParams
@@ -47,7 +48,8 @@ class Service:
         self.text = text
         self.config = config
         self.metrics = Metrics(client, text.names[0], package_version())
-        client.on_event = self.metrics.hear
+        self.steps = StepFeed()
+        client.on_event = self._hear
         self.draining = False
         self.created_s = int(time.time())
         self.open_sequences = 0
@@ -59,6 +61,16 @@ class Service:
 
     def close(self) -> None:
         self.threads.shutdown(wait=False, cancel_futures=True)
+
+    def drain(self) -> None:
+        """Take no more requests, and end what has no end of its own. Idempotent."""
+        self.draining = True
+        self.steps.close()
+
+    def _hear(self, message: Event | Command) -> None:
+        self.metrics.hear(message)
+        if isinstance(message, Steps):
+            self.steps.take(message.records)
 
     # ---------------------------------------------------------------------------------------- state
 

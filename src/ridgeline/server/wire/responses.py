@@ -3,9 +3,11 @@ made from these classes: `answers.py` writes bytes."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, create_model
+
+from ridgeline.records import StepRecord
 
 
 class Answer(BaseModel):
@@ -217,6 +219,12 @@ class ErrorDetail(Answer):
 
 class Error(Answer):
     error: ErrorDetail
+
+
+_FIGURES: dict[str, Any] = {name: (kind, ...) for name, kind in get_type_hints(StepRecord).items()}
+
+Step = create_model("Step", __base__=Answer, __doc__=StepRecord.__doc__, **_FIGURES)
+"""The data of an event of `/v1/steps`: every field is always there."""
 
 
 def schemas(*kinds: type[BaseModel]) -> dict[str, Any]:

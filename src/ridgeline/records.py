@@ -1,0 +1,78 @@
+"""What is told of a step when it is over, and the recent ones of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+T = TypeVar("T")
+
+RECENT_STEPS = 1024
+"""Steps that are remembered."""
+
+Kind = Literal["decode", "prefill", "mixed", "embed"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step. Times are in seconds, `time_s` is since 1970: when the step was planned.
+
+    `number` counts the engine's steps from 0. `rows` were run, of `sequences`; `prompt_tokens` of them were
+    prompts', and `decoded_tokens` were drawn. `running` and `waiting` sequences there were in all, which held
+    `kv_pages` pages, `kv_usage` of the fullest pool (0 to 1).
+
+    `flops` counts all operations, a multiply-add as two, of which `attention_flops` are attention's; `bytes`
+    all memory traffic, of which `weight_bytes` are weights and `kv_bytes` keys and values. `elapsed_s` is
+    what the executor measured, `predicted_s` what was expected of it, and `bound` what takes most of that;
+    `wall_s` is from planning to results, of steps that overlap the later one's own part. `mbu` and `mfu` are
+    shares of the machine's ceilings. What needs ceilings is None where nobody has measured them, and
+    `energy_j` where nothing is known of energy.
+    """
+
+    number: int
+    time_s: float
+    kind: Kind
+    rows: int
+    sequences: int
+    prompt_tokens: int
+    decoded_tokens: int
+    running: int
+    waiting: int
+    kv_pages: int
+    kv_usage: float
+    flops: int
+    attention_flops: int
+    bytes: int
+    weight_bytes: int
+    kv_bytes: int
+    launches: int
+    elapsed_s: float
+    wall_s: float
+    predicted_s: float | None = None
+    bound: str | None = None
+    mbu: float | None = None
+    mfu: float | None = None
+    energy_j: float | None = None
+
+
+class Recent(Generic[T]):
+    """The last `size` of what was appended, by its place in the order. One thread appends, any may read."""
+
+    __slots__ = ("_slots", "count", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.count = 0
+        self._slots: list[tuple[int, T] | None] = [None] * size
+
+    def append(self, item: T) -> None:
+        self._slots[self.count % self.size] = (self.count, item)
+        self.count += 1
+
+    def since(self, place: int) -> list[T]:
+        """What is still there from that place on."""
+        end = self.count
+        places = range(max(place, end - self.size, 0), end)
+        found = ((at, self._slots[at % self.size]) for at in places)
+        # A slot may have been taken for a later item meanwhile.
+        return [slot[1] for at, slot in found if slot is not None and slot[0] == at]
