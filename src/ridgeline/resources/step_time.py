@@ -58,7 +58,8 @@ class StepTimeModel:
     def observe(self, work: StepWork, elapsed_s: float) -> None:
         """Take in what a step took. Times that are no positive number are passed over."""
         if 0 < elapsed_s < math.inf:
-            self._regime(work).observe(elapsed_s / self._uncorrected(work)[0])
+            ratio = elapsed_s / self._uncorrected(work)[0]
+            self._regime(work).observe(min(max(ratio, 1e-6), 1e6))
 
     @property
     def error(self) -> float:
