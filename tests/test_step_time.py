@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.presets import presets
 from ridgeline.resources.roofline import arithmetic_s, memory_s, predicted_s
-from ridgeline.resources.step_costs import STEP_COSTS, StepCosts, costs_of
+from ridgeline.resources.step_costs import STEP_COSTS, StepCosts, costs_here, costs_of, load_costs, save_costs
+from ridgeline.resources.step_fit import Timed, fit
 from ridgeline.resources.step_time import StepTimeModel
 from ridgeline.types import ConfigError, StepWork, Work
 
@@ -33,14 +38,16 @@ PREFILL = step(Work(int8_ops=10**12, read_bytes=10**9), rows=512)
 @given(STEPS, st.sampled_from(list(STEP_COSTS)))
 def test_a_prediction_is_never_below_the_bound(work: StepWork, kind: str) -> None:
     predicted = StepTimeModel.of(LIMITS, STEP_COSTS[kind]).predict(work)
-    assert predicted.seconds >= predicted_s(work.total, LIMITS)
-    ideal = StepTimeModel.of(LIMITS, StepCosts(1.0, 1.0, "", launch_s=1e-6)).predict(work)
-    both = memory_s(work.total, LIMITS) + arithmetic_s(work.total, LIMITS) + work.launches * 1e-6
-    assert ideal.seconds == pytest.approx(both)
+    assert predicted.seconds >= predicted_s(work.total, LIMITS) * (1 - 1e-9)
+    ideal = StepTimeModel.of(LIMITS, StepCosts(1.0, 1.0, 1.0, 1.0, "", 1e-4, 1e-6, 1e-5)).predict(work)
+    overhead = 1e-4 + work.launches * 1e-6 + work.sequences * 1e-5
+    one_by_one = memory_s(work.total, LIMITS) + arithmetic_s(work.total, LIMITS)
+    assert predicted_s(work.total, LIMITS, overhead) * (1 - 1e-9) <= ideal.seconds
+    assert ideal.seconds <= (one_by_one + overhead) * (1 + 1e-9)
 
 
 def test_what_bounds_a_step() -> None:
-    model = StepTimeModel.of(LIMITS, StepCosts(1.0, 1.0, "", launch_s=1e-6))
+    model = StepTimeModel.of(LIMITS, StepCosts(1.0, 1.0, 1.0, 1.0, "", launch_s=1e-6))
     read = Work(read_bytes=10**9)
     assert model.predict(step(read, weight_bytes=9 * 10**8)).bound == "weights"
     assert model.predict(step(read, read, weight_bytes=4 * 10**8, kv_bytes=10**9)).bound == "KV cache"
@@ -54,7 +61,9 @@ def test_costs_have_sources_and_refuse_more_than_all() -> None:
     assert costs_of("apple") is costs_of("gpu") is not costs_of("cpu")
     for wrong in (0.0, 1.01):
         with pytest.raises(ConfigError, match="share of memory"):
-            StepCosts(wrong, 0.5, "")
+            StepCosts(wrong, 0.5, 0.5, 0.5, "")
+    with pytest.raises(ConfigError, match="launch_s"):
+        StepCosts(0.5, 0.5, 0.5, 0.5, "", launch_s=-1e-6)
 
 
 # ------------------------------------------------------------------------------------- correction
@@ -123,3 +132,77 @@ def test_correction_stays_within_bounds(elapsed: list[float]) -> None:
         learning.observe(DECODE, seconds)
     assert usual / 4.01 < learning.predict(DECODE).seconds < 4.01 * usual
     assert 0 <= learning.error < math.inf
+
+
+# -------------------------------------------------------------------------------------- fitting
+
+
+def made(costs: StepCosts, noise: float, slow: int = 0) -> list[Timed]:
+    """Steps of many kinds that took what the model of `costs` says, times a noise; the last `slow` thrice."""
+    random, found = np.random.default_rng(0), []
+    truth = StepTimeModel.of(LIMITS, costs)
+    for index, (batch, context) in enumerate(
+        itertools.product((1, 2, 4, 8, 32, 128, 512), (100, 1000, 9000))
+    ):
+        read = 10**9 + 10**6 * batch
+        dense = Work(bf16_flops=2 * 10**10 * batch, read_bytes=read)
+        attention = Work(bf16_flops=10**6 * batch * context, read_bytes=10**5 * batch * context)
+        work = StepWork(dense, attention, batch, batch, batch, 40 + 10 * (index % 3), 10**9, 0)
+        seconds = truth.predict(work).seconds * math.exp(random.normal(0, noise))
+        found.append(Timed((work,), seconds, LIMITS))
+    return [replace(t, seconds=t.seconds * (3 if i < slow else 1)) for i, t in enumerate(found)]
+
+
+TRUTH = StepCosts(0.85, 0.6, 0.5, 0.3, "", step_s=4e-4, launch_s=5e-6, sequence_s=2e-5)
+
+
+@pytest.mark.parametrize(("noise", "slow", "within"), [(0.0, 0, 0.03), (0.03, 0, 0.05), (0.02, 2, 0.08)])
+def test_fitted_costs_predict_what_they_were_fitted_to(noise: float, slow: int, within: float) -> None:
+    fitted = fit(made(TRUTH, noise, slow), STEP_COSTS["gpu"], "fitted")
+    assert fitted.source == "fitted"
+    learned = StepTimeModel.of(LIMITS, fitted)
+    errors = [learned.predict(t.works[0]).seconds / t.seconds - 1 for t in made(TRUTH, 0.0)]
+    assert np.median(np.abs(errors)) < within
+    assert max(map(abs, errors)) < 3 * within
+
+
+def test_what_timings_do_not_tell_stays() -> None:
+    """Without attention, its shares are those of the start."""
+    start = STEP_COSTS["cpu"]
+    alone = [
+        Timed((replace(t.works[0], attention=Work()),), 1.5 * memory_s(t.works[0].dense, LIMITS), LIMITS)
+        for t in made(TRUTH, 0.0)
+    ]
+    fitted = fit(alone, start, "")
+    assert fitted.attention_memory == pytest.approx(start.attention_memory)
+    assert fitted.attention_arithmetic == pytest.approx(start.attention_arithmetic)
+    assert fitted.memory != pytest.approx(start.memory, rel=0.01)
+
+
+def test_no_fitted_share_exceeds_all() -> None:
+    fast = [replace(t, seconds=t.seconds / 4) for t in made(TRUTH, 0.0)]
+    fitted = fit(fast, STEP_COSTS["gpu"], "")
+    assert max(fitted.memory, fitted.arithmetic, fitted.attention_memory, fitted.attention_arithmetic) <= 1
+
+
+def test_costs_are_kept_by_machine_threads_and_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RIDGELINE_CACHE", str(tmp_path))
+    here = Ceilings(39e9, 884e9, 459e9, 231e9, 2, "avx512", "two cores", "2026-01-01T00:00:00+00:00")
+    assert costs_here(here, "W4A8-g32") is costs_of("cpu")
+    path = save_costs(TRUTH, here, "W4A8-g32")
+    assert costs_here(here, "W4A8-g32") == TRUTH
+    others = [replace(here, threads=1), replace(here, isa="avx2"), replace(here, machine="another")]
+    assert all(load_costs(other, "W4A8-g32") is None for other in others)
+    assert load_costs(here, "W8A8-g32") is None
+    for damaged in (b"", b"{}", b"[1]", path.read_bytes().replace(b"0.85", b"7")):
+        path.write_bytes(damaged)
+        assert load_costs(here, "W4A8-g32") is None
+
+
+def test_a_gpus_launches_cost_what_was_measured() -> None:
+    gpu = Ceilings(
+        2e12, 0, 3e14, 2e13, 108, "sm_80", "A100", "", device="cuda", launch_s=9e-6, graph_launch_s=1e-6
+    )
+    assert costs_here(gpu, "W16A16").launch_s == 1e-6

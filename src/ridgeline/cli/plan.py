@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,6 +44,9 @@ Price = Annotated[
     float | None, flag("price", "US dollars per device and hour (default: the machine's, if known).")
 ]
 Power = Annotated[float | None, flag("power", "Watts of each device (default: the machine's, if known).")]
+Check = Annotated[
+    bool, flag("check", "Run steps here, and show predictions beside measurements. Takes a minute or more.")
+]
 Sweep = Annotated[bool, flag("sweep", "Also: batches of 1 to 64 sequences.")]
 
 
@@ -62,6 +65,7 @@ def plan(
     price: Price = None,
     power: Power = None,
     sweep: Sweep = False,
+    check: Check = False,
     json: options.Json = False,
 ) -> None:
     """Say what fits a machine, how fast it can be and likely will be, what bounds it, and what to change."""
@@ -74,10 +78,13 @@ def plan(
     from ridgeline.model.catalog import resolve_metadata
 
     for name, value in {"price": price, "power": power}.items():
-        _check(name, value)
+        _check_positive(name, value)
     wanted = EngineConfig(
         **options.given(weights=weights, kv_format=kv_format, device=device, threads=threads)
     )
+    if check:
+        _run_check(model, wanted, machine, json)
+        return
     workload = Workload(prompt, output, users, _seconds(ttft), _seconds(itl))
     with open_model(resolve_metadata(model)) as source:
         host, more = _host(machine, wanted, device, power, price)
@@ -90,12 +97,42 @@ def plan(
         report.show()
 
 
+def _run_check(model: str, wanted: EngineConfig, machine: str | None, json: bool) -> None:
+    """Predictions beside what this machine does; raises ConfigError where another one is meant."""
+    from ridgeline.apps.plan.check import check
+    from ridgeline.cli.plan_report import show_check
+    from ridgeline.cli.progress import fetch
+    from ridgeline.model.catalog import resolve
+    from ridgeline.types import ConfigError
+
+    if machine is not None:
+        raise ConfigError(f"machine is {machine!r} with --check; accepted: this machine, without --machine")
+    fetch(model)
+    config = replace(wanted, model=model, device=_device(wanted))
+    cells = check(resolve(model), config)
+    if json:
+        print_json([{**asdict(cell), "error": cell.error} for cell in cells])
+    else:
+        show_check(cells)
+
+
+def _device(wanted: EngineConfig) -> str:
+    """What runs the model here."""
+    from ridgeline.resources.cuda import choose_device
+    from ridgeline.types import ConfigError
+
+    chosen = choose_device(wanted.device)
+    if chosen not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {chosen!r}, which nobody plans for; accepted: auto, cpu, cuda")
+    return chosen
+
+
 def _host(
     machine: str | None, wanted: EngineConfig, device: str | None, power: float | None, price: float | None
 ) -> tuple[Host, Callable[[int], Host] | None]:
     """The machine asked for, and where they can be more, how so many of it are made."""
     from ridgeline.apps.plan.host import host_here, host_of_fleet
-    from ridgeline.resources.cuda import choose_device, cuda_free_memory_bytes
+    from ridgeline.resources.cuda import cuda_free_memory_bytes
     from ridgeline.resources.fleet import parse_fleet
     from ridgeline.resources.machine import free_memory_bytes
     from ridgeline.resources.probe import quick_ceilings
@@ -110,9 +147,7 @@ def _host(
             host_of_fleet(fleet, power, price),
             lambda count: host_of_fleet(replace(fleet, count=count), power, price),
         )
-    chosen = choose_device(wanted.device)
-    if chosen not in ("cpu", "cuda"):
-        raise ConfigError(f"device is {chosen!r}, which nobody plans for; accepted: auto, cpu, cuda")
+    chosen = _device(wanted)
     ceilings = quick_ceilings(wanted.threads, device=chosen)
     free = cuda_free_memory_bytes() if chosen == "cuda" else free_memory_bytes()
     return host_here(ceilings, free, power, price), None
@@ -122,7 +157,7 @@ def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1e3
 
 
-def _check(name: str, value: float | None) -> None:
+def _check_positive(name: str, value: float | None) -> None:
     """Raise ConfigError unless a number that was given is above zero and finite."""
     from ridgeline.types import ConfigError
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from ridgeline.cli.output import console, count, facts, size, table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from ridgeline.apps.plan.answer import Change, Choice, Plan
+    from ridgeline.apps.plan.check import Checked
     from ridgeline.apps.plan.model import PlannedModel
     from ridgeline.apps.plan.serving import Forecast
 
@@ -140,10 +141,10 @@ class Report:
             if plan.best.weights != "auto":
                 rows["best"] += " (fewer bits cost quality: `ridgeline perplexity` says how much)"
         rows["verdict"] = _verdict(plan)
-        share = host.costs
+        share = host.costs_of(plan.model.main_format)
         rows["expected"] = (
             f"{share.memory:.0%} of the memory bandwidth and {share.arithmetic:.0%} of the arithmetic, "
-            f"one after the other ({share.source})"
+            f"{share.attention_memory:.0%} and {share.attention_arithmetic:.0%} in attention ({share.source})"
         )
         return rows
 
@@ -175,6 +176,17 @@ class Report:
             "throughput": (forecast.throughput.expected_per_s, "tokens/s"),
         }
         return [{"name": name, "predicted": value, "unit": unit} for name, (value, unit) in cells.items()]
+
+
+def show_check(cells: Sequence[Checked]) -> None:
+    """Predictions beside measurements, with their errors."""
+    numbers = ("predicted", "measured", "error")
+    shown = table("", *numbers, right=numbers)
+    for cell in cells:
+        figure = size if cell.unit == "B" else _ms
+        predicted, measured = (figure(value) for value in (cell.predicted, cell.measured))
+        shown.add_row(cell.name, predicted, measured, f"{cell.error:+.1%}")
+    console().print(shown)
 
 
 def _verdict(plan: Plan) -> str:

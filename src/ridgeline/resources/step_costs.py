@@ -1,45 +1,75 @@
 """What steps cost beside the ceilings: the distance between a bound and an expectation, as constants.
 
-They are one set of numbers for each kind of machine, no model of it: `docs/performance.md` has the
-measurements, and how far from them predictions are.
+Those of a machine and a weight format are fitted to steps that were timed there (`step_fit`), and kept beside
+its ceilings. Where nothing was timed, one set stands for each kind of machine; `docs/performance.md` has the
+measurements that it is from, and how far from them predictions are.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
-from ridgeline.resources.ceilings import Ceilings
+from ridgeline.resources.ceilings import PROBE_VERSION, Ceilings
+from ridgeline.resources.paths import cache_dir, write_atomic
 from ridgeline.resources.roofline import launch_overhead_s
 from ridgeline.types import ConfigError
+
+COSTS_VERSION = 1
+"""Raised when the model of a step changes: older figures are then fitted again."""
+
+SHARES = ("memory", "arithmetic", "attention_memory", "attention_arithmetic")
+FITTED = (*SHARES, "step_s", "launch_s", "sequence_s")
 
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """Shares of the read bandwidth and of the arithmetic peaks that whole steps reach, 0 to 1, the seconds
-    that each launch takes besides, and where all of that is from."""
+    """What a step reaches of the ceilings, and what it takes besides.
+
+    Of the read bandwidth and of the arithmetic peaks these are shares, 0 to 1: of attention its own, of all
+    other launches `memory` and `arithmetic`. `step_s` goes by in every step, `launch_s` in every launch and
+    `sequence_s` for every sequence, the host's time included. `source` says where all of that is from.
+    """
 
     memory: float
     arithmetic: float
+    attention_memory: float
+    attention_arithmetic: float
     source: str
+    step_s: float = 0.0
     launch_s: float = 0.0
+    sequence_s: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("memory", "arithmetic"):
+        for name in SHARES:
             share = getattr(self, name)
             if not 0 < share <= 1:
                 raise ConfigError(f"the share of {name} is {share}; accepted: more than 0, at most 1")
+        for name in ("step_s", "launch_s", "sequence_s"):
+            seconds = getattr(self, name)
+            if not 0 <= seconds < math.inf:
+                raise ConfigError(f"{name} is {seconds}; accepted: seconds, 0 or more")
 
 
 STEP_COSTS = {
     "cpu": StepCosts(
-        memory=0.55,
-        arithmetic=0.55,
-        source="measured on 2 Zen 4 cores with SmolLM2-135M: decode at batch 1 and 32, prefill 512 "
-        "(docs/performance.md)",
+        memory=0.85,
+        arithmetic=0.59,
+        attention_memory=0.87,
+        attention_arithmetic=0.5,
+        step_s=0.41e-3,
+        launch_s=3e-6,
+        sequence_s=54e-6,
+        source="fitted on 2 Zen 4 cores to steps of a made-up W4A8-g32 model (docs/performance.md)",
     ),
     "gpu": StepCosts(
         memory=0.75,
         arithmetic=0.5,
+        attention_memory=0.75,
+        attention_arithmetic=0.5,
         source="not measured by us: others publish 0.69 (A100) to 0.9 (RTX 4090) of the datasheet's "
         "bandwidth for decode at batch 1, and 0.4 to 0.5 of the peak for training",
     ),
@@ -52,8 +82,36 @@ def costs_of(kind: str) -> StepCosts:
     return STEP_COSTS["cpu" if kind == "cpu" else "gpu"]
 
 
+def costs_of_device(ceilings: Ceilings) -> StepCosts:
+    """Those of its kind, for a machine of measured ceilings; what a launch costs a GPU is one of these."""
+    if ceilings.device == "cpu":
+        return costs_of("cpu")
+    return replace(costs_of("gpu"), launch_s=launch_overhead_s(1, ceilings, graph=True))
+
+
 def costs_here(ceilings: Ceilings, weights: str) -> StepCosts:
     """Those of the machine of measured ceilings, for a model whose matrices are mostly in the format
-    `weights`."""
-    kind = "cpu" if ceilings.device == "cpu" else "gpu"
-    return replace(costs_of(kind), launch_s=launch_overhead_s(1, ceilings, graph=True))
+    `weights`: fitted ones where there are any, else those of its kind."""
+    return load_costs(ceilings, weights) or costs_of_device(ceilings)
+
+
+def load_costs(ceilings: Ceilings, weights: str) -> StepCosts | None:
+    """What was fitted earlier on this machine for a weight format; None where nothing was."""
+    try:
+        return StepCosts(**json.loads(_path(ceilings, weights).read_bytes()))
+    except (OSError, ValueError, TypeError, ConfigError):
+        return None  # not fitted, or a damaged file: fitting again mends both
+
+
+def save_costs(costs: StepCosts, ceilings: Ceilings, weights: str) -> Path:
+    """Keep what was fitted for later processes; raises CapacityError when the cache cannot be written."""
+    path = _path(ceilings, weights)
+    write_atomic(path, (json.dumps(asdict(costs), indent=2) + "\n").encode())
+    return path
+
+
+def _path(ceilings: Ceilings, weights: str) -> Path:
+    """Shares are of ceilings, so they hold for those of one version of the probe only."""
+    subject = f"{COSTS_VERSION} {PROBE_VERSION} {ceilings.device} {ceilings.machine} {weights}"
+    name = hashlib.sha256(subject.encode()).hexdigest()[:16]
+    return cache_dir() / "step-costs" / f"{name}-{ceilings.threads}-{ceilings.isa}.json"

@@ -1,9 +1,10 @@
 """How long a step takes: the only place that makes seconds of a step's work.
 
-The roofline lets memory and arithmetic run at the same time and at their best. In a step they take turns, one
-launch reading and the next computing, and neither is at its best all of the time. So the expected time is the
-sum of both, each at its share of the ceiling, and of what launches and sequences cost besides. How fast the
-machine runs just now is learned from the steps that were measured.
+The roofline lets memory and arithmetic run at the same time and at their best. In a step neither is at its
+best all of the time, and they overlap in part: dense launches take the root of the sum of both squares, which
+is near the larger one where they differ, and 1.4 times it where they are alike. Attention takes turns within
+each row: its two times add up. Launches, sequences and the step itself cost besides. How fast the machine
+runs just now is learned from the steps that were measured.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class StepTimeModel:
     def observe(self, work: StepWork, elapsed_s: float) -> None:
         """Take in what a step took. Times that are no positive number are passed over."""
         if 0 < elapsed_s < math.inf:
-            self._regime(work).observe(elapsed_s / self._uncorrected(work)[0])
+            ratio = elapsed_s / self._uncorrected(work)[0]
+            self._regime(work).observe(min(max(ratio, 1e-6), 1e6))
 
     @property
     def error(self) -> float:
@@ -70,24 +72,28 @@ class StepTimeModel:
         return self._regimes[work.rows > work.sequences]
 
     def _uncorrected(self, work: StepWork) -> tuple[float, Bound]:
-        costs = self.costs
-        reading = work.total.bytes * self._byte_s / costs.memory
-        computing = self._arithmetic_s(work.total) / costs.arithmetic
-        overhead = work.launches * costs.launch_s
-        return reading + computing + overhead, self._bound(work, reading, computing, overhead)
+        costs, dense, attention = self.costs, work.dense, work.attention
+        reading = dense.bytes * self._byte_s / costs.memory
+        computing = self._arithmetic_s(dense) / costs.arithmetic
+        attending_reads = attention.bytes * self._byte_s / costs.attention_memory
+        attending_computes = self._arithmetic_s(attention) / costs.attention_arithmetic
+        overhead = costs.step_s + work.launches * costs.launch_s + work.sequences * costs.sequence_s
+        seconds = math.hypot(reading, computing) + attending_reads + attending_computes + overhead
+        return seconds, _bound(work, reading + attending_reads, computing + attending_computes, overhead)
 
     def _arithmetic_s(self, work: Work) -> float:
         return work.int8_ops * self._int8_s + work.bf16_flops * self._bf16_s + work.fp32_flops * self._fp32_s
 
-    def _bound(self, work: StepWork, reading: float, computing: float, overhead: float) -> Bound:
-        if overhead > reading and overhead > computing:
-            return "overhead"
-        if computing > reading:
-            return "arithmetic"
-        activations = work.total.bytes - work.weight_bytes - work.kv_bytes
-        if work.weight_bytes >= max(work.kv_bytes, activations):
-            return "weights"
-        return "KV cache" if work.kv_bytes >= activations else "activations"
+
+def _bound(work: StepWork, reading: float, computing: float, overhead: float) -> Bound:
+    if overhead > reading and overhead > computing:
+        return "overhead"
+    if computing > reading:
+        return "arithmetic"
+    activations = work.total.bytes - work.weight_bytes - work.kv_bytes
+    if work.weight_bytes >= max(work.kv_bytes, activations):
+        return "weights"
+    return "KV cache" if work.kv_bytes >= activations else "activations"
 
 
 _DECAY = 0.1

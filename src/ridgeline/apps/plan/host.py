@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from ridgeline.precision.formats import FILE_FORMATS, FORMATS
 from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.fleet import Fleet
 from ridgeline.resources.footprint import cost_usd, energy_kwh
 from ridgeline.resources.memory import GPU_POOL_SHARE, POOL_SHARE
 from ridgeline.resources.roofline import Limits
-from ridgeline.resources.step_costs import StepCosts, costs_here, costs_of
+from ridgeline.resources.step_costs import StepCosts, costs_of, costs_of_device, load_costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,16 @@ class Rates:
     int8_ops_per_s: float
     bf16_flops_per_s: float
     fp32_flops_per_s: float
+
+    @classmethod
+    def between(cls, before: Limits, after: Limits) -> Rates:
+        """The middle of what was measured before something and after it."""
+        return cls(
+            (before.read_bytes_per_s + after.read_bytes_per_s) / 2,
+            (before.int8_ops_per_s + after.int8_ops_per_s) / 2,
+            (before.bf16_flops_per_s + after.bf16_flops_per_s) / 2,
+            (before.fp32_flops_per_s + after.fp32_flops_per_s) / 2,
+        )
 
     @classmethod
     def of(cls, limits: Limits, count: int) -> Rates:
@@ -37,7 +49,8 @@ class Host:
     """What a plan knows of a machine of `count` equal devices.
 
     `device` is what runs the model there ("cpu", "cuda"), `rates` and `memory_bytes` are of all devices
-    together. `power_w` and `usd_per_hour` are of one device, None where nobody says.
+    together. `costs` are those of its kind, `fitted` those found there, by weight format. `power_w` and
+    `usd_per_hour` are of one device, None where nobody says.
     """
 
     name: str
@@ -49,6 +62,11 @@ class Host:
     power_w: float | None
     usd_per_hour: float | None
     source: str
+    fitted: Mapping[str, StepCosts] = field(default_factory=dict)
+
+    def costs_of(self, weights: str) -> StepCosts:
+        """What steps cost of a model whose matrices are mostly in a format."""
+        return self.fitted.get(weights, self.costs)
 
     @property
     def pool_share(self) -> float:
@@ -89,11 +107,12 @@ def host_here(
         count=1,
         device=ceilings.device,
         rates=Rates.of(ceilings, 1),
-        costs=costs_here(ceilings, ""),
+        costs=costs_of_device(ceilings),
         memory_bytes=free_bytes,
         power_w=power_w,
         usd_per_hour=usd_per_hour,
         source=f"measured {ceilings.measured_at}, {ceilings.threads} "
         + ("threads" if ceilings.device == "cpu" else "multiprocessors")
         + f", {ceilings.isa}; the memory is what is free now",
+        fitted={name: costs for name in FORMATS | FILE_FORMATS if (costs := load_costs(ceilings, name))},
     )

@@ -57,6 +57,11 @@ class FormattedModel:
         return sum(self.weights_bytes.values())
 
     @property
+    def main_format(self) -> str:
+        """That of most of the matrices' bytes."""
+        return max({fmt.name for fmt in self.formats.values()}, key=lambda name: self.weights_bytes[name])
+
+    @property
     def weight_bits(self) -> int:
         """Those of the widest matrix."""
         return max(fmt.weight_bits for fmt in self.formats.values())

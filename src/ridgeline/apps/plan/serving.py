@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ridgeline.apps.plan.host import Host
 from ridgeline.apps.plan.ledger import step_tokens
 from ridgeline.apps.plan.model import FormattedModel
-from ridgeline.apps.plan.steps import StepTime, load_of, step_time
+from ridgeline.apps.plan.steps import StepTime, load_of, prompt_loads, step_time
 from ridgeline.types import ConfigError
 
 MOST_TOKENS = 1 << 30
@@ -115,12 +115,8 @@ def _prefill(model: FormattedModel, host: Host, workload: Workload, users: int) 
     """The steps that read one prompt while all other users decode."""
     most = step_tokens(users) - (users - 1)
     others = load_of(model, 1, _decoded_at(workload), users - 1)
-    steps, read = [], 0
-    while read < workload.prompt:
-        rows = min(most, workload.prompt - read)
-        read += rows
-        steps.append(step_time(model, load_of(model, rows, read) + others, host))
-    return steps
+    loads = prompt_loads(model, workload.prompt, most)
+    return [step_time(model, load + others, host) for load in loads]
 
 
 def _round(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from ridgeline.apps.plan.host import Host
 from ridgeline.apps.plan.model import FormattedModel
-from ridgeline.model.program import StepLoad
+from ridgeline.model.program import Program, StepLoad
 from ridgeline.resources.roofline import arithmetic_s, memory_s, predicted_s
 from ridgeline.resources.step_time import Bound, StepTimeModel
 from ridgeline.types import Segment, SequenceRows, Step, StepWork
@@ -26,7 +27,14 @@ class StepTime:
     bound: Bound
 
 
-def load_of(model: FormattedModel, rows: int, context: int, batch: int = 1) -> StepLoad:
+class HasProgram(Protocol):
+    """Whatever has a program: a model in a plan, or one that runs."""
+
+    @property
+    def program(self) -> Program: ...
+
+
+def load_of(model: HasProgram, rows: int, context: int, batch: int = 1) -> StepLoad:
     """The load of `batch` sequences that each run `rows` rows, behind which they are `context` tokens long.
     One output of each is wanted."""
     groups = model.program.groups
@@ -35,11 +43,19 @@ def load_of(model: FormattedModel, rows: int, context: int, batch: int = 1) -> S
     return StepLoad.of(Step((sequence,)), groups).times(batch)
 
 
+def prompt_loads(model: HasProgram, prompt: int, max_rows: int) -> list[StepLoad]:
+    """The loads of the steps that read a prompt, `max_rows` at a time; only the last has an output."""
+    ends = [*range(max_rows, prompt, max_rows), prompt]
+    loads = [load_of(model, end - begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+    return [replace(load, outputs=0) for load in loads[:-1]] + loads[-1:]
+
+
 def step_time(model: FormattedModel, load: StepLoad, host: Host) -> StepTime:
     """The times of a step of that load."""
     work = model.work.parts(load)
-    expected = StepTimeModel.of(host.rates, host.costs).predict(work)
-    overhead = work.launches * host.costs.launch_s
+    expected = StepTimeModel.of(host.rates, host.costs_of(model.main_format)).predict(work)
+    # On a GPU what launches cost is a measured ceiling too; a CPU has launched nothing.
+    overhead = work.launches * host.costs.launch_s if host.device == "cuda" else 0.0
     return StepTime(
         work=work,
         memory_s=memory_s(work.total, host.rates),

@@ -1,0 +1,80 @@
+"""Find what steps cost on this machine: time steps of a made-up model, and fit the model of steps to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+from ridgeline.apps.bare_engine import BareEngine, bare_engine
+from ridgeline.apps.plan.host import Rates
+from ridgeline.apps.plan.steps import load_of, prompt_loads
+from ridgeline.apps.step_meter import Cell, StepMeter
+from ridgeline.apps.synthetic import synthetic
+from ridgeline.config import EngineConfig
+from ridgeline.precision.formats import FILE_FORMATS, FORMATS
+from ridgeline.resources.ceilings import Ceilings
+from ridgeline.resources.step_costs import StepCosts, costs_of_device, load_costs, save_costs
+from ridgeline.resources.step_fit import Timed, fit
+from ridgeline.types import CapacityError, StepWork
+
+CELLS = (
+    *(Cell(batch, 128) for batch in (1, 8, 32)),
+    *(Cell(batch, 512) for batch in (4, 16)),
+    *(Cell(batch, 1024) for batch in (1, 16)),
+    *(Cell(0, prompt) for prompt in (64, 512, 1024)),
+)
+ROUNDS = 2
+_CELL_S = 0.15
+
+
+def fitted_costs(
+    config: EngineConfig, weights: str, ceilings_now: Callable[[], Ceilings], force: bool = False
+) -> StepCosts:
+    """Those of a config's device and threads for a weight format: kept ones, or where there are none, or they
+    are not wanted (`force`), fitted ones, which are then kept. Fitting takes about fifteen seconds.
+
+    `ceilings_now` measures them. Raises CapacityError where there is too little memory.
+    """
+    ceilings = ceilings_now()
+    known = None if force else load_costs(ceilings, weights)
+    if known is not None:
+        return known
+    timed = time_steps(config, weights, ceilings_now)
+    source = f"fitted on this machine to steps of a made-up {weights} model, {ceilings.measured_at}"
+    costs = fit(timed, costs_of_device(ceilings), source)
+    with suppress(CapacityError):  # where nothing can be written, the next process fits again
+        save_costs(costs, ceilings, weights)
+    return costs
+
+
+def time_steps(
+    config: EngineConfig, weights: str, ceilings_now: Callable[[], Ceilings], rounds: int = ROUNDS
+) -> list[Timed]:
+    """Steps of the made-up model in all cells, with the ceilings around each."""
+    fmt = (FORMATS | FILE_FORMATS)[weights]
+    config = replace(
+        config,
+        weights=weights if weights in FORMATS else "auto",
+        max_model_len=max(cell.context for cell in CELLS) + 64,
+        max_num_seqs=max(cell.batch for cell in CELLS) + 8,
+        kv_cache_memory_bytes=None,
+        enable_prefix_caching=True,
+    )
+    with bare_engine(synthetic(fmt), config) as bare:
+        meter = StepMeter(bare.engine, bare.config.max_num_batched_tokens)
+        cells = [cell for cell in CELLS if meter.fits(cell)]
+        meter.warm()
+        meter.keep(cells)
+        return [
+            Timed(_works(bare, turn.cell), turn.seconds, Rates.between(turn.before, turn.after))
+            for turn in meter.turns(cells, rounds, _CELL_S, ceilings_now)
+        ]
+
+
+def _works(bare: BareEngine, cell: Cell) -> tuple[StepWork, ...]:
+    """Of one decode, or of all steps that read the prompt."""
+    if cell.batch:
+        return (bare.work.parts(load_of(bare, 1, cell.context, cell.batch)),)
+    loads = prompt_loads(bare, cell.context, bare.config.max_num_batched_tokens)
+    return tuple(map(bare.work.parts, loads))
