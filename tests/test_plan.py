@@ -527,7 +527,8 @@ def test_mistakes_are_one_line(
     [
         (b"[]", "accepted: an object"),
         (b"{", "not valid JSON"),
-        (b'{"model_type": "deepseek_v3"}', "model_type is 'deepseek_v3'"),
+        (b'{"model_type": "mamba9"}', "model_type is 'mamba9'"),
+        (b'{"model_type": "deepseek_v3"}', "kv_lora_rank"),
         (b'{"model_type": "llama"}', "hidden_size"),
     ],
 )
