@@ -17,6 +17,7 @@ from ridgeline.execution.lowering import Footprint, WorkModel
 from ridgeline.model.build import decoder
 from ridgeline.model.checkpoint import Checkpoint, open_checkpoint
 from ridgeline.model.checkpoint.config_only import ConfigOnly, read_config
+from ridgeline.model.checkpoint.headers import has_headers, open_headers
 from ridgeline.model.families import planned_family_of, planned_spec
 from ridgeline.model.program import Program
 from ridgeline.model.rewrite import with_precision
@@ -138,6 +139,8 @@ def _open(path: Path) -> Checkpoint:
     if path.suffix == ".json":
         return read_config(path)
     config = path / "config.json"
+    if has_headers(path):
+        return open_headers(path)
     if not config.is_file():
         return open_checkpoint(path)
     bare = read_config(config)
