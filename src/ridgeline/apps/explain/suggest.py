@@ -191,12 +191,14 @@ def _machine(subject: Subject, now: RunTimes) -> Iterator[Suggestion]:
         return
     case, work = subject.case, subject.case.workload
     tokens = work.prompt_tokens + work.output_tokens
+    models: dict[str, FormattedModel] = {}
     for preset in sorted(presets().values(), key=lambda preset: preset.read_bytes_per_s):
         host = host_of_fleet(Fleet(preset))
-        known = subject.weights == "auto" or subject.weights in DEVICE_FORMATS[host.device]
-        if not known:
+        if subject.weights not in ("auto", *DEVICE_FORMATS[host.device]):
             continue
-        model = subject.source.in_format(subject.weights, host.device, case.model.kv_format)
+        if host.device not in models:
+            models[host.device] = subject.source.in_format(subject.weights, host.device, case.model.kv_format)
+        model = models[host.device]
         then = run_times(replace(case, model=model, host=host))
         first = subject.ttft_s is None or then.prefill_s <= subject.ttft_s
         if not first or (subject.itl_s is not None and then.decode.expected_s > subject.itl_s):
