@@ -18,7 +18,7 @@ from ridgeline.types import RequestError
 
 MOST_STEPS = 1024
 _WAIT_S = 2.0
-"""A stream of steps goes on: after this long the recent ones have come."""
+"""After this long the recent steps have come, also from a server whose stream goes on."""
 _MODELS_BYTES = 1 << 20
 _ENOUGH = "enough"
 
@@ -120,12 +120,12 @@ async def _steps(connections: Connections, count: int) -> list[StepSeen]:
     def receive(status: int, data: bytes, _: float) -> None:
         if status != 200:
             raise FailureError(str(status), "accepted: a server with /v1/steps, and its key in --api-key")
-        steps.extend(StepSeen.parse(event.data) for event in parser.feed(data) if event.data)
+        steps.extend(StepSeen.parse(event.data) for event in parser.feed(data) if event.data and not event.name)
         if len(steps) >= count:
             raise FailureError(_ENOUGH, "")
 
     try:
-        status = await connections.exchange("GET", f"/v1/steps?recent={count}", b"", receive, _WAIT_S)
+        status = await connections.exchange("GET", f"/v1/steps?recent={count}&follow=false", b"", receive, _WAIT_S)
         receive(status, b"", 0.0)  # an answer may have no body
     except FailureError as error:
         if error.cause not in (_ENOUGH, "timeout"):
