@@ -50,7 +50,8 @@ def subject(
         return host_of(TWO_CORES, FREE, model)
 
     case = Case(model, here(model), work or Workload(128, 64, 1), 512)
-    return Subject(source, case, weights, Command("explain", "m", {"weights": weights}), here, **more)
+    command = Command("explain", "m", {"weights": weights})
+    return Subject(source, case, weights, command, here, lambda batch: command.but(batch=batch), **more)
 
 
 @pytest.fixture
@@ -335,6 +336,7 @@ def test_recent_steps_of_a_server(ridgeline: Cli, tiny: Tiny, monkeypatch: pytes
         assert found["kinds"][0]["error"] == pytest.approx(0.25)
         assert found["suggestions"][0]["command"].startswith("ridgeline serve ")
         assert "--weights W4A8-g32" in found["suggestions"][0]["command"]
+        assert f"ridgeline bench serve --url {url} " in found["suggestions"][-1]["command"]
         shown = ridgeline("explain", "--url", url, "--recent", 100)
         assert shown.code == 0, shown.err
         assert "decode: 70% of the time, bound by weight bytes" in shown.out

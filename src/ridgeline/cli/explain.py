@@ -92,7 +92,7 @@ def _explain_server(
     from ridgeline.cli.explain_report import ServerReport
 
     served = recent_steps(url, recent, api_key)
-    suggestions, why = _of_server(served, model, kv_format or "KV16")
+    suggestions, why = _of_server(served, url, model, kv_format or "KV16")
     report = ServerReport(url, served, suggestions, why)
     if json:
         print_json(report.to_json())
@@ -100,7 +100,9 @@ def _explain_server(
         report.show()
 
 
-def _of_server(served: Served, model: str | None, kv_format: str) -> tuple[Sequence[Suggestion], str | None]:
+def _of_server(
+    served: Served, url: str, model: str | None, kv_format: str
+) -> tuple[Sequence[Suggestion], str | None]:
     """Suggestions for a server on this machine, or why there are none."""
     from ridgeline.apps.explain.answer import suggestions_of_server
     from ridgeline.apps.explain.suggest import Command
@@ -114,7 +116,8 @@ def _of_server(served: Served, model: str | None, kv_format: str) -> tuple[Seque
         path = resolve(name, pull_missing=False)
         with open_model(path) as source:
             ceilings = quick_ceilings(device=served.device or "cpu")
-            return suggestions_of_server(source, served, ceilings, Command("serve", name), kv_format), None
+            command = Command("serve", name)
+            return suggestions_of_server(source, served, ceilings, command, url, kv_format), None
     except RidgelineError as error:
         if model is not None:
             raise

@@ -70,6 +70,7 @@ def explain(
         weights=asked.weights,
         command=command,
         host_of=host,
+        at_once=lambda batch: command.but(batch=batch),
         wider=_wider(settled),
         ttft_s=targets.ttft_s,
         itl_s=targets.itl_s,
@@ -80,17 +81,24 @@ def explain(
 
 
 def suggestions_of_server(
-    source: PlannedModel, served: Served, ceilings: Ceilings, command: Command, kv_format: str
+    source: PlannedModel, served: Served, ceilings: Ceilings, command: Command, url: str, kv_format: str
 ) -> Sequence[Suggestion]:
-    """What to change of a server on this machine, for the mix of steps that it ran.
+    """What to change of a server on this machine, for the mix of steps that it ran. More at once are its
+    clients': the command loads the server at `url`.
 
     Raises ConfigError when the model is not the one that it serves.
     """
     device = ceilings.device
     weights, model = _served_format(source, served, device, kv_format)
     host = _here(ceilings)
-    case = Case(model, host(model), mix_of(served, model), EngineConfig().max_num_batched_tokens)
-    return suggestions(Subject(source, case, weights, command, host, batch_flag="max-num-seqs"))
+    mix = mix_of(served, model)
+    case = Case(model, host(model), mix, EngineConfig().max_num_batched_tokens)
+    load = {"url": url, "prompt-tokens": mix.prompt_tokens, "output-tokens": mix.output_tokens}
+
+    def at_once(batch: int) -> str:
+        return Command("bench serve", None, load).but(concurrency=batch)
+
+    return suggestions(Subject(source, case, weights, command, host, at_once))
 
 
 def _served_format(

@@ -120,12 +120,16 @@ async def _steps(connections: Connections, count: int) -> list[StepSeen]:
     def receive(status: int, data: bytes, _: float) -> None:
         if status != 200:
             raise FailureError(str(status), "accepted: a server with /v1/steps, and its key in --api-key")
-        steps.extend(StepSeen.parse(event.data) for event in parser.feed(data) if event.data and not event.name)
+        steps.extend(
+            StepSeen.parse(event.data) for event in parser.feed(data) if event.data and not event.name
+        )
         if len(steps) >= count:
             raise FailureError(_ENOUGH, "")
 
     try:
-        status = await connections.exchange("GET", f"/v1/steps?recent={count}&follow=false", b"", receive, _WAIT_S)
+        status = await connections.exchange(
+            "GET", f"/v1/steps?recent={count}&follow=false", b"", receive, _WAIT_S
+        )
         receive(status, b"", 0.0)  # an answer may have no body
     except FailureError as error:
         if error.cause not in (_ENOUGH, "timeout"):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ridgeline.apps.explain.run import Case, RunTimes, run_times
-from ridgeline.apps.plan.answer import BATCHES
+from ridgeline.apps.plan.answer import BATCHES, NOTABLY
 from ridgeline.apps.plan.host import Host, host_of_fleet
 from ridgeline.apps.plan.ledger import sequences
 from ridgeline.apps.plan.model import FormattedModel, PlannedModel
@@ -29,16 +29,16 @@ _KV_BITS = {"KV32": 32, "KV16": 16, "KV8": 8}
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command line: a verb, a model, and the flags that were given, by their names."""
+    """A command line: a verb, a model if it takes one, and the flags that were given, by their names."""
 
     verb: str
-    model: str
+    model: str | None
     flags: Mapping[str, object] = field(default_factory=dict)
 
     def but(self, **changes: object) -> str:
         """The line with some flags changed, where `_` stands for `-`; one that is None is left out."""
         flags = {**self.flags, **{name.replace("_", "-"): value for name, value in changes.items()}}
-        words = ["ridgeline", self.verb, self.model]
+        words = ["ridgeline", *self.verb.split(), *([] if self.model is None else [self.model])]
         for name, value in flags.items():
             if value is True:
                 words.append(f"--{name}")
@@ -73,8 +73,8 @@ class Subject:
     """What suggestions are asked for: a case as it is, and how others like it are made.
 
     `host_of` gives the host as it runs a model in a format. `wider` is this machine with more threads, and
-    how many, None where it has none to spare. `batch_flag` is the flag for more sequences. Targets are None
-    where there are none; `missed` says whether the run misses them.
+    how many, None where it has none to spare. `at_once` is the command that runs so many sequences. Targets
+    are None where there are none; `missed` says whether the run misses them.
     """
 
     source: PlannedModel
@@ -82,8 +82,8 @@ class Subject:
     weights: str
     command: Command
     host_of: Callable[[FormattedModel], Host]
+    at_once: Callable[[int], str]
     wider: tuple[int, Callable[[FormattedModel], Host]] | None = None
-    batch_flag: str = "batch"
     ttft_s: float | None = None
     itl_s: float | None = None
     missed: bool = False
@@ -117,7 +117,7 @@ def _formats(subject: Subject, now: RunTimes) -> Iterator[Suggestion]:
         if FORMATS[name].weight_bits >= held.weight_bits:
             continue
         model = subject.source.in_format(name, case.host.device, held.kv_format)
-        if model.nbytes >= held.nbytes:
+        if model.nbytes >= NOTABLY * held.nbytes:
             continue
         then = run_times(replace(case, model=model, host=subject.host_of(model)))
         yield Suggestion(
@@ -179,8 +179,7 @@ def _batch(subject: Subject, now: RunTimes) -> Iterator[Suggestion]:
             break
         gains = _gains(now, then, batch / work.batch)
         text = f"{batch} at once decode {gains.decode:.1f}x the tokens/s at {slower:.1f}x the time per token"
-        command = subject.command.but(**{subject.batch_flag: batch})
-        found = Suggestion("batch", text, "all tokens/s", gains, command)
+        found = Suggestion("batch", text, "all tokens/s", gains, subject.at_once(batch))
     if found is not None and found.gains.decode >= _NOTABLE:
         yield found
 
