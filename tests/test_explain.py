@@ -20,10 +20,11 @@ from tiny_models import TinyModel
 from ridgeline.apps.benchmark import Workload
 from ridgeline.apps.explain import answer as answers
 from ridgeline.apps.explain.attach import RequestError, StepSeen, kinds_of, recent_steps
-from ridgeline.apps.explain.run import Case, findings, host_of, run_times
+from ridgeline.apps.explain.run import Case, findings, run_times
 from ridgeline.apps.explain.suggest import MOST, Command, Subject, suggestions
 from ridgeline.apps.operations import bench_config, run
-from ridgeline.apps.plan.model import FormattedModel, PlannedModel, open_model
+from ridgeline.apps.plan.host import host_here
+from ridgeline.apps.plan.model import PlannedModel, open_model
 from ridgeline.resources.presets import presets
 from ridgeline.types import ConfigError, Work
 
@@ -46,12 +47,9 @@ def subject(
 ) -> Subject:
     model = source.in_format(weights, "cpu", kv)
 
-    def here(model: FormattedModel) -> Any:
-        return host_of(TWO_CORES, FREE, model)
-
-    case = Case(model, here(model), work or Workload(128, 64, 1), 512)
+    case = Case(model, host_here(TWO_CORES, FREE), work or Workload(128, 64, 1), 512)
     command = Command("explain", "m", {"weights": weights})
-    return Subject(source, case, weights, command, here, lambda batch: command.but(batch=batch), **more)
+    return Subject(source, case, weights, command, lambda batch: command.but(batch=batch), **more)
 
 
 @pytest.fixture
@@ -75,7 +73,7 @@ def test_predicted_steps_are_those_that_the_engine_runs(tiny: Tiny, prompt: int,
     done = run(config, work, 1)
     with open_model(path) as source:
         model = source.in_format("auto", "cpu", "KV16")
-    times = run_times(Case(model, host_of(done.ceilings, FREE, model), work, budget))
+    times = run_times(Case(model, host_here(done.ceilings, FREE), work, budget))
     prefill, decode = done.rounds[0].prefill, done.rounds[0].decode
     assert prefill.steps == len(times.prefill)
     assert sum(step.work.rows for step in times.prefill) == prefill.tokens
@@ -121,10 +119,7 @@ def test_gains_are_the_predictions_own(llama2: PlannedModel) -> None:
     asked = subject(llama2)
     first = suggestions(asked)[0]
     narrow = llama2.in_format("W4A8-g32", "cpu", "KV16")
-    now, then = (
-        run_times(case)
-        for case in (asked.case, replace(asked.case, model=narrow, host=asked.host_of(narrow)))
-    )
+    now, then = (run_times(case) for case in (asked.case, replace(asked.case, model=narrow)))
     assert first.gains.run == pytest.approx(now.total_s / then.total_s)
     assert first.gains.prefill == pytest.approx(now.prefill_s / then.prefill_s)
     assert first.gains.decode == pytest.approx(now.decode.expected_s / then.decode.expected_s)
@@ -145,7 +140,7 @@ def test_keys_and_values_where_they_are_most_of_the_bytes(llama2: PlannedModel) 
 def test_cores_that_are_not_used(llama2: PlannedModel) -> None:
     rates = ("read_bytes_per_s", "int8_ops_per_s", "bf16_flops_per_s", "fp32_flops_per_s")
     twice = replace(TWO_CORES, **{name: 2 * getattr(TWO_CORES, name) for name in rates})
-    asked = subject(llama2, wider=(2, lambda model: host_of(twice, FREE, model)))
+    asked = subject(llama2, wider=(2, host_here(twice, FREE)))
     asked = replace(asked, command=Command("explain", "m", {"threads": 2, "weights": "W16A16"}))
     (found,) = [one for one in suggestions(asked) if one.kind == "threads"]
     assert found.gains.run == pytest.approx(2)

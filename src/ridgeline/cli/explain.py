@@ -32,7 +32,7 @@ Url = Annotated[
     str | None, flag("url", "Explain the recent steps of this server, as http://127.0.0.1:8000, instead.")
 ]
 Recent = Annotated[int, flag("recent", "Of a server: how many steps.")]
-ApiKey = Annotated[str | None, flag("api-key", "Key of the server.", also="OPENAI_API_KEY")]
+ApiKey = Annotated[str | None, flag("api-key", "Key of the server.")]
 
 
 def explain(

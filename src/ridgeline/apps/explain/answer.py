@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from typing import Any
 
 from ridgeline.apps.benchmark import Workload
 from ridgeline.apps.explain.attach import Served
-from ridgeline.apps.explain.run import Case, Finding, findings, host_of
+from ridgeline.apps.explain.run import Case, Finding, findings
 from ridgeline.apps.explain.suggest import Command, Subject, Suggestion, suggestions
 from ridgeline.apps.operations import Run, by_phase
-from ridgeline.apps.plan.host import Host
+from ridgeline.apps.plan.host import Host, host_here
 from ridgeline.apps.plan.model import FormattedModel, PlannedModel
 from ridgeline.config import EngineConfig
 from ridgeline.precision.formats import DEVICE_FORMATS
@@ -61,7 +60,7 @@ def explain(
     settled = run.config
     model = source.in_format(asked.weights, settled.device, settled.kv_format)
     host = _here(run.ceilings)
-    case = Case(model, host(model), run.workload, settled.max_num_batched_tokens)
+    case = Case(model, host, run.workload, settled.max_num_batched_tokens)
     found = findings(case, run.rounds)
     ttft_s = found["prefill"].measured_s * found["prefill"].steps / run.workload.batch
     subject = Subject(
@@ -69,7 +68,6 @@ def explain(
         case=case,
         weights=asked.weights,
         command=command,
-        host_of=host,
         at_once=lambda batch: command.but(batch=batch),
         wider=_wider(settled),
         ttft_s=targets.ttft_s,
@@ -92,13 +90,13 @@ def suggestions_of_server(
     weights, model = _served_format(source, served, device, kv_format)
     host = _here(ceilings)
     mix = mix_of(served, model)
-    case = Case(model, host(model), mix, EngineConfig().max_num_batched_tokens)
+    case = Case(model, host, mix, EngineConfig().max_num_batched_tokens)
     load = {"url": url, "prompt-tokens": mix.prompt_tokens, "output-tokens": mix.output_tokens}
 
     def at_once(batch: int) -> str:
         return Command("bench serve", None, load).but(concurrency=batch)
 
-    return suggestions(Subject(source, case, weights, command, host, at_once))
+    return suggestions(Subject(source, case, weights, command, at_once))
 
 
 def _served_format(
@@ -129,13 +127,12 @@ def mix_of(served: Served, model: FormattedModel) -> Workload:
     return Workload(prompt, max(2, round(ratio * prompt)), batch)
 
 
-def _here(ceilings: Ceilings) -> Callable[[FormattedModel], Host]:
-    """This machine as it runs models in different formats."""
+def _here(ceilings: Ceilings) -> Host:
     free = cuda_free_memory_bytes() if ceilings.device == "cuda" else free_memory_bytes()
-    return partial(host_of, ceilings, free)
+    return host_here(ceilings, free)
 
 
-def _wider(config: EngineConfig) -> tuple[int, Callable[[FormattedModel], Host]] | None:
+def _wider(config: EngineConfig) -> tuple[int, Host] | None:
     """Cores beyond those that a config takes, and the machine with them, measured."""
     cores, taken = usable_cores(), config.threads
     if config.device != "cpu" or taken is None or taken >= cores:

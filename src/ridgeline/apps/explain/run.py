@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from ridgeline.apps.benchmark import Phase, Round, Workload
-from ridgeline.apps.plan.host import Host, host_here
+from ridgeline.apps.plan.host import Host
 from ridgeline.apps.plan.model import FormattedModel
 from ridgeline.apps.plan.steps import StepTime, load_of, step_time
 from ridgeline.model.program import StepLoad
-from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.roofline import memory_s
-from ridgeline.resources.step_costs import costs_here
 from ridgeline.types import Work
 
 
@@ -77,17 +75,6 @@ def _prefill_loads(case: Case) -> list[StepLoad]:
                 loads.append(load)
             room = (room or case.step_tokens) - rows
     return loads
-
-
-def host_of(ceilings: Ceilings, free_bytes: int, model: FormattedModel) -> Host:
-    """This machine as it runs a model: what steps cost depends on its main format."""
-    held = {name: size for name, size in model.weights_bytes.items() if name in _names(model)}
-    main = max(held, key=lambda name: held[name])
-    return replace(host_here(ceilings, free_bytes), costs=costs_here(ceilings, main))
-
-
-def _names(model: FormattedModel) -> set[str]:
-    return {fmt.name for fmt in model.formats.values()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,18 +72,17 @@ class Suggestion:
 class Subject:
     """What suggestions are asked for: a case as it is, and how others like it are made.
 
-    `host_of` gives the host as it runs a model in a format. `wider` is this machine with more threads, and
-    how many, None where it has none to spare. `at_once` is the command that runs so many sequences. Targets
-    are None where there are none; `missed` says whether the run misses them.
+    `wider` is this machine with more threads, and how many, None where it has none to spare. `at_once` is the
+    command that runs so many sequences. Targets are None where there are none; `missed` says whether the run
+    misses them.
     """
 
     source: PlannedModel
     case: Case
     weights: str
     command: Command
-    host_of: Callable[[FormattedModel], Host]
     at_once: Callable[[int], str]
-    wider: tuple[int, Callable[[FormattedModel], Host]] | None = None
+    wider: tuple[int, Host] | None = None
     ttft_s: float | None = None
     itl_s: float | None = None
     missed: bool = False
@@ -119,7 +118,7 @@ def _formats(subject: Subject, now: RunTimes) -> Iterator[Suggestion]:
         model = subject.source.in_format(name, case.host.device, held.kv_format)
         if model.nbytes >= NOTABLY * held.nbytes:
             continue
-        then = run_times(replace(case, model=model, host=subject.host_of(model)))
+        then = run_times(replace(case, model=model))
         yield Suggestion(
             "weights",
             f"{name} holds the weights in {model.nbytes / 1e6:,.0f} MB in place of "
@@ -153,8 +152,8 @@ def _threads(subject: Subject, now: RunTimes) -> Iterator[Suggestion]:
     """Cores that are not used yet."""
     if subject.wider is None:
         return
-    more, host_of = subject.wider
-    then = run_times(replace(subject.case, host=host_of(subject.case.model)))
+    more, host = subject.wider
+    then = run_times(replace(subject.case, host=host))
     yield Suggestion(
         "threads",
         f"the machine has {more} more cores that the process may use",
