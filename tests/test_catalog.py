@@ -232,6 +232,13 @@ class FakeHub:
         self.asked = 0
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self.model_info)
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.download)
+        monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: self)
+        self.ranges: list[tuple[str, int, int]] = []
+
+    def cat_file(self, path: str, revision: str, start: int, end: int, cache_type: str) -> bytes:
+        name = path.split("/", 2)[2]
+        self.ranges.append((name, start, end))
+        return self.files[name][start:end]
 
     def model_info(self, repo: str, **options: Any) -> Any:
         assert options["files_metadata"]

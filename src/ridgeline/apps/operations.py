@@ -7,14 +7,21 @@ ceilings, and how much of the step they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from ridgeline.apps.benchmark import Round, Workload, measure
+from ridgeline.config import EngineConfig
 from ridgeline.engine import Engine
 from ridgeline.execution.profiling import Profile, ProfilingExecutor, TimedExecutor
+from ridgeline.loading import load_engine
+from ridgeline.resources import probe
 from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.roofline import arithmetic_s, mbu, memory_s, mfu
-from ridgeline.types import RequestError
+from ridgeline.types import CapacityError, RequestError
+
+Timed = Literal["all", "once", "none"]
 
 
 def measure_operations(
@@ -36,6 +43,58 @@ def measure_operations(
         return rounds, profiling
     finally:
         engine.executor = executor
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A workload that was measured by settings with nothing left to choose, and the machine's ceilings then;
+    `profiling` has the times of operations, None where nobody asked for them or the device cannot."""
+
+    config: EngineConfig
+    workload: Workload
+    rounds: Sequence[Round]
+    ceilings: Ceilings
+    profiling: ProfilingExecutor | None = None
+
+
+def bench_config(batch: int, **settings: Any) -> EngineConfig:
+    """The settings with room for a batch of the benchmark."""
+    room = EngineConfig()
+    return EngineConfig(
+        **settings,
+        max_num_seqs=max(batch, room.max_num_seqs),
+        max_num_batched_tokens=max(2 * batch, room.max_num_batched_tokens),
+        enable_prefix_caching=False,  # its pages would be kept, and every round would take cold memory
+    )
+
+
+def run(config: EngineConfig, workload: Workload, repeats: int, timed: Timed = "none") -> Run:
+    """Load a model, measure it and the machine's ceilings before and after, and close it.
+
+    Operations are `timed` in all rounds ("all"; RequestError where the device cannot), in none, or in one
+    more where the device can ("once").
+    """
+    loaded = load_engine(config)
+    settled, engine, before, profiling = loaded.config, loaded.engine, None, None
+    limit = settled.max_num_batched_tokens
+    try:
+        # Other tenants share the memory: what the machine gives now counts, not what it gave some day.
+        with suppress(CapacityError):  # the engine may have left a GPU too little memory to measure with
+            before = _ceilings_now(settled)
+        if timed == "all":
+            rounds, profiling = measure_operations(engine, workload, limit, repeats)
+        else:
+            rounds = measure(engine, workload, limit, repeats)
+            if timed == "once" and hasattr(engine.executor, "profile"):
+                _, profiling = measure_operations(engine, workload, limit, 1)
+    finally:
+        engine.close()
+    after = _ceilings_now(settled)
+    return Run(settled, workload, rounds, after if before is None else after.best_with(before), profiling)
+
+
+def _ceilings_now(config: EngineConfig) -> Ceilings:
+    return probe.measure(config.threads, seconds=probe.BESIDE_PROBE_S, device=config.device)
 
 
 def shares(profile: Profile, ceilings: Ceilings) -> list[dict[str, Any]]:

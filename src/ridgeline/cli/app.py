@@ -12,6 +12,7 @@ from ridgeline.cli import (
     budget,
     chat,
     doctor,
+    explain,
     perplexity,
     plan,
     probe,
@@ -46,6 +47,7 @@ _bench.callback(invoke_without_command=True)(bench.bench)
 _bench.command("serve")(bench_serve.bench_serve)
 app.add_typer(_bench, name="bench")
 app.command()(plan.plan)
+app.command()(explain.explain)
 app.command()(budget.budget)
 app.command()(doctor.doctor)
 

@@ -109,7 +109,7 @@ def _measure(loaded: LoadedModel, workload: Workload, repeats: int, ops: bool, j
     else:
         _show(result, ceilings)
         for phase, rows in result.get("operations", {}).items():
-            _show_operations(phase, rows)
+            show_operations(phase, rows)
 
 
 def _refuse_flags(context: typer.Context) -> None:
@@ -144,7 +144,7 @@ def _show(result: dict[str, Any], ceilings: Ceilings) -> None:
     )
 
 
-def _show_operations(phase: str, rows: list[dict[str, Any]]) -> None:
+def show_operations(phase: str, rows: list[dict[str, Any]]) -> None:
     """An average step's operations, the longest first."""
     columns = ("launches", "time", "of step", "bytes", "ops", "memory", "arithmetic")
     shown = table(phase, *columns, right=columns)

@@ -83,3 +83,13 @@ def count(number: float) -> str:
             return f"{number:.1f}{unit}" if unit else f"{number:.0f}"
         number /= 1000
     return f"{number:.1f}T"
+
+
+def figure(number: float) -> str:
+    """Three digits, and no fewer than stand before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def milliseconds(seconds: float) -> str:
+    """A time for people: 4.25 ms, from ten seconds on 12.3 s."""
+    return f"{seconds:.3g} s" if seconds >= 10 else f"{figure(seconds * 1e3)} ms"

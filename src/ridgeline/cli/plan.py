@@ -21,7 +21,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Catalog name, path, config.json alone, or hf.co/<org>/<repo> (only its config is fetched).",
+        help="Catalog name, path, config.json alone, or hf.co/<org>/<repo> (only headers are fetched).",
     ),
 ]
 Prompt = Annotated[int, flag("prompt", "Tokens of each prompt.", "-p")]

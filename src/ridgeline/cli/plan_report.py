@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ridgeline.cli.output import console, count, facts, size, table
+from ridgeline.cli.output import figure as _figure
+from ridgeline.cli.output import milliseconds as _ms
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -225,12 +227,3 @@ def _fitting(sequences: Mapping[int, int]) -> str:
 
 def _ridge(batch: int | None) -> str:
     return "none" if batch is None else f"{batch:,}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 10 else f"{_figure(seconds * 1e3)} ms"
-
-
-def _figure(number: float) -> str:
-    """Three digits, and no fewer than stand before the point."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

@@ -38,9 +38,10 @@ class Limits:
 
 
 def slot_bytes(group: MemoryGroup, kv_format: str) -> int:
-    """Memory of one token's keys and values in one layer of a group."""
+    """Memory of one token's keys and values, or of its latent vector, in one layer of a group."""
     storage = KV_STORAGES[kv_format]
-    return 2 * group.kv_heads * (group.head_dim * storage.value_bytes + storage.scale_bytes)
+    each = 1 if group.kind == "latent" else 2
+    return each * group.kv_heads * (group.head_dim * storage.value_bytes + storage.scale_bytes)
 
 
 def page_bytes(group: MemoryGroup, kv_format: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from ridgeline.model.program import (
     Activate,
@@ -77,14 +77,19 @@ class _Builder:
 
 def memory_groups(spec: ModelSpec) -> tuple[MemoryGroup, ...]:
     """Group the layers by the geometry of their sequence memory, in order of first appearance."""
-    layers: dict[tuple[int | None, int, int], list[int]] = {}
+    layers: dict[MemoryGroup, list[int]] = {}
     for index, layer in enumerate(spec.layers):
-        attention = layer.attention
-        layers.setdefault((attention.window, attention.kv_heads, attention.head_dim), []).append(index)
-    return tuple(
-        MemoryGroup("full" if window is None else "window", tuple(indices), kv_heads, head_dim, window)
-        for (window, kv_heads, head_dim), indices in layers.items()
-    )
+        layers.setdefault(_geometry(layer.attention), []).append(index)
+    return tuple(replace(group, layers=tuple(indices)) for group, indices in layers.items())
+
+
+def _geometry(attention: AttentionSpec) -> MemoryGroup:
+    """The group of a layer, without layers. Latent memory is one vector a slot, for all heads."""
+    latent, window = attention.latent, attention.window
+    if latent is not None:
+        return MemoryGroup("latent", (), 1, latent.rank + latent.rope_dim)
+    kind: Literal["full", "window"] = "full" if window is None else "window"
+    return MemoryGroup(kind, (), attention.kv_heads, attention.head_dim, window)
 
 
 def decoder(spec: ModelSpec) -> Program:
@@ -141,7 +146,8 @@ def _layer(build: _Builder, stream: Value, layer: LayerSpec, index: int, group: 
     x = normed(stream, "attention", layer.pre_norms)
     if layer.parallel:
         beside = x if layer.one_norm else normed(stream, "feed_forward", layer.pre_norms)
-    x = _attention(build, x, layer.attention, index, group)
+    attend = _attention if layer.attention.latent is None else _latent_attention
+    x = attend(build, x, layer.attention, index, group)
     x = normed(x, "post_attention", layer.post_norms)
     stream = build.add(stream, x, f"{prefix}.attention_sum")
     x = beside if layer.parallel else normed(stream, "feed_forward", layer.pre_norms)
@@ -185,6 +191,40 @@ def _attention(build: _Builder, x: Value, spec: AttentionSpec, index: int, group
     return build.linear(mixed, f"{prefix}.o", build.spec.hidden, spec.output_bias)
 
 
+def _latent_attention(build: _Builder, x: Value, spec: AttentionSpec, index: int, group: int) -> Value:
+    prefix, latent, rope = f"layers.{index}", spec.latent, spec.rope
+    assert latent is not None
+    assert rope is not None
+    source = x
+    if latent.query_rank is not None:
+        source = build.linear(x, f"{prefix}.q_a", latent.query_rank)
+        source = build.norm(source, f"{prefix}.q_a_norm")
+    query = build.linear(source, f"{prefix}.q", spec.heads * spec.head_dim)
+    vector = build.norm(build.linear(x, f"{prefix}.kv_a", latent.rank), f"{prefix}.kv_a_norm")
+    key = build.linear(x, f"{prefix}.k", latent.rope_dim)
+    query = build.append(Rope(replace(query, name=f"{prefix}.q_rope"), query, rope, spec.head_dim))
+    key = build.append(Rope(replace(key, name=f"{prefix}.k_rope"), key, rope, latent.rope_dim))
+    kept = Value(f"{prefix}.kv", "kv", key.width + vector.width)
+    memory = build.append(StoreKV(kept, key, vector, index, group))
+    each = spec.head_dim - latent.rope_dim + latent.value_dim
+    mixed = build.append(
+        Attention(
+            replace(query, name=f"{prefix}.attention", width=spec.heads * latent.value_dim),
+            query,
+            memory,
+            index,
+            group,
+            spec.heads,
+            spec.kv_heads,
+            spec.head_dim,
+            spec.scale,
+            value_dim=latent.value_dim,
+            expand=Weight(f"{prefix}.kv_b", (spec.heads * each, latent.rank)),
+        )
+    )
+    return build.linear(mixed, f"{prefix}.o", build.spec.hidden, spec.output_bias)
+
+
 def _feed_forward(build: _Builder, x: Value, spec: FeedForwardSpec, prefix: str) -> Value:
     up = build.linear(x, f"{prefix}.up", spec.width, spec.bias)
     source, times = up, None
@@ -197,7 +237,8 @@ def _feed_forward(build: _Builder, x: Value, spec: FeedForwardSpec, prefix: str)
 
 def _experts(build: _Builder, x: Value, spec: ExpertsSpec, prefix: str) -> Value:
     """The experts' weights are named as those of a feed-forward, with `experts.` before."""
-    shared_gate = Weight(f"{prefix}.shared_gate", (1, x.width)) if spec.shared else None
+    gated = spec.shared is not None and spec.shared_gate
+    shared_gate = Weight(f"{prefix}.shared_gate", (1, x.width)) if gated else None
     routes = build.append(
         Route(
             Value(f"{prefix}.routes", "routes", 2 * spec.chosen + (shared_gate is not None)),

@@ -116,14 +116,16 @@ def resolve(name_or_path: str | Path, pull_missing: bool = True, progress: Progr
 
 def resolve_metadata(name_or_path: str | Path) -> Path:
     """Where a model's metadata lies: what `resolve` finds on this machine, or of a model on the hub that was
-    not pulled its `config.json`, which is fetched.
+    not pulled what alone is fetched of it, the beginnings of its files and its `config.json`.
 
     Raises CheckpointError as `resolve` and `pull` do.
     """
     name = _parse(name_or_path) if isinstance(name_or_path, str) else None
     if isinstance(name, HubName) and _cached(name) is None:
+        from ridgeline.model.hub_headers import fetch_metadata
+
         with _one_line(name):
-            return hub.fetch_config(name)
+            return fetch_metadata(name)
     return resolve(name_or_path, pull_missing=False)
 
 

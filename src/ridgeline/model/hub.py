@@ -222,6 +222,23 @@ def _hub_file(sibling: Any) -> HubFile:
     return HubFile(sibling.rfilename, sibling.size or 0, stored.sha256 if stored is not None else None)
 
 
+def read_range(repo: str, file: str, revision: str | None, start: int, end: int) -> bytes:
+    """The bytes `start` to `end` of a file, of which nothing else is fetched.
+
+    FetchError when the hub does not give them.
+    """
+    with _hub_errors(repo):
+        from huggingface_hub import HfFileSystem
+
+        # Without a cache of its own it asks for exactly these.
+        found = HfFileSystem().cat_file(
+            f"{repo}/{file}", revision=revision, start=start, end=end, cache_type="none"
+        )
+        if len(found) != end - start:
+            raise FetchError(f"hub: it gave {len(found)} bytes of {file}, where {end - start} were asked for")
+        return bytes(found)
+
+
 def fetch_file(
     repo: str, revision: str, file: str, folder: Path, total_bytes: int, progress: Progress
 ) -> Path:

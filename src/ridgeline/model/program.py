@@ -307,7 +307,10 @@ class Rope(Operation):
 
 @dataclass(frozen=True, slots=True)
 class StoreKV(Operation):
-    """Write keys and values into the rows' slots of a layer, rounded to the cache's format."""
+    """Write keys and values into the rows' slots of a layer, rounded to the cache's format.
+
+    Into latent memory go the rotary key that all heads share and, as the value, the latent vector.
+    """
 
     key: Value
     value: Value
@@ -324,6 +327,10 @@ class Attention(Operation):
 
     With `softcap`, a scaled score s becomes softcap * tanh(s / softcap) before a segment's bias is added.
     `sinks`, of shape (heads,), are scores that take part in each head's softmax and have no value.
+
+    From latent memory, `expand`, of shape (heads * (what of a key does not turn + value_dim), rank), makes
+    each head's keys and values, of which the latter have `value_dim` numbers. An executor may move that
+    product to queries and results. Its arithmetic is counted once a row, which is the least of either way.
     """
 
     query: Value
@@ -337,11 +344,16 @@ class Attention(Operation):
     window: int | None = None
     softcap: float | None = None
     sinks: Weight | None = None
+    value_dim: int | None = None
+    expand: Weight | None = None
 
     def work(self, load: StepLoad) -> Work:
         pairs = self.heads * load.pairs[self.group]
         per_score = 3 if self.softcap is None else 6
-        return _work_in(self.query.kind, 4 * self.head_dim * pairs) + Work(fp32_flops=per_score * pairs)
+        products = 2 * (self.head_dim + (self.value_dim or self.head_dim)) * pairs
+        if self.expand is not None:
+            products += 2 * load.rows_of(self.out) * self.expand.shape[0] * self.expand.shape[1]
+        return _work_in(self.query.kind, products) + Work(fp32_flops=per_score * pairs)
 
 
 @dataclass(frozen=True, slots=True)

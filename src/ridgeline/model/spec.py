@@ -43,13 +43,30 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """What multi-head latent attention keeps of a token in place of keys and values (DeepSeek-V2,
+    arXiv:2405.04434, section 2.1): a vector of `rank` numbers, of which those of all heads are made, and a
+    rotary key of `rope_dim` numbers, which all heads share.
+
+    A head's values have `value_dim` numbers. Queries are made of a vector of `query_rank` numbers, or of the
+    row itself (None).
+    """
+
+    rank: int
+    rope_dim: int
+    value_dim: int
+    query_rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """Grouped-query attention. `window` w lets a row see the last w positions, its own included.
 
     `softcap` bounds scores: cap * tanh(score / cap). With `sinks`, each head has one more score, a weight,
     that takes its share of the softmax and gives nothing. `qk_norm` is an RMS norm of queries and keys over
     each head, or over all heads together where `qk_norm_whole`. Over each head it may be of another kind, a
-    layer norm without bias, and with `qk_norm_by_head` each head has a gain of its own.
+    layer norm without bias, and with `qk_norm_by_head` each head has a gain of its own. With `latent`, keys
+    and values are products of what that says is kept; `head_dim` is then that of queries and keys.
     """
 
     heads: int
@@ -66,6 +83,7 @@ class AttentionSpec:
     qk_norm_by_head: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
+    latent: LatentSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +102,8 @@ class ExpertsSpec:
 
     Scores are the softmax over all experts of a linear of the row, with a bias where `router_bias`; ties go
     to the lower expert. Outputs are summed with the chosen scores, scaled to sum to 1 where `renormalise`.
-    A `shared` feed-forward sees every row; its output is weighed with the sigmoid of a linear of the row.
+    A `shared` feed-forward sees every row; its output is weighed with the sigmoid of a linear of the row
+    where `shared_gate`.
     """
 
     count: int
@@ -93,6 +112,7 @@ class ExpertsSpec:
     renormalise: bool = True
     router_bias: bool = False
     shared: FeedForwardSpec | None = None
+    shared_gate: bool = True
 
 
 @dataclass(frozen=True, slots=True)

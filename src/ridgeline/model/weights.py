@@ -15,7 +15,7 @@ from ridgeline.model.checkpoint.files import held_storage
 from ridgeline.model.families import family_of
 from ridgeline.model.families.family import Family, Source
 from ridgeline.model.matrix_reader import MatrixReader
-from ridgeline.model.program import Embed, ExpertLinear, Linear, Program
+from ridgeline.model.program import Attention, Embed, ExpertLinear, Linear, Program
 from ridgeline.model.spec import ModelSpec
 from ridgeline.precision.formats import Format, auto_format, native_storages, parse_format
 from ridgeline.precision.quantise import quantise_tensor, storage_of
@@ -155,10 +155,12 @@ def weight_bytes(shape: tuple[int, ...], storage: Storage | None) -> int:
 
 
 def matrices_of(program: Program) -> set[str]:
-    """Weights of linears, experts' too, and of token embeddings: those that a format is chosen for."""
+    """Weights of linears, experts' too, of attention to latent memory, and of token embeddings: those that a
+    format is chosen for."""
     linears = {op.weight.name for op in program.operations if isinstance(op, Linear | ExpertLinear)}
     tables = {op.table.name for op in program.operations if isinstance(op, Embed) and op.ids.kind == "tokens"}
-    return linears | tables
+    expanding = {op.expand.name for op in program.operations if isinstance(op, Attention) and op.expand}
+    return linears | tables | expanding
 
 
 def _sources(

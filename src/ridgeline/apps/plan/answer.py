@@ -15,7 +15,7 @@ from ridgeline.types import ConfigError
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _MOST_DEVICES = 64
-_NOTABLY = 0.8
+NOTABLY = 0.8
 """A format that keeps more than this of the bytes is not worth what it loses."""
 
 
@@ -118,7 +118,7 @@ def _formats(source: PlannedModel, question: Question) -> list[FormattedModel]:
     # Of equal bits, more bits of activations lose less.
     others.sort(key=lambda name: (-FORMATS[name].weight_bits, -FORMATS[name].activation_bits))
     narrower = [source.in_format(name, device, question.kv_format) for name in others]
-    return [first, *(model for model in narrower if model.nbytes < _NOTABLY * first.nbytes)]
+    return [first, *(model for model in narrower if model.nbytes < NOTABLY * first.nbytes)]
 
 
 def _fits(model: FormattedModel, host: Host, workload: Workload, users: int) -> bool:

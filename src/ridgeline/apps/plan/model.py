@@ -17,7 +17,8 @@ from ridgeline.execution.lowering import Footprint, WorkModel
 from ridgeline.model.build import decoder
 from ridgeline.model.checkpoint import Checkpoint, open_checkpoint
 from ridgeline.model.checkpoint.config_only import ConfigOnly, read_config
-from ridgeline.model.families import read_spec
+from ridgeline.model.checkpoint.headers import has_headers, open_headers
+from ridgeline.model.families import planned_family_of, planned_spec
 from ridgeline.model.program import Program
 from ridgeline.model.rewrite import with_precision
 from ridgeline.model.spec import ModelSpec
@@ -73,7 +74,7 @@ class PlannedModel:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self.path = checkpoint.path
-        self.spec = read_spec(checkpoint)
+        self.spec = planned_spec(checkpoint)
         self._canonical = decoder(self.spec)
         self.parameters = sum(prod(weight.shape) for weight in self._canonical.weights())
         self.bare = isinstance(checkpoint, ConfigOnly)
@@ -143,8 +144,14 @@ def _open(path: Path) -> Checkpoint:
     if path.suffix == ".json":
         return read_config(path)
     config = path / "config.json"
+    if has_headers(path):
+        return open_headers(path)
+    if not config.is_file():
+        return open_checkpoint(path)
+    bare = read_config(config)
     weights = any(path.glob("*.safetensors*")) or any(path.glob("*.gguf"))
-    return read_config(config) if config.is_file() and not weights else open_checkpoint(path)
+    # Of a family that nothing runs, names of tensors are not known either.
+    return open_checkpoint(path) if weights and planned_family_of(bare) is None else bare
 
 
 def _footprint(program: Program, bytes_of: Mapping[str, int], kv_format: str) -> Footprint:

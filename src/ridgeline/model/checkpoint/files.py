@@ -216,6 +216,11 @@ class MappedCheckpoint:
         entry = self._entry(name)
         return entry.file.view(entry.offset, entry.info.nbytes)
 
+    def place(self, name: str) -> tuple[Path, int, int]:
+        """The file that a tensor lies in, and its offset and bytes there."""
+        entry = self._entry(name)
+        return entry.file.path, entry.offset, entry.info.nbytes
+
     def prefetch(self, name: str, rows: slice) -> None:
         entry = self._entry(name)
         entry.file.prefetch(*_extent(entry, rows))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,17 +67,17 @@ _KEY_VALUE_BYTES = 8 + 4 + 1
 _TENSOR_BYTES = 8 + 4 + 8 + 4 + 8
 
 
-def read_gguf(path: Path) -> MappedCheckpoint:
+def read_gguf(path: Path, open_file: Callable[[Path], MappedFile] = MappedFile) -> MappedCheckpoint:
     """Open a GGUF; one without tensors (a vocabulary) too. Raises CheckpointError for everything else.
 
     Any part of a split one opens all of them, under the path and with the metadata of the first.
     """
     files: list[MappedFile] = []
     try:
-        opened = _read_part(path, files)
+        opened = _read_part(open_file(path), files)
         with reading(path):
             paths = part_paths(opened)
-        parts = [opened if each == path else _read_part(each, files) for each in paths]
+        parts = [opened if each == path else _read_part(open_file(each), files) for each in paths]
         return MappedCheckpoint(paths[0], "gguf", parts[0].metadata, joined(parts), files)
     except BaseException:
         for file in files:
@@ -85,10 +85,10 @@ def read_gguf(path: Path) -> MappedCheckpoint:
         raise
 
 
-def _read_part(path: Path, files: list[MappedFile]) -> Part:
-    """One file, which is mapped and added to `files`, its owner."""
-    file = MappedFile(path)
+def _read_part(file: MappedFile, files: list[MappedFile]) -> Part:
+    """One file, which is added to `files`, its owner."""
     files.append(file)
+    path = file.path
     with reading(path):
         cursor = _Cursor(file)
         tensor_count, key_count = _read_start(cursor)

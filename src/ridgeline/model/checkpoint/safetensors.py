@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ VALUE_BYTES = {
 }  # fmt: skip
 
 
-def read_safetensors(folder: Path) -> Checkpoint:
+def read_safetensors(folder: Path, open_file: Callable[[Path], MappedFile] = MappedFile) -> Checkpoint:
     """Open a folder with `config.json` and safetensors, whose tensors may be quantised.
 
     Raises CheckpointError for everything else.
@@ -54,7 +55,7 @@ def read_safetensors(folder: Path) -> Checkpoint:
     files: list[MappedFile] = []
     try:
         with reading(folder):
-            entries = _read_weights(folder, files)
+            entries = _read_weights(folder, files, open_file)
             sidecar = partial(read_sidecar, folder)
             return logical_checkpoint(
                 MappedCheckpoint(folder, "safetensors", config, entries, files, sidecar)
@@ -65,10 +66,12 @@ def read_safetensors(folder: Path) -> Checkpoint:
         raise
 
 
-def _read_weights(folder: Path, files: list[MappedFile]) -> dict[str, Entry]:
+def _read_weights(
+    folder: Path, files: list[MappedFile], open_file: Callable[[Path], MappedFile]
+) -> dict[str, Entry]:
     """All tensors of the folder; the files that are mapped for them are added to `files`, which owns them."""
     if (folder / INDEX_NAME).exists():
-        return _read_shards(folder, files)
+        return _read_shards(folder, files, open_file)
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if "model.safetensors" in names:
         names = ["model.safetensors"]
@@ -77,11 +80,13 @@ def _read_weights(folder: Path, files: list[MappedFile]) -> dict[str, Entry]:
             f"{folder} has {len(names)} safetensors files and no {INDEX_NAME}; "
             "accepted: one file, model.safetensors, or shards with their index"
         )
-    files.append(MappedFile(contained(folder, names[0])))
+    files.append(open_file(contained(folder, names[0])))
     return _read_header(files[0])
 
 
-def _read_shards(folder: Path, files: list[MappedFile]) -> dict[str, Entry]:
+def _read_shards(
+    folder: Path, files: list[MappedFile], open_file: Callable[[Path], MappedFile]
+) -> dict[str, Entry]:
     path = contained(folder, INDEX_NAME)
     index = parse_json_object(read_file(path, INDEX_LIMIT_BYTES), path, "the index")
     weight_map = index.get("weight_map")
@@ -94,7 +99,7 @@ def _read_shards(folder: Path, files: list[MappedFile]) -> dict[str, Entry]:
         shard_path = contained(folder, name)
         if shard_path.suffix != ".safetensors":
             raise CheckpointError(f"{path} names the shard {shown(name)}; accepted: safetensors files")
-        files.append(MappedFile(shard_path))
+        files.append(open_file(shard_path))
         shards[name] = _read_header(files[-1])
     for tensor, shard in weight_map.items():
         if tensor not in shards[shard]:

@@ -6,8 +6,9 @@ from difflib import get_close_matches
 
 from ridgeline.model.checkpoint import Checkpoint
 from ridgeline.model.families.command_r import COHERE2, COMMAND_R
+from ridgeline.model.families.deepseek import DEEPSEEK
 from ridgeline.model.families.falcon import FALCON
-from ridgeline.model.families.family import Family
+from ridgeline.model.families.family import Family, PlannedFamily
 from ridgeline.model.families.gemma2 import GEMMA2
 from ridgeline.model.families.gemma3 import GEMMA3
 from ridgeline.model.families.gpt2 import GPT2
@@ -49,6 +50,9 @@ FAMILIES = (
     GPT_OSS,
 )
 
+PLANNED = (DEEPSEEK,)
+"""Those that no executor runs: a plan can be made for them, and nothing is loaded."""
+
 
 def family_of(checkpoint: Checkpoint) -> Family:
     """The family that a checkpoint names; raises CheckpointError when we do not know it."""
@@ -58,6 +62,11 @@ def family_of(checkpoint: Checkpoint) -> Family:
     for family in FAMILIES:
         if seen in (family.architectures if gguf else family.model_types):
             return family
+    if planned_family_of(checkpoint) is not None:
+        raise CheckpointError(
+            f"{checkpoint.path}: {key} is {seen!r}, whose layers keep a latent vector, which nothing runs; "
+            "accepted: `ridgeline plan`, which reads its config.json, and the families that run"
+        )
     known = [name for f in FAMILIES for name in (f.architectures if gguf else f.model_types)]
     near = get_close_matches(str(seen)[:80], known, n=1, cutoff=0.7)
     hint = f"the nearest that is known is {near[0]!r}; " if near else ""
@@ -65,6 +74,18 @@ def family_of(checkpoint: Checkpoint) -> Family:
         f"{checkpoint.path}: {key} is {str(seen)[:80]!r}; {hint}"
         "accepted: those of `ridgeline list --families`"
     )
+
+
+def planned_family_of(checkpoint: Checkpoint) -> PlannedFamily | None:
+    """The family of a checkpoint's configuration that only plans can be made for, None where it is none."""
+    seen = None if checkpoint.kind == "gguf" else checkpoint.metadata.get("model_type")
+    return next((family for family in PLANNED if seen in family.model_types), None)
+
+
+def planned_spec(checkpoint: Checkpoint) -> ModelSpec:
+    """As `read_spec`, of families too that only plans can be made for."""
+    planned = planned_family_of(checkpoint)
+    return read_spec(checkpoint) if planned is None else planned.from_config(checkpoint)
 
 
 def read_spec(checkpoint: Checkpoint) -> ModelSpec:

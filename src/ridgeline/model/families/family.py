@@ -177,6 +177,15 @@ class Family:
     ignored: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedFamily:
+    """A family whose sizes are known, but that no executor runs."""
+
+    name: str
+    model_types: tuple[str, ...]  # config.json model_type
+    from_config: Callable[[Checkpoint], ModelSpec]
+
+
 def fused_heads(plain: Source, attention: AttentionSpec, part: str, by_group: bool) -> Source:
     """Queries ("q"), keys ("k") or values ("v") of a projection that holds all three.
 
