@@ -214,11 +214,15 @@ inline void sort_handful(CandidateList& list) {
 // as those of the whole list do. Two bounds are brought together until a handful is between them, or one logit.
 inline Floor reach(CandidateList& list, int64_t need) {
   constexpr int32_t kHandful = 24, kLinear = 14;
-  float top = list.logits[0], bottom = top;
-  for (int32_t i = 0; i < list.count; ++i) {
-    top = list.logits[i] > top ? list.logits[i] : top;
-    bottom = list.logits[i] < bottom ? list.logits[i] : bottom;
+  const vfloat any = splat(list.logits[0]);
+  vfloat most = any, least = any;
+  for (int32_t i = 0; i < list.count; i += 16) {
+    const vmask m = first_lanes(list.count - i);
+    const vfloat x = select(m, load(m, list.logits + i), any);
+    most = max(most, x);
+    least = min(least, x);
   }
+  const float top = reduce_max(most), bottom = -reduce_max(zero() - least);
   int64_t low = key_of(bottom), high = key_of(top) + 1;  // the floor is from low to under high
   int64_t above = 0;                                     // of what is no longer in the list
   Share over{0, 0};                                      // of the list, from `high` on

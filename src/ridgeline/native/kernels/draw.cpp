@@ -151,13 +151,20 @@ struct Winner {
   }
 };
 
-// Among eight tokens that share a block of the generator, those in `able` (one bit each).
+// One bit for each of sixteen tokens: those that can win at all, and with the noise that most tokens have at most.
+struct Able {
+  unsigned ever, usually;
+};
+
+// Among the tokens of `kBlocks` blocks of the generator from `begin` on, those that are able to win.
+template <int kBlocks>
 RIDGELINE_INLINE void try_tokens(const DrawnRow& row, const Floor& floor, const NoiseAddress& address,
-                                 const NoiseBounds& bounds, int32_t begin, unsigned able, Winner& winner) {
-  uint32_t numbers[kNoiseTokens];
-  noise_bits(address, uint64_t(begin / kNoiseTokens), numbers);
-  for (; able != 0; able &= able - 1) {
-    const int32_t place = __builtin_ctz(able), id = begin + place;
+                                 const NoiseBounds& bounds, int32_t begin, Able able, Winner& winner) {
+  uint32_t numbers[16] = {};
+  noise_bits<kBlocks>(address, uint64_t(begin / kNoiseTokens), numbers);
+  const unsigned rare = mask_bits(less(splat(float(NoiseBounds::kUsual)), to_float(iload(numbers))));
+  for (unsigned left = able.ever & (able.usually | rare); left != 0; left &= left - 1) {
+    const int32_t place = __builtin_ctz(left), id = begin + place;
     const float x = row.x[id];
     if (x + bounds.of(numbers[place]) < winner.score) continue;
     if (x == floor.logit && id > floor.last_id) continue;
@@ -171,7 +178,7 @@ int32_t most_after_noise(const DrawnRow& row, const Floor& floor, const NoiseAdd
   const NoiseBounds bounds = NoiseBounds::make();
   Winner winner{kForbidden, row.count};
   const int32_t best = first_best(row);
-  try_tokens(row, floor, address, bounds, best / kNoiseTokens * kNoiseTokens, 1u << best % kNoiseTokens, winner);
+  try_tokens<1>(row, floor, address, bounds, best / kNoiseTokens * kNoiseTokens, {1u << best % kNoiseTokens, ~0u}, winner);
   for (int32_t block = 0; block < row.blocks; ++block) {
     if (row.tops[block] < floor.logit || row.tops[block] + bounds.most < winner.score) continue;
     const int32_t end = (block + 1) * kDrawBlock < row.count ? (block + 1) * kDrawBlock : row.count;
@@ -179,9 +186,12 @@ int32_t most_after_noise(const DrawnRow& row, const Floor& floor, const NoiseAdd
       const vfloat x = row.at(begin);
       const unsigned out = mask_bits(less(x, splat(floor.logit))) |
                            mask_bits(less(x + splat(bounds.most), splat(winner.score)));
-      const unsigned able = ~out & 0xffff;
-      if ((able & 0xff) != 0) try_tokens(row, floor, address, bounds, begin, able & 0xff, winner);
-      if (able >> 8 != 0) try_tokens(row, floor, address, bounds, begin + 8, able >> 8, winner);
+      const Able able{~out & 0xffff, ~mask_bits(less(x + splat(bounds.usual), splat(winner.score)))};
+      const bool low = (able.ever & 0xff) != 0, high = able.ever >> 8 != 0;
+      if (low && high) try_tokens<2>(row, floor, address, bounds, begin, able, winner);
+      if (low && !high) try_tokens<1>(row, floor, address, bounds, begin, able, winner);
+      if (high && !low)
+        try_tokens<1>(row, floor, address, bounds, begin + kNoiseTokens, {able.ever >> 8, able.usually >> 8}, winner);
     }
   }
   return winner.id;
