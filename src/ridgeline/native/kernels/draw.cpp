@@ -178,7 +178,8 @@ int32_t most_after_noise(const DrawnRow& row, const Floor& floor, const NoiseAdd
   const NoiseBounds bounds = NoiseBounds::make();
   Winner winner{kForbidden, row.count};
   const int32_t best = first_best(row);
-  try_tokens<1>(row, floor, address, bounds, best / kNoiseTokens * kNoiseTokens, {1u << best % kNoiseTokens, ~0u}, winner);
+  const int32_t first = best / kNoiseTokens * kNoiseTokens;
+  try_tokens<1>(row, floor, address, bounds, first, {1u << (best - first), ~0u}, winner);
   for (int32_t block = 0; block < row.blocks; ++block) {
     if (row.tops[block] < floor.logit || row.tops[block] + bounds.most < winner.score) continue;
     const int32_t end = (block + 1) * kDrawBlock < row.count ? (block + 1) * kDrawBlock : row.count;
