@@ -71,7 +71,7 @@ class FakeExecutor:
         self._logits = self._older = np.zeros((0, vocabulary), np.float32)
         self._drawn = self._older_drawn = np.zeros(0, np.int32)
         noise = np.random.default_rng(1)
-        self._drawer = Drawer()
+        self.drawer = Drawer()
         self._noise = (noise.standard_normal((2, _OFFSETS + vocabulary)) * 2).astype(np.float32)
 
     def load(self, weights: Any) -> None:
@@ -106,7 +106,7 @@ class FakeExecutor:
         if handle == "encoder":
             assert not step.draws
             self._logits = self._logits[:, :HIDDEN].copy()
-        self._drawn = self._drawer.rows(self._logits, step.draws)
+        self._drawn = self.drawer.rows(self._logits, step.draws)
         logits = undrawn(self._logits, step.draws)
         dense = Work(int8_ops=step.rows, read_bytes=1)
         work = StepWork(dense, Work(), step.rows, step.outputs, len(step.sequences), 1)

@@ -15,6 +15,7 @@ import pytest
 from worded_models import make_worded
 
 from ridgeline import LLM, RequestError, SamplingParams, StructuredOutputsParams
+from ridgeline.execution import draw
 from ridgeline.model.tokenizer import Tokenizer
 from ridgeline.sampling.constraints import Constraint, Constraints, DeadEndError
 from ridgeline.sampling.sampler import token_logprobs
@@ -87,7 +88,8 @@ def constraints(tokenizer: Tokenizer) -> Iterator[Constraints]:
 
 
 def permitted(constraint: Constraint, size: int) -> set[int]:
-    return set(np.flatnonzero(np.isfinite(constraint.masked(np.zeros(size, np.float32)))).tolist())
+    row = draw.permitted(np.zeros(size, np.float32), constraint.mask())
+    return set(np.flatnonzero(np.isfinite(row)).tolist())
 
 
 # -------------------------------------------------------------------------------------------- outputs
@@ -293,7 +295,7 @@ def test_a_token_that_was_not_permitted_is_a_dead_end(constraints: Constraints, 
     (constraint, other) = constraints.start(StructuredOutputsParams(regex="1{5}"), 2)
     constraint.append(tokenizer.encode("x")[0])
     with pytest.raises(DeadEndError):
-        constraint.masked(np.zeros(tokenizer.vocab_size + 5, np.float32))
+        constraint.mask()
     assert permitted(other, tokenizer.vocab_size + 5)
 
 

@@ -26,7 +26,6 @@ from native_oracles import (
 )
 
 from ridgeline import native
-from ridgeline.execution import draw
 
 TEAM = native.Team(2)
 
@@ -293,24 +292,3 @@ def test_probes_refuse_what_would_not_end() -> None:
 
 def positive(samples: list[float]) -> bool:
     return len(samples) >= 2 and all(math.isfinite(x) and x > 0 for x in samples)
-
-
-@pytest.mark.parametrize("isa", native.isa_levels())
-@pytest.mark.parametrize("width", [1, 15, 16, 1023, 1024, 1025, 5000])
-def test_greedy_tokens_are_those_of_numpy(isa: str, width: int) -> None:
-    random = np.random.default_rng(width)
-    logits = random.standard_normal((12, width)).astype(np.float32)
-    logits[1] = 3.0  # the lowest of equals
-    logits[2] = np.round(logits[2])
-    logits[3] = -np.inf
-    logits[4, random.integers(width)] = np.inf
-    logits[5, random.integers(width)] = np.nan
-    logits[6, random.integers(width)] = -np.nan
-    logits[7, :-1] = -np.inf
-    logits[8] = -0.0
-    logits[9] = -(logits[9] ** 2) - 1e30
-    team = native.Team(2)
-    seen = native.greedy_tokens(logits, team, isa)
-    np.testing.assert_array_equal(seen, draw.greedy_tokens(logits))
-    assert native.greedy_tokens(logits[:0], team, isa).shape == (0,)
-    team.close()

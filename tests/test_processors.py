@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ridgeline.execution.draw import Candidates, Drawer
+from ridgeline.execution import draw
+from ridgeline.execution.draw import Candidates, Drawer, Edit
 from ridgeline.execution.noise import XTC, Address, NoiseSource
 from ridgeline.sampling import filters, processors, repetition
 from ridgeline.sampling.history import TokenHistory
@@ -40,6 +41,10 @@ class Letters:
 
 def row_of(seed: int, size: int = 300) -> NDArray[np.float32]:
     return (np.random.default_rng(seed).standard_normal(size) * 3).astype(np.float32)
+
+
+def edited(logits: NDArray[np.float32], edit: Edit | None) -> NDArray[np.float32]:
+    return logits if edit is None else draw.edited(logits, edit)
 
 
 def everything(logits: NDArray[Any]) -> Candidates:
@@ -85,7 +90,7 @@ def test_bad_words_agree_with_transformers() -> None:
         row = row_of(len(output), 128)
         # Ours counts a word after a space only where it has as many tokens as alone, so theirs bans no more.
         expected = theirs(torch.tensor([[*output.encode()]]), torch.from_numpy(row)[None])[0].numpy()
-        assert np.array_equal(mine(row, said("ab", output)), expected), output
+        assert np.array_equal(edited(row, mine(said("ab", output))), expected), output
 
 
 # --------------------------------------------------------------------------------- against the papers
@@ -96,7 +101,7 @@ def test_bad_words_agree_with_transformers() -> None:
 def test_top_n_sigma_keeps_what_is_within_n_deviations(seed: int, n: float) -> None:
     row = row_of(seed)
     row[::7] = -np.inf
-    got = processors.top_n_sigma(n)(row, said(""))
+    got = processors.top_n_sigma(n)(row)
     finite = row[np.isfinite(row)].astype(np.float64)
     mean = finite.mean()
     deviation = np.sqrt(((finite - mean) ** 2).mean())
@@ -104,7 +109,7 @@ def test_top_n_sigma_keeps_what_is_within_n_deviations(seed: int, n: float) -> N
     near = np.abs(row - (finite.max() - n * deviation)) < 1e-4
     assert ((np.isfinite(got) == expected) | near).all()
     assert np.isfinite(got[row.argmax()])
-    hotter = processors.top_n_sigma(n)(row / np.float32(4), said(""))
+    hotter = processors.top_n_sigma(n)(row / np.float32(4))
     assert ((np.isfinite(hotter) == np.isfinite(got)) | near).all(), "a temperature changes nothing"
 
 
@@ -130,7 +135,7 @@ def dry_by_hand(context: Sequence[str], allowed: int, breakers: str) -> dict[str
 def test_dry_is_its_definition(text: str, allowed: int, cut: int) -> None:
     params = SamplingParams(dry_multiplier=0.8, dry_base=1.5, dry_allowed_length=allowed)
     row = row_of(1, 128)
-    got = repetition.Dry(params, Letters())(row, said(text[:cut], text[cut:]))
+    got = edited(row, repetition.Dry(params, Letters())(said(text[:cut], text[cut:])))
     expected = row.astype(np.float64)
     for letter, length in dry_by_hand(text, allowed, ':"*\n').items():
         expected[ord(letter)] -= 0.8 * 1.5 ** (length - allowed)
@@ -145,13 +150,13 @@ def test_dry_grows_with_its_sequence_and_looks_back_as_far_as_it_may() -> None:
         history.append(token)
         fresh = repetition.Dry(params, Letters())
         row = row_of(3, 128)
-        assert np.array_equal(growing(row, history), fresh(row, history))
-    penalised = np.flatnonzero(growing(row, history) != row)
+        assert np.array_equal(edited(row, growing(history)), edited(row, fresh(history)))
+    penalised = np.flatnonzero(edited(row, growing(history)) != row)
     assert penalised.tolist() == [ord("d")]
     short = repetition.Dry(SamplingParams(dry_multiplier=1.0, dry_penalty_last_n=5), Letters())
-    assert np.array_equal(short(row, history), row)
+    assert short(history) is None
     broken = said("ab-->q ab-->")
-    assert np.array_equal(repetition.Dry(params, Letters())(row, broken), row), "a breaker of three tokens"
+    assert repetition.Dry(params, Letters())(broken) is None, "a breaker of three tokens"
 
 
 def xtc_by_hand(chances: Floats, threshold: float) -> list[int]:
@@ -204,7 +209,7 @@ def drawn(params: SamplingParams, count: int, logits: Floats = SIX) -> Floats:
     counts, drawer = np.zeros(logits.size), Drawer()
     chooser = Chooser(params, 21, 0, (), (), words=Letters())
     for position in range(count):
-        row = chooser.adjusted(logits.astype(np.float32))
+        row = chooser.adjusted(logits.astype(np.float32), chooser.adjustment())
         counts[drawer.one(row, chooser.draw(position), chooser.filters(position))] += 1
     return counts
 
@@ -249,7 +254,8 @@ def test_the_order_is_as_documented() -> None:
     params = SamplingParams(top_k=2, xtc_probability=1.0, xtc_threshold=0.41, temperature=1.0)
     assert np.flatnonzero(drawn(params, 50)).tolist() == [1]
     params = SamplingParams(logit_bias={5: 10.0}, bad_words=[chr(5)], top_n_sigma=0.5)
-    row = Chooser(params, 0, 0, (), (), words=Letters()).adjusted(np.pad(SIX, (0, 122)).astype(np.float32))
+    chooser = Chooser(params, 0, 0, (), (), words=Letters())
+    row = chooser.adjusted(np.pad(SIX, (0, 122)).astype(np.float32), chooser.adjustment())
     assert row[5] == -np.inf
     greedy = SamplingParams(temperature=0, xtc_probability=1.0, mirostat=2, typical_p=0.1)
     assert np.flatnonzero(drawn(greedy, 20)).tolist() == [0], "a temperature of 0 takes the best"

@@ -13,8 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ridgeline import native
 from ridgeline.execution import draw
-from ridgeline.execution.draw import Candidates
+from ridgeline.execution.draw import Candidates, Edit
 from ridgeline.execution.noise import SEED, Address, NoiseSource, derived_seed, gumbel, gumbel_bound
 from ridgeline.sampling import processors
 from ridgeline.sampling.history import TokenHistory
@@ -164,6 +165,10 @@ def ranked(logits: NDArray[np.float32]) -> NDArray[np.int64]:
     return np.lexsort((np.arange(logits.size), -logits))
 
 
+def edited(logits: NDArray[np.float32], edit: Edit | None) -> NDArray[np.float32]:
+    return logits if edit is None else draw.edited(logits, edit)
+
+
 def everything(logits: NDArray[np.float32]) -> Candidates:
     return Candidates(np.arange(logits.size), logits)
 
@@ -197,11 +202,20 @@ def test_top_p_is_the_smallest_sufficient_set(values: NDArray[np.float32], p: fl
 def test_top_p_of_a_long_row_equals_sorting_it(spread: float, p: float) -> None:
     row = np.round(random_row(8, 5000, spread) * 8) / np.float32(8)  # many equal ones
     row[100:300] = -np.inf
-    weights = np.exp(row - row.max())
+    weights = draw.weights(row - row.max())
     order = ranked(row)
-    mass = np.cumsum(weights[order], dtype=np.float64)
+    mass = np.cumsum(weights[order])
     expected = order[: int(np.searchsorted(mass, p * mass[-1])) + 1]
     assert draw.top_p(p)(everything(row)).ids.tolist() == sorted(expected.tolist())
+
+
+def test_weights_are_exponentials_in_whole_numbers() -> None:
+    distances = -np.concatenate((np.linspace(0, 40, 100_001), 10.0 ** np.arange(-45, 38))).astype(np.float32)
+    weights = draw.weights(distances)
+    exact = np.exp(distances.astype(np.float64)) * 2**30
+    assert (np.abs(weights - exact) <= 0.51 + exact * 3e-7).all()
+    assert (weights == np.trunc(weights)).all()
+    assert draw.weights(np.array([0, -21.5, -np.inf], np.float32)).tolist() == [2**30, 0, 0]
 
 
 def test_filters_never_leave_nothing() -> None:
@@ -260,7 +274,7 @@ def test_repetition_penalty_agrees_with_transformers(penalty: float) -> None:
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(
         torch.tensor([prompt + output]), torch.from_numpy(row)[None]
     )
-    mine = processors.repetition_penalty(penalty)(row, history)
+    mine = edited(row, processors.repetition_penalty(penalty)(history))
     assert np.array_equal(mine, theirs[0].numpy())
 
 
@@ -269,7 +283,9 @@ def test_frequency_and_presence_count_the_output_only() -> None:
     for token in (2, 3, 3, 3):
         history.append(token)
     row = random_row(2)
-    got = processors.output_penalties(0.5, 0.25)(row, history)
+    got = row
+    for editor in (processors.frequency_penalty(0.5), processors.presence_penalty(0.25)):
+        got = edited(got, editor(history))
     expected = row.copy()
     expected[2] -= 0.5 + 0.25
     expected[3] -= 3 * 0.5 + 0.25
@@ -280,12 +296,12 @@ def test_frequency_and_presence_count_the_output_only() -> None:
 def test_bias_and_ban_touch_only_their_tokens() -> None:
     row = random_row(4)
     history = TokenHistory([])
-    biased = processors.logit_bias({7: 5.0, 0: -100.0})(row, history)
+    biased = edited(row, processors.logit_bias({7: 5.0, 0: -100.0})(history))
     assert np.flatnonzero(biased != row).tolist() == [0, 7]
     assert biased[7] == row[7] + np.float32(5)
     ban = processors.end_ban(2, [4, 9])
     for generated in range(4):
-        banned = np.flatnonzero(np.isneginf(ban(row, history))).tolist()
+        banned = np.flatnonzero(np.isneginf(edited(row, ban(history)))).tolist()
         assert banned == ([4, 9] if generated < 2 else [])
         history.append(1)
 
@@ -309,7 +325,7 @@ def test_processors_run_in_the_documented_order() -> None:
     chooser = Chooser(params, 0, 0, [0], ())
     chooser.append(0)
     row = np.array([-2.0, 0.25], np.float32)
-    kept = draw.candidates(chooser.adjusted(row), chooser.draw(1))
+    kept = draw.candidates(chooser.adjusted(row, chooser.adjustment()), chooser.draw(1))
     assert kept.logits.tolist() == [((-2.0 + 4.0) / 2.0 - 1.0) / 0.5, 0.5]
     assert row.tolist() == [-2.0, 0.25], "the executor's logits stay as they are"
 
@@ -368,11 +384,14 @@ def row_of(
 def choose(logits: NDArray[np.float32], sampled: Sequence[Row]) -> list[Sampled]:
     """The tokens of the rows, which must be the same whoever draws them."""
     plans = [RowPlan(sampled, on_host) for on_host in (False, True)]
-    drawn, chosen = (Sampler().finish(Done(logits, plan.step), plan) for plan in plans)
-    assert drawn == chosen
+    drawn, *chosen = (
+        Sampler(drawer).finish(Done(logits, plan.step), plan) for plan in plans for drawer in DRAWERS
+    )
+    assert all(each == drawn for each in chosen)
     return drawn
 
 
+DRAWERS = (draw.Drawer(), native.Drawer(native.Team(2), native.isa_levels()[0]))
 UNSAMPLED = "the largest logit, over the temperature, is not a finite number"
 MANY_PARAMS = [
     SamplingParams(temperature=0),
@@ -419,7 +438,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_softmax() -> None:
     logits = np.log(np.array([[0.4, 0.3, 0.2, 0.07, 0.03]], np.float32))
     draws = 4000
     counts = np.zeros(5)
-    sampler = Sampler()
+    sampler = Sampler(DRAWERS[1])
     chooser = Chooser(SamplingParams(), 11, 0, (), ())
     for position in range(draws):
         plan = RowPlan([Row(chooser, range(position))])
@@ -466,10 +485,12 @@ def test_a_row_whose_every_token_is_forbidden_fails() -> None:
 def test_an_exception_in_one_row_fails_that_row() -> None:
     logits = np.stack([random_row(i) for i in range(2)])
     broken = row_of(SamplingParams(logit_bias={VOCABULARY + 5: 1.0}))
-    sampled = choose(logits, [row_of(SamplingParams(seed=1)), broken])
-    assert sampled[0] == choose(logits[:1], [row_of(SamplingParams(seed=1))])[0]
-    assert sampled[1].error is not None
-    assert sampled[1].error.startswith("sampling failed: IndexError: ")
+    plan = RowPlan([row_of(SamplingParams(seed=1)), broken], on_host=True)
+    for drawer in DRAWERS:
+        sampled = Sampler(drawer).finish(Done(logits, plan.step), plan)
+        assert sampled[0] == choose(logits[:1], [row_of(SamplingParams(seed=1))])[0]
+        assert sampled[1].error is not None
+        assert str(VOCABULARY + 5) in sampled[1].error
 
 
 def test_logprobs_are_those_of_the_raw_model() -> None:

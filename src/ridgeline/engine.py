@@ -114,7 +114,7 @@ class Engine:
         self._constraints = constraints
         self._detokenizer = detokenizer
         self._seed = seed
-        self._sampler = Sampler()
+        self._sampler = Sampler(executor.drawer)
         self._requests: dict[str, RequestState] = {}
         self._owners: dict[int, tuple[RequestState, Outcome]] = {}
         self._in_flight: deque[tuple[Plan, StepFuture]] = deque()

@@ -117,6 +117,15 @@ bool conversions() {
       return false;
     }
   }
+  for (uint32_t set = 0; set < 0x10000; set += 37) {
+    if (mask_bits(mask_of(set)) != set) return false;
+    const Lanes where = out(select(mask_of(set), splat(1.0f), splat(2.0f)));
+    if (!every_lane([&](int i) { return where[i] == ((set >> i & 1) != 0 ? 1.0f : 2.0f); })) return false;
+  }
+  const IntLanes cut = out(truncate(in(Lanes{{0.0f, 0.5f, 1.0f, 1.5f, 2.9999998f, 8388609.0f, 1073741824.0f, 16777216.0f,
+                                              3.0f, 4.7f, 5.2f, 6.9f, 100.5f, 65535.9f, 65536.1f, 2147483520.0f}})));
+  const int32_t whole[16] = {0, 0, 1, 1, 2, 8388609, 1073741824, 16777216, 3, 4, 5, 6, 100, 65535, 65536, 2147483520};
+  if (!every_lane([&](int i) { return cut[i] == whole[i]; })) return false;
   for (int n = -126; n <= 127; ++n) {
     if (out(times_power_of_two(splat(1.5f), splat(float(n))))[0] != std::ldexp(1.5f, n)) return false;
   }
@@ -141,6 +150,9 @@ bool integers() {
         })) {
       return false;
     }
+    int32_t stored[17] = {};
+    istore(stored + 1, x);
+    if (!every_lane([&](int i) { return stored[i + 1] == a[i]; })) return false;
     int8_t codes[16];
     store_codes(codes, in(a));
     if (!every_lane([&](int i) { return codes[i] == std::min(127, std::max(-128, a[i])); })) return false;

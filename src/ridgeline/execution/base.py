@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ridgeline.config import PAGE_TOKENS
+from ridgeline.execution.draw import RowDrawer
 from ridgeline.model.program import MemoryGroup, Program
 from ridgeline.model.weights import Weights
 from ridgeline.types import CheckpointError, PageCopy, Step, StepFuture, StepResult
@@ -53,7 +54,7 @@ class Executor(Protocol):
     """Runs programs over weights and sequence memory that it owns.
 
     `asynchronous` says whether `run` returns before the step is done, so that time is won by launching the
-    next step first.
+    next step first; `drawer` draws from logits that are on the host.
 
     The order of use is load, compile, then run and transfer at will. `run` checks nothing that the engine
     guarantees but refuses a step that contradicts itself. It may return before the step is done, and the
@@ -62,6 +63,9 @@ class Executor(Protocol):
     """
 
     asynchronous: bool
+
+    @property
+    def drawer(self) -> RowDrawer: ...
 
     def load(self, weights: Weights) -> None:
         """Read and pack every weight; the store may be closed afterwards."""

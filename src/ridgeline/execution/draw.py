@@ -1,11 +1,13 @@
 """Drawing a token from a row of logits: the `Sample` operation's arithmetic, in NumPy.
 
-In this order, which is that of vLLM and transformers: temperature, top-k, top-p, min-p, each a filter that
-narrows a set of candidates; then the argmax of logits plus keyed Gumbel noise (`execution.noise`). Filters
-that are off are left out, and a temperature of 0 is the argmax of the logits themselves.
+What a request changes about its row comes first (`Adjustment`). Then, in this order, which is that of vLLM
+and transformers: temperature, top-k, top-p, min-p, each a filter that narrows a set of candidates; then the
+argmax of logits plus keyed Gumbel noise (`execution.noise`). Filters that are off are left out, and a
+temperature of 0 is the argmax of the logits themselves.
 
 Everything is in float32 but where it says otherwise, and depends on one row alone. Where candidates are
-ranked, it is by descending logit, then by ascending id.
+ranked, it is by descending logit, then by ascending id. The shares that top-p adds up are whole numbers
+(`weights`), so that their sums are the same in any order. `native.Drawer` draws the same tokens, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +41,15 @@ _USUAL_BITS = 2**BITS - 2 ** (BITS - 8)
 _USUAL_NOISE, _MOST_NOISE = gumbel_bound(_USUAL_BITS), gumbel_bound(2**BITS - 1)
 """The noise of all but one token in 256 is at most 5.54, and none is above 17.33."""
 
+_WEIGHT_BITS = 30
+_WEIGHT_REACH = 32.0
+_EXP_TERMS = tuple(
+    np.float32(term)
+    for term in (0.5, 0.166666657, 0.0416662954, 0.00833349768, 0.00139447593, 0.000197902482)
+)
+
 Ids = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,51 +63,78 @@ class Candidates:
 Filter = Callable[[Candidates], Candidates]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Edit:
+    """A change to the logits of `ids`, int64 (N,), none of them twice: `amounts`, float32 (N,), are added; or
+    those that are positive are divided by `factor` and the others multiplied with it; or, where there is
+    neither, they become −inf."""
+
+    ids: Ids
+    amounts: Float32Array | None = None
+    factor: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adjustment:
+    """What is done to a row before its token is drawn. Only tokens with a bit in `mask` may be, int32
+    (vocabulary / 32, rounded up), the lowest bit first; what it forbids is not looked at. Then come the
+    edits, in their order; where they leave nothing of what a mask permits, they are not made."""
+
+    mask: Int32Array | None = None
+    edits: tuple[Edit, ...] = ()
+
+
+class RowDrawer(Protocol):
+    """Draws a token for each row of logits, float32 (rows, vocabulary): int32 (rows,)."""
+
+    def rows(
+        self,
+        logits: Float32Array,
+        draws: Sequence[Draw | None],
+        adjustments: Sequence[Adjustment | None] = (),
+    ) -> Int32Array:
+        """NOT_DRAWN where a row's draw is None, or where it has no largest finite logit, over its temperature
+        too. No draws at all are draws that are all None, as with adjustments. Logits are as before when it
+        returns, but must be writable where there are adjustments; no row's token depends on the others."""
+
+
 class Drawer:
-    """Draws tokens. It remembers nothing between calls; it is kept only because its noise is slow to make.
+    """The rule as it is written down here. It remembers nothing between calls; it is kept only because its
+    noise is slow to make."""
 
-    `greedy` may be a faster `greedy_tokens`.
-    """
+    __slots__ = ("_noise",)
 
-    __slots__ = ("_greedy", "_noise")
-
-    def __init__(self, greedy: Callable[[Float32Array], Int32Array] | None = None) -> None:
+    def __init__(self) -> None:
         self._noise = NoiseSource()
-        self._greedy = greedy or greedy_tokens
 
-    def rows(self, logits: Float32Array, draws: Sequence[Draw | None]) -> Int32Array:
-        """A token for each row of logits (rows, vocabulary), int32; NOT_DRAWN where its draw is None.
-
-        No draws at all are draws that are all None.
-        """
-        if not any(draws):
-            return np.full(len(logits), NOT_DRAWN, np.int32)
-        if all(draw is not None and draw.greedy for draw in draws):
-            return self._greedy(logits)
+    def rows(
+        self,
+        logits: Float32Array,
+        draws: Sequence[Draw | None],
+        adjustments: Sequence[Adjustment | None] = (),
+    ) -> Int32Array:
+        """As `RowDrawer` says."""
+        rows = len(logits)
+        each = zip(logits, draws or (None,) * rows, adjustments or (None,) * rows, strict=True)
         tokens = [
-            NOT_DRAWN if draw is None else self.one(row, draw)
-            for row, draw in zip(logits, draws, strict=True)
+            NOT_DRAWN if draw is None else self.one(row if change is None else adjusted(row, change), draw)
+            for row, draw, change in each
         ]
         return np.array(tokens, np.int32)
 
-    def one(
-        self, logits: Float32Array, draw: Draw, further: Sequence[Filter] = (), among: Ids | None = None
-    ) -> int:
+    def one(self, logits: Float32Array, draw: Draw, further: Sequence[Filter] = ()) -> int:
         """The token of one row; NOT_DRAWN if it has no largest finite logit, over its temperature too.
-        Filters that are not the draw's own come after those that are. The token is one of `among`, ascending
-        ids, if these are given."""
-        if among is not None:
-            logits = logits[among]
+        Filters that are not the draw's own come after those that are."""
         best = int(logits.argmax())
         # argmax returns the place of a NaN if there is one, so one look at the winner checks the whole row.
         if not math.isfinite(logits[best]):
             return NOT_DRAWN
         if draw.greedy:
-            return best if among is None else int(among[best])
-        with np.errstate(over="ignore"):
+            return best
+        with np.errstate(over="ignore", divide="ignore"):
             if not math.isfinite(logits[best] / np.float32(draw.temperature)):
                 return NOT_DRAWN
-        found = candidates(logits, draw, among)
+        found = candidates(logits, draw)
         for narrow in further:
             found = narrow(found)
         return self._choose(found, Address(draw.seed, draw.choice, draw.position))
@@ -114,27 +152,51 @@ class Drawer:
         return int(ids[(logits + gumbel(bits)).argmax()])
 
 
-def greedy_tokens(logits: Float32Array) -> Int32Array:
-    """The lowest id of the largest logit of each row (rows, vocabulary), int32; NOT_DRAWN where that is not
-    finite, or a logit is NaN."""
-    best = logits.argmax(axis=1)  # the place of a NaN, if there is one
-    finite = np.isfinite(logits[np.arange(len(logits)), best])
-    return np.where(finite, best, NOT_DRAWN).astype(np.int32)
+def adjusted(logits: Float32Array, adjustment: Adjustment) -> Float32Array:
+    """The row after an adjustment."""
+    masked = logits if adjustment.mask is None else permitted(logits, adjustment.mask)
+    row = masked
+    for edit in adjustment.edits:
+        row = edited(row, edit)
+    if adjustment.mask is not None and row.max() == -np.inf:
+        return masked
+    return row
+
+
+def permitted(logits: Float32Array, mask: Int32Array) -> Float32Array:
+    """The row of the tokens that have a bit in a mask; the others are −inf."""
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little", count=logits.size)
+    return np.where(bits == 1, logits, np.float32(-np.inf))
+
+
+def edited(logits: Float32Array, edit: Edit) -> Float32Array:
+    """The row after an edit."""
+    row = logits.copy()
+    if edit.amounts is not None:
+        row[edit.ids] += edit.amounts
+    elif edit.factor is not None:
+        seen, factor = logits[edit.ids], np.float32(edit.factor)
+        row[edit.ids] = np.where(seen > 0, seen / factor, seen * factor)
+    else:
+        row[edit.ids] = -np.inf
+    return row
 
 
 def undrawn(logits: Float32Array, draws: Sequence[Draw | None]) -> Float32Array:
     """The rows of logits (outputs, vocabulary) that the host wants to see."""
     if not any(draws):
         return logits
-    if all(draws):
+    left = [i for i, draw in enumerate(draws) if draw is None]
+    if not left:
         return logits[:0]
-    return logits[[i for i, draw in enumerate(draws) if draw is None]]
+    if left[-1] - left[0] == len(left) - 1:
+        return logits[left[0] : left[-1] + 1]
+    return logits[left]
 
 
-def candidates(logits: Float32Array, draw: Draw, ids: Ids | None = None) -> Candidates:
-    """What may be drawn from a row whose largest logit is finite, over the temperature too. It is the row of
-    the whole vocabulary, or of these ids."""
-    found = Candidates(_vocabulary(logits.size) if ids is None else ids, logits)
+def candidates(logits: Float32Array, draw: Draw) -> Candidates:
+    """What may be drawn from a row whose largest logit is finite, over the temperature too."""
+    found = Candidates(_vocabulary(logits.size), logits)
     with np.errstate(over="ignore"):  # others may become −inf, and are never drawn
         for narrow in filters(draw.temperature, draw.top_k, draw.top_p, draw.min_p):
             found = narrow(found)
@@ -198,26 +260,46 @@ def top_k(k: int) -> Filter:
     return narrow
 
 
-def top_p(p: float) -> Filter:
-    """Keep the smallest set of most probable tokens that holds at least p (Holtzman et al., 2020).
+def weights(distances: Float32Array) -> Floats:
+    """e^distance, for distances from 0 down, in units of 2⁻³⁰ and rounded to whole numbers, so that sums of
+    them are exact and have no order.
 
-    Sums are in float64, from the most probable token down. A token with less than (1 − p)/N of the mass
-    cannot belong to the set, so only the others are looked at further.
+    Each operation is rounded to float32 by itself: any machine that has them in this order gives the same
+    numbers. They are good to 3e-7 of themselves and half a unit, and 0 under −21.5.
+    """
+    distance = np.maximum(distances, np.float32(-_WEIGHT_REACH))
+    power = np.rint(distance * np.float32(1.44269504))
+    # ln 2 in two parts, of which the first has so few bits that its product with the power is exact.
+    rest = (distance - power * np.float32(0.693145752)) - power * np.float32(1.42860677e-6)
+    series = np.full_like(rest, _EXP_TERMS[-1])
+    for term in _EXP_TERMS[-2::-1]:
+        series = series * rest + term
+    scaled = np.ldexp((rest * rest * series + rest) + np.float32(1), power.astype(np.int32) + _WEIGHT_BITS)
+    whole: Floats = np.trunc(scaled + np.float32(0.5)).astype(np.float64)
+    return whole
+
+
+def top_p(p: float) -> Filter:
+    """Keep the smallest set of most probable tokens that holds at least p (Holtzman et al., 2020), by their
+    `weights`.
+
+    A token with less than (1 − p)/N of the mass cannot belong to the set, so only the others are looked at
+    further.
     """
 
     def narrow(candidates: Candidates) -> Candidates:
         best = candidates.logits.max()
-        weights = np.exp(candidates.logits - best)
-        total = float(weights.sum(dtype=np.float64))
-        likely = np.flatnonzero(weights >= np.float32((1 - p) * total / weights.size))
+        shares = weights(candidates.logits - best)
+        total = float(shares.sum())
+        likely = np.flatnonzero(shares >= (1 - p) * total / shares.size * 0.999)
         logits = candidates.logits[likely]
         bins = ((best - logits) * _BINS_PER_NAT).astype(np.int64)
-        return _kept(candidates, likely[_heaviest(logits, bins, weights[likely], p * total)])
+        return _kept(candidates, likely[_heaviest(logits, bins, shares[likely], p * total)])
 
     return narrow
 
 
-def _heaviest(logits: Float32Array, bins: Ids, weights: Float32Array, enough: float) -> Ids:
+def _heaviest(logits: Float32Array, bins: Ids, weights: Floats, enough: float) -> Ids:
     """Places, ascending, of the largest logits whose weights add up to `enough`, or of all.
 
     `bins` counts down from the largest logit in steps of one size; only the logits of the bin in which the
@@ -229,7 +311,7 @@ def _heaviest(logits: Float32Array, bins: Ids, weights: Float32Array, enough: fl
     edge = np.flatnonzero(bins == last)
     ranked = edge[np.argsort(-logits[edge], kind="stable")]
     before = mass[last - 1] if last else 0.0
-    reached = np.searchsorted(before + np.cumsum(weights[ranked], dtype=np.float64), enough)
+    reached = np.searchsorted(before + np.cumsum(weights[ranked]), enough)
     kept[ranked[: int(reached) + 1]] = True
     return np.flatnonzero(kept)
 

@@ -75,6 +75,7 @@ class ProfilingExecutor:
 
     def __init__(self, executor: TimedExecutor) -> None:
         self._executor = executor
+        self.drawer = executor.drawer
         self.decode, self.prefill = Profile(), Profile()
         self._uncounted: list[tuple[Profile, float, Callable[[], Sequence[LaunchTime]]]] = []
 

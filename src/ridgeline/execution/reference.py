@@ -79,7 +79,7 @@ class ReferenceExecutor:
         self._weights: dict[str, Float32Array] = {}
         self._memory: dict[int, Float32Array] = {}  # layer -> (2, pages, PAGE_TOKENS, kv_heads, head_dim)
         self._groups: dict[int, tuple[int, ...]] = {}
-        self._drawer = Drawer()
+        self.drawer = Drawer()
         self._drawn = np.empty(0, np.int32)
 
     def load(self, weights: Weights) -> None:
@@ -107,7 +107,7 @@ class ReferenceExecutor:
         self._drawn = np.full(step.outputs, NOT_DRAWN, np.int32)  # an encoder draws none
         for op in handle.operations:
             if isinstance(op, Sample):
-                self._drawn = self._drawer.rows(run.values[op.logits.name], step.draws)
+                self._drawn = self.drawer.rows(run.values[op.logits.name], step.draws)
             else:
                 run.values[op.out.name] = self._apply(op, run)
         logits = undrawn(run.values[handle.output.name], step.draws)

@@ -6,6 +6,7 @@ Everything is in the extension `_native`; its stub documents each name.
 from ridgeline.native._native import (
     BLOCK_BYTES,
     PAGE_TOKENS,
+    Drawer,
     Matrix,
     Part,
     StepInputs,
@@ -16,7 +17,6 @@ from ridgeline.native._native import (
     block_sums,
     copy_page,
     dequantise_a8,
-    greedy_tokens,
     isa_levels,
     pack,
     pack_rows,
@@ -34,6 +34,7 @@ from ridgeline.native._native import (
 __all__ = [
     "BLOCK_BYTES",
     "PAGE_TOKENS",
+    "Drawer",
     "Matrix",
     "Part",
     "StepInputs",
@@ -44,7 +45,6 @@ __all__ = [
     "block_sums",
     "copy_page",
     "dequantise_a8",
-    "greedy_tokens",
     "isa_levels",
     "pack",
     "pack_rows",

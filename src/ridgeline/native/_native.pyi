@@ -25,6 +25,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ridgeline.execution.draw import Adjustment
+from ridgeline.types import Draw
+
 _Buffer: TypeAlias = NDArray[np.float32] | NDArray[np.uint8] | NDArray[np.uint16]
 _Pool: TypeAlias = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32]
 
@@ -92,9 +95,6 @@ def a8_row_bytes(width: int) -> int:
 def quantise(x: NDArray[np.float32], isa: str) -> NDArray[np.uint8]:
     """Quantise (rows, width) to an A8 buffer with the kernels' own rule."""
 
-def greedy_tokens(logits: NDArray[np.float32], team: Team, isa: str) -> NDArray[np.int32]:
-    """The lowest id of the largest logit of each row; -1 where that is infinite, or a logit is NaN."""
-
 def dequantise_a8(a8: NDArray[np.uint8], width: int) -> NDArray[np.float32]:
     """Codes times scales of an A8 buffer: (rows, width)."""
 
@@ -129,6 +129,22 @@ class Team:
     def threads(self) -> int: ...
     def close(self) -> None:
         """Join the threads. Idempotent; a closed team raises RuntimeError when it is asked to run."""
+
+class Drawer:
+    """Draws as `ridgeline.execution.draw` says, bit for bit, with a team's threads: whole rows each, one
+    after the other, without the GIL. It implements `RowDrawer`.
+
+    Raises ValueError for arrays and seeds of another kind, ids that are not below the vocabulary, and lists
+    that are not as long as there are rows.
+    """
+
+    def __init__(self, team: Team, isa: str) -> None: ...
+    def rows(
+        self,
+        logits: NDArray[np.float32],
+        draws: Sequence[Draw | None],
+        adjustments: Sequence[Adjustment | None] = (),
+    ) -> NDArray[np.int32]: ...
 
 class Matrix:
     """A packed matrix, or one for each of some experts; keeps its memory alive.

@@ -30,6 +30,10 @@ struct ItemFormat<int32_t> {
   static constexpr const char *codes = "il", *name = "int32";
 };
 template <>
+struct ItemFormat<int64_t> {
+  static constexpr const char *codes = "lq", *name = "int64";
+};
+template <>
 struct ItemFormat<uint8_t> {
   static constexpr const char *codes = "B", *name = "uint8";
 };

@@ -14,6 +14,7 @@ namespace ridgeline {
 const Kernels& kernels_named(const std::string& isa);
 
 void bind_blocks(nb::module_& m);
+void bind_draw(nb::module_& m);
 void bind_tape(nb::module_& m);
 
 }  // namespace ridgeline

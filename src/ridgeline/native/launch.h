@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "draw.h"
 #include "step.h"
 #include "storage.h"
 #include "team.h"
@@ -190,7 +191,8 @@ struct Kernels {
   size_t (*route_partial_bytes)(const RouteLaunch&);  // of StepView::partials
   void (*unpack_row)(const MatrixView&, int64_t row, float* out);
   void (*quantise_rows)(const float* x, int64_t rows, int32_t width, uint8_t* out);
-  void (*greedy_rows)(const float* logits, int64_t rows, int32_t width, int32_t* tokens, Worker&);
+  void (*draw_rows)(float* logits, int64_t rows, int32_t vocabulary, const RowDraw* draws, int32_t* tokens,
+                    Worker&);  // logits are as before when it returns
   double (*peak_ops)(PeakFormat format, int64_t iterations);
   int32_t (*read_lines)(const uint8_t* data, size_t bytes);
 };

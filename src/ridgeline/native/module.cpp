@@ -110,23 +110,6 @@ Bytes quantise(nb::object x, const std::string& isa) {
   return out;
 }
 
-nb::ndarray<nb::numpy, int32_t> greedy_tokens(nb::object logits, const std::shared_ptr<Team>& team,
-                                              const std::string& isa) {
-  const Array<float> values(logits, "logits", 2);
-  const int64_t rows = values.size(0);
-  const int width = checked_width(values.size(1));
-  auto tokens = numpy_array<int32_t>({size_t(rows)});
-  const Kernels& kernels = kernels_named(isa);
-  {
-    nb::gil_scoped_release release;
-    team->run(1, [&](int index) {
-      Worker worker{team.get(), index};
-      kernels.greedy_rows(values.data(), rows, width, tokens.data(), worker);
-    });
-  }
-  return tokens;
-}
-
 Floats dequantise_a8(nb::object a8, int64_t width) {
   const Array<uint8_t> rows(a8, "a8", 2);
   const A8Layout layout = a8_layout(checked_width(width));
@@ -275,7 +258,6 @@ NB_MODULE(_native, m) {
       "max_rows"_a, "width"_a);
   m.def("a8_row_bytes", [](int64_t width) { return a8_layout(checked_width(width)).row_bytes; }, "width"_a);
   m.def("quantise", &quantise, "x"_a, "isa"_a);
-  m.def("greedy_tokens", &greedy_tokens, "logits"_a, "team"_a, "isa"_a);
   m.def("dequantise_a8", &dequantise_a8, "a8"_a, "width"_a);
   m.def("copy_page", &copy_page, "pool"_a, "source"_a, "target"_a);
   m.def("probe_read", &probe_read, "team"_a, "working_set_bytes"_a, "seconds"_a);
@@ -284,5 +266,6 @@ NB_MODULE(_native, m) {
   m.def("probe_barrier", &probe_barrier, "team"_a, "seconds"_a);
   m.def("probe_start", &probe_start, "team"_a, "pause_s"_a, "seconds"_a);
   bind_blocks(m);
+  bind_draw(m);
   bind_tape(m);
 }

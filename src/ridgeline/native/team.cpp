@@ -36,13 +36,13 @@ int64_t now_ns() {
 
 }  // namespace
 
-FloatState::FloatState() {
+FloatState::FloatState(bool flush_denormals) {
 #if defined(__x86_64__)
   saved_ = _mm_getcsr();
-  _mm_setcsr(0x1f80 | 0x8040);
+  _mm_setcsr(0x1f80u | (flush_denormals ? 0x8040u : 0u));
 #elif defined(__aarch64__)
   asm volatile("mrs %0, fpcr" : "=r"(saved_));
-  asm volatile("msr fpcr, %0" ::"r"(uint64_t(1) << 24));
+  asm volatile("msr fpcr, %0" ::"r"(uint64_t(flush_denormals) << 24));
 #endif
 }
 

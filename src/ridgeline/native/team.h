@@ -12,11 +12,12 @@
 
 namespace ridgeline {
 
-// Rounding to nearest even, denormals flushed to zero, all exceptions masked: the same on every thread that
-// computes, so that results do not depend on who computes them. Restores the thread's own state.
+// Rounding to nearest even, denormals flushed to zero (or kept, as NumPy has them), all exceptions masked: the
+// same on every thread that computes, so that results do not depend on who computes them. Restores the thread's
+// own state.
 class FloatState {
  public:
-  FloatState();
+  explicit FloatState(bool flush_denormals = true);
   ~FloatState();
   FloatState(const FloatState&) = delete;
   FloatState& operator=(const FloatState&) = delete;

@@ -16,15 +16,14 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ridgeline.sampling.grammars import grammar_of, unusable
 from ridgeline.sampling.words import Words
-from ridgeline.types import Float32Array, RequestError, StructuredOutputsParams
+from ridgeline.types import Int32Array, RequestError, StructuredOutputsParams
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -42,8 +41,6 @@ _LIMITS: dict[str, Any] = {
     "step_lexer_fuel": 100_000,
     "verbose_errors": False,
 }
-
-Ids = NDArray[np.int64]
 
 
 class _Vocabulary:
@@ -187,7 +184,7 @@ class Constraints:
             raise unusable(matcher.get_error())
         compiled = _Grammar(matcher, len(grammar))
         # Much of the work is only done for the first mask.
-        if not _permitted(matcher.deep_copy(), self._size).any:
+        if not _compute_mask(matcher.deep_copy(), _new_mask(self._size)):
             raise unusable("nothing has this form, or finding out takes too much")
         return compiled
 
@@ -206,41 +203,15 @@ def _key(form: StructuredOutputsParams) -> StructuredOutputsParams:
     return form if form.thinking is None else replace(form, thinking=None)
 
 
-_FEW = 1024
-"""Tokens up to which a draw among them alone costs less than one over the vocabulary."""
-_ROWS = np.where(
-    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") == 1, 0, -np.inf
-).astype(np.float32)
-"""For each byte of a mask, what it adds to the logits of its eight tokens."""
+def _compute_mask(matcher: LLMatcher, mask: Int32Array) -> bool:
+    """Fill a mask, a bit for each token that may come next. False where there is no way on, or finding it
+    takes too much."""
+    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+    return bool(mask.any()) and not matcher.is_error()
 
 
-@dataclass(frozen=True, slots=True)
-class _Permitted:
-    """The tokens that may come next: as what is added to a row of logits (vocabulary,), and, where they are
-    `few`, as ids, ascending."""
-
-    row: Float32Array
-    few: Ids | None
-    any: bool = True
-
-
-_NOTHING = _Permitted(np.empty(0, np.float32), None, any=False)
-
-
-def _permitted(matcher: LLMatcher, size: int) -> _Permitted:
-    """What may come next: nothing where there is no way on, or finding it takes too much."""
-    words = np.zeros(-(-size // 32), np.int32)
-    matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-    mask = words.view(np.uint8)
-    used = np.flatnonzero(mask)
-    if matcher.is_error() or not used.size:
-        return _NOTHING
-    few = None
-    if used.size <= _FEW:
-        bits = np.unpackbits(mask[used], bitorder="little").reshape(-1, 8)
-        ids = (used[:, None] * 8 + np.arange(8))[bits == 1]
-        few = ids[ids < size] if ids.size <= _FEW else None
-    return _Permitted(_ROWS[mask].reshape(-1)[:size], few)
+def _new_mask(size: int) -> Int32Array:
+    return np.zeros(-(-size // 32), np.int32)
 
 
 class DeadEndError(Exception):
@@ -252,8 +223,8 @@ class Constraint:
     masks, and never while another call touches the matcher.
     """
 
-    __slots__ = ("_ends", "_failure", "_form", "_grammar", "_matcher", "_next", "_ready", "_size",
-                 "_thinking", "_thread", "_token", "_tokens", "ended")  # fmt: skip
+    __slots__ = ("_ends", "_failure", "_form", "_grammar", "_mask", "_matcher", "_ready", "_thinking",
+                 "_thread", "_token", "_tokens", "ended")  # fmt: skip
 
     def __init__(
         self,
@@ -267,14 +238,13 @@ class Constraint:
         self._grammar = grammar
         self._matcher = grammar.matcher.deep_copy()
         self._form = form
-        self._size = size
-        self._ends = np.array(ends, np.int64)
+        self._mask = _new_mask(size)
+        self._ends = tuple(ends)
         self._thread = thread
         self._thinking = form.thinking is not None and form.thinking.open
         self._tokens = 0
         self._token: int | None = None  # to be taken in by the thread
-        self._next = _NOTHING
-        self._failure = ""
+        self._failure: str | None = None  # why nothing may come next
         self._ready = threading.Event()
         thread.add(self)
 
@@ -306,40 +276,38 @@ class Constraint:
         """Advance by the token that came last, and find those that may follow."""
         began_s = time.thread_time()
         try:
-            if self._token is not None and not self._matcher.consume_token(self._token):
-                self._next = _NOTHING
-            else:
-                self._next = _permitted(self._matcher, self._size)
-            self._failure = "" if self._next.any else self._matcher.get_error()
+            taken = self._token is None or self._matcher.consume_token(self._token)
+            found = taken and _compute_mask(self._matcher, self._mask)
+            self._failure = None if found else self._matcher.get_error()
         except Exception as error:
-            self._next, self._failure = _NOTHING, f"{type(error).__name__}: {error}"
+            self._failure = f"{type(error).__name__}: {error}"
         self._grammar.mask_s += time.thread_time() - began_s
         self._ready.set()
 
-    def masked(self, logits: Float32Array) -> Float32Array:
-        """A row (vocabulary,) in which what may not follow is −inf. Raises DeadEndError where nothing may."""
-        masked: Float32Array
-        if self._thinking:
-            masked = logits.copy()
-            masked[self._ends] = -np.inf  # the answer itself is still to come
-            return masked
+    def mask(self) -> Int32Array:
+        """A bit for each token that may follow, int32 (vocabulary / 32, rounded up), the lowest bit first;
+        valid until the next `append`. Raises DeadEndError where none may."""
+        if self._thinking:  # the answer itself is still to come
+            mask = np.full_like(self._mask, -1)
+            for end in self._ends:
+                mask[end // 32] &= ~_bit(end)
+            return mask
         self._wait()
-        if not self._next.any:
+        if self._failure is not None:
             cause = " ".join(self._failure.removesuffix("<non-verbose/>").split())
             raise DeadEndError(f"the answer cannot go on in the form that was asked for ({cause})")
-        masked = logits + self._next.row
-        if self._may_think:
-            masked[self._form.thinking.start] = logits[self._form.thinking.start]  # type: ignore[union-attr]
-        return masked
+        thinking = self._form.thinking
+        if thinking is None or self._tokens > 0:
+            return self._mask
+        mask = self._mask.copy()
+        mask[thinking.start // 32] |= _bit(thinking.start)
+        return mask
 
-    @property
-    def few(self) -> Ids | None:
-        """The tokens that `masked` left, ascending, where they are few."""
-        return None if self._thinking or self._may_think else self._next.few
 
-    @property
-    def _may_think(self) -> bool:
-        return self._tokens == 0 and self._form.thinking is not None
+def _bit(token: int) -> int:
+    """The token's bit in its word, as an int32."""
+    bit = 1 << token % 32
+    return bit - 2**32 if bit == 2**31 else bit
 
 
 class _MaskThread:

@@ -1,4 +1,4 @@
-"""What a sequence has said so far, as adjusters look at it."""
+"""What a sequence has said so far, as editors look at it."""
 
 from __future__ import annotations
 

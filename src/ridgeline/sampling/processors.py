@@ -1,4 +1,4 @@
-"""From the model's logits to those that a request asked for: the adjusters, which know its tokens.
+"""From the model's logits to those that a request asked for: the editors, which know its tokens.
 
 A request composes them once, in this order, which is that of vLLM and transformers; those that are off are
 left out:
@@ -12,8 +12,9 @@ left out:
 
 A temperature of 0 takes the best token of what the fourth leaves.
 
-Each is a pure function of one row and of that sequence's own tokens, in float32, so that its result never
-depends on what else is in the batch.
+The second and the third are edits of a few logits, made where the token is drawn
+(`execution.draw.Adjustment`). Each is a pure function of that sequence's own tokens, in float32, so that its
+result never depends on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -22,35 +23,39 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from ridgeline.execution.draw import Edit
 from ridgeline.sampling.history import TokenHistory
 from ridgeline.sampling.repetition import BadWords, Dry
 from ridgeline.sampling.words import Words
 from ridgeline.types import Float32Array, RequestError, SamplingParams
 
-Adjuster = Callable[[Float32Array, TokenHistory], Float32Array]
+Editor = Callable[[TokenHistory], Edit | None]
+"""The edit that a sequence's tokens call for, if any."""
+
+RowAdjuster = Callable[[Float32Array], Float32Array]
 
 
-def compose_adjusters(
+def compose_editors(
     params: SamplingParams, end_token_ids: Sequence[int], words: Words | None = None
-) -> tuple[Adjuster, ...]:
-    """The adjusters that `params` switches on; `end_token_ids` are those that would end this request. Raises
+) -> tuple[Editor, ...]:
+    """The editors that `params` switches on; `end_token_ids` are those that would end this request. Raises
     RequestError for those that need `words` where there are none."""
-    adjusters: list[Adjuster] = []
+    editors: list[Editor] = []
     if params.logit_bias:
-        adjusters.append(logit_bias(params.logit_bias))
+        editors.append(logit_bias(params.logit_bias))
     if params.bad_words:
-        adjusters.append(BadWords(params.bad_words, _known("bad_words", words)))
+        editors.append(BadWords(params.bad_words, _known("bad_words", words)))
     if params.min_tokens and end_token_ids:
-        adjusters.append(end_ban(params.min_tokens, end_token_ids))
+        editors.append(end_ban(params.min_tokens, end_token_ids))
     if params.repetition_penalty != 1:
-        adjusters.append(repetition_penalty(params.repetition_penalty))
-    if params.frequency_penalty or params.presence_penalty:
-        adjusters.append(output_penalties(params.frequency_penalty, params.presence_penalty))
+        editors.append(repetition_penalty(params.repetition_penalty))
+    if params.frequency_penalty:
+        editors.append(frequency_penalty(params.frequency_penalty))
+    if params.presence_penalty:
+        editors.append(presence_penalty(params.presence_penalty))
     if params.dry_multiplier:
-        adjusters.append(Dry(params, _known("dry_multiplier", words)))
-    if params.top_n_sigma > 0:
-        adjusters.append(top_n_sigma(params.top_n_sigma))
-    return tuple(adjusters)
+        editors.append(Dry(params, _known("dry_multiplier", words)))
+    return tuple(editors)
 
 
 def _known(name: str, words: Words | None) -> Words:
@@ -59,67 +64,45 @@ def _known(name: str, words: Words | None) -> Words:
     return words
 
 
-# ---------------------------------------------------------------------------------------- adjusters
+# ------------------------------------------------------------------------------------------ editors
 
 
-def logit_bias(bias: Mapping[int, float]) -> Adjuster:
+def logit_bias(bias: Mapping[int, float]) -> Editor:
     """Add a fixed number to the logits of some tokens."""
     ids = np.fromiter(bias.keys(), np.int64, len(bias))
-    amounts = np.fromiter(bias.values(), np.float32, len(bias))
-
-    def adjust(logits: Float32Array, history: TokenHistory) -> Float32Array:
-        adjusted = logits.copy()
-        adjusted[ids] += amounts
-        return adjusted
-
-    return adjust
+    edit = Edit(ids, amounts=np.fromiter(bias.values(), np.float32, len(bias)))
+    return lambda history: edit
 
 
-def end_ban(min_tokens: int, end_token_ids: Sequence[int]) -> Adjuster:
+def end_ban(min_tokens: int, end_token_ids: Sequence[int]) -> Editor:
     """Forbid the end tokens until `min_tokens` tokens were generated."""
-    ids = np.array(sorted(end_token_ids), np.int64)
-
-    def adjust(logits: Float32Array, history: TokenHistory) -> Float32Array:
-        if history.generated >= min_tokens:
-            return logits
-        adjusted = logits.copy()
-        adjusted[ids] = -np.inf
-        return adjusted
-
-    return adjust
+    edit = Edit(np.array(sorted(end_token_ids), np.int64))
+    return lambda history: edit if history.generated < min_tokens else None
 
 
-def repetition_penalty(penalty: float) -> Adjuster:
+def repetition_penalty(penalty: float) -> Editor:
     """Divide positive and multiply negative logits of the tokens seen so far (Keskar et al., CTRL, 2019)."""
-    factor = np.float32(penalty)
-
-    def adjust(logits: Float32Array, history: TokenHistory) -> Float32Array:
-        adjusted = logits.copy()
-        seen = logits[history.ids]
-        adjusted[history.ids] = np.where(seen > 0, seen / factor, seen * factor)
-        return adjusted
-
-    return adjust
+    return lambda history: Edit(history.ids, factor=penalty)
 
 
-def output_penalties(frequency: float, presence: float) -> Adjuster:
-    """Subtract `frequency` per time that a token was generated, and `presence` once (OpenAI's API)."""
-
-    def adjust(logits: Float32Array, history: TokenHistory) -> Float32Array:
-        adjusted = logits.copy()
-        counts = history.counts
-        penalised = logits[history.ids] - np.float32(frequency) * counts
-        adjusted[history.ids] = penalised - np.float32(presence) * (counts > 0)
-        return adjusted
-
-    return adjust
+def frequency_penalty(frequency: float) -> Editor:
+    """Subtract `frequency` per time that a token was generated (OpenAI's API)."""
+    return lambda history: Edit(history.ids, amounts=-(np.float32(frequency) * history.counts))
 
 
-def top_n_sigma(n: float) -> Adjuster:
+def presence_penalty(presence: float) -> Editor:
+    """Subtract `presence` from the tokens that were generated (OpenAI's API)."""
+    return lambda history: Edit(history.ids, amounts=-(np.float32(presence) * (history.counts > 0)))
+
+
+# --------------------------------------------------------------------------------------- whole rows
+
+
+def top_n_sigma(n: float) -> RowAdjuster:
     """Forbid the tokens whose logit is more than n standard deviations under the largest (Tang et al.,
     "Top-nσ: Not All Logits Are You Need", 2024); a temperature changes nothing about which these are."""
 
-    def adjust(logits: Float32Array, history: TokenHistory) -> Float32Array:
+    def adjust(logits: Float32Array) -> Float32Array:
         finite = logits[np.isfinite(logits)]
         if not finite.size:
             return logits

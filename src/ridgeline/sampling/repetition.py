@@ -1,4 +1,4 @@
-"""Adjusters that look at the order of a sequence's tokens: words that may not be said, and DRY."""
+"""Editors that look at the order of a sequence's tokens: words that may not be said, and DRY."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ridgeline.execution.draw import Edit
 from ridgeline.sampling.history import TokenHistory
 from ridgeline.sampling.words import Words
-from ridgeline.types import Float32Array, RequestError, SamplingParams
+from ridgeline.types import RequestError, SamplingParams
 
 _LONGEST_MATCH = 50
 """Tokens of a repetition that are counted: the penalty has long been beyond everything."""
@@ -33,16 +34,14 @@ class BadWords:
             if spaced[0] != alone[0] and len(spaced) == len(alone):
                 self._sequences.append(spaced)
 
-    def __call__(self, logits: Float32Array, history: TokenHistory) -> Float32Array:
+    def __call__(self, history: TokenHistory) -> Edit | None:
         output = history.tokens[history.prompt_length :]
         banned = [
             tokens[-1]
             for tokens in self._sequences
             if len(tokens) == 1 or output[1 - len(tokens) :] == tokens[:-1]
         ]
-        adjusted = logits.copy()
-        adjusted[banned] = -np.inf
-        return adjusted
+        return Edit(np.array(banned, np.int64)) if banned else None
 
 
 class Dry:
@@ -67,19 +66,17 @@ class Dry:
         self._breaks = np.zeros(64, bool)
         self._count = 0
 
-    def __call__(self, logits: Float32Array, history: TokenHistory) -> Float32Array:
+    def __call__(self, history: TokenHistory) -> Edit | None:
         for token in history.tokens[self._count :]:
             self._push(token)
         lengths = self._matches()
         if not lengths:
-            return logits
-        adjusted = logits.copy()
+            return None
         ids = np.fromiter(lengths.keys(), np.int64, len(lengths))
         beyond = np.fromiter(lengths.values(), np.float64, len(lengths)) - self._allowed
         with np.errstate(over="ignore"):
             penalties = np.minimum(self._multiplier * self._base**beyond, 1e30)
-        adjusted[ids] -= penalties.astype(np.float32)
-        return adjusted
+        return Edit(ids, amounts=-penalties.astype(np.float32))
 
     def _push(self, token: int) -> None:
         if self._count == len(self._tokens):

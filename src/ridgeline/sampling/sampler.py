@@ -10,11 +10,20 @@ from typing import Protocol
 
 import numpy as np
 
-from ridgeline.execution.draw import NOT_DRAWN, Drawer, Filter, largest
+from ridgeline.execution.draw import (
+    NOT_DRAWN,
+    Adjustment,
+    Drawer,
+    Filter,
+    RowDrawer,
+    adjusted,
+    largest,
+    permitted,
+)
 from ridgeline.sampling.constraints import Constraint, DeadEndError
 from ridgeline.sampling.filters import compose_filters
 from ridgeline.sampling.history import TokenHistory
-from ridgeline.sampling.processors import Adjuster, compose_adjusters
+from ridgeline.sampling.processors import compose_editors, top_n_sigma
 from ridgeline.sampling.words import Words
 from ridgeline.types import Draw, Float32Array, SamplingParams, Step, StepFuture, TokenLogprobs
 
@@ -36,7 +45,7 @@ class Sampled:
 
 
 class Chooser:
-    """How one sequence chooses: its adjusters, composed once, and how a token is drawn from what they leave.
+    """How one sequence chooses: its editors, composed once, and how a token is drawn from what they leave.
 
     The sequence owns it and reports each generated token to `history` by `append`. Draws depend on
     (seed, choice, position) alone. The prompt that all choices share is scored by the first.
@@ -45,7 +54,8 @@ class Chooser:
     """
 
     __slots__ = (
-        "_draw", "_filters", "_mirostat", "adjusters", "constraint", "history", "logprobs", "prompt_logprobs"
+        "_draw", "_editors", "_filters", "_mirostat", "_sigma", "constraint", "history", "logprobs",
+        "prompt_logprobs"
     )  # fmt: skip
 
     def __init__(
@@ -61,20 +71,26 @@ class Chooser:
         greedy = params.temperature < GREEDY_BELOW
         shape = (max(params.top_k, 0), float(params.top_p), float(params.min_p))
         self._draw = (0.0 if greedy else float(params.temperature), *shape, seed % 2**64, choice)
-        self.adjusters: tuple[Adjuster, ...] = compose_adjusters(params, end_token_ids, words)
+        self._editors = compose_editors(params, end_token_ids, words)
+        self._sigma = top_n_sigma(params.top_n_sigma) if params.top_n_sigma > 0 else None
         self._filters, self._mirostat = compose_filters(params, seed % 2**64, choice)
         self.logprobs = params.logprobs
         if self.logprobs is None and params.is_best_of:
             self.logprobs = 0
         self.prompt_logprobs = params.prompt_logprobs if choice == 0 else None
-        self.history = TokenHistory(prompt) if self.adjusters else None
+        self.history = TokenHistory(prompt) if self._editors else None
         self.constraint = constraint
 
     @property
     def needs_logits(self) -> bool:
         """Whether the token cannot be chosen without bringing the row's logits to the host."""
         told = self.logprobs is not None or self.constraint is not None
-        return told or bool(self.adjusters) or bool(self._filters)
+        return told or bool(self._editors) or self.narrows_rows
+
+    @property
+    def narrows_rows(self) -> bool:
+        """Whether something narrows the draw that only the host has, row by row."""
+        return self._sigma is not None or bool(self._filters)
 
     @property
     def has_ended(self) -> bool:
@@ -98,20 +114,18 @@ class Chooser:
         """What narrows the draw of the token at `position` further."""
         return [make(position) for make in self._filters]
 
-    def permitted(self, logits: Float32Array) -> Float32Array:
-        """The row of those tokens that the constraint permits. Raises DeadEndError where there are none."""
-        return logits if self.constraint is None else self.constraint.masked(logits)
+    def adjustment(self) -> Adjustment | None:
+        """What is done to the row that comes next. Raises DeadEndError where a constraint permits nothing."""
+        mask = None if self.constraint is None else self.constraint.mask()
+        if self.history is None:
+            return None if mask is None else Adjustment(mask)
+        edits = (edit(self.history) for edit in self._editors)
+        return Adjustment(mask, tuple(edit for edit in edits if edit is not None))
 
-    def adjusted(self, logits: Float32Array) -> Float32Array:
-        """The row after bias, bans and penalties. Bans that leave nothing of what a constraint permits, such
-        as that of the end while there are fewer than min_tokens, give way to it."""
-        adjusted = logits
-        for adjust in self.adjusters:
-            assert self.history is not None
-            adjusted = adjust(adjusted, self.history)
-        if self.constraint is not None and adjusted.max() == -np.inf:
-            return logits
-        return adjusted
+    def adjusted(self, logits: Float32Array, adjustment: Adjustment | None) -> Float32Array:
+        """The row after its adjustment and top-n-sigma."""
+        row = logits if adjustment is None else adjusted(logits, adjustment)
+        return row if self._sigma is None else self._sigma(row)
 
 
 class SampledRow(Protocol):
@@ -147,14 +161,16 @@ class SamplingPlan(Protocol):
 
 class Sampler:
     """Chooses the tokens of a step. Those that need nothing but their row of logits were drawn by the
-    executor; for the others, logits have come to the host.
+    executor; for the others, logits have come to the host, where its drawer draws them together. Filters that
+    only the host has are applied row by row.
 
     A row of logits that has no largest finite value gives an error for its own sequence. No result depends
     on the other rows.
     """
 
-    def __init__(self) -> None:
-        self._drawer = Drawer()
+    def __init__(self, drawer: RowDrawer) -> None:
+        self._drawer = drawer
+        self._rows = Drawer()
 
     def finish(self, future: StepFuture, plan: SamplingPlan) -> list[Sampled]:
         """Wait for the step and choose a token for each of `plan.sampled`, in their order."""
@@ -164,38 +180,93 @@ class Sampler:
         draws = plan.step.draws or (None,) * len(rows)
         if not len(rows) == len(draws) == len(result.tokens):
             raise ValueError(f"{len(result.tokens)} outputs and {len(draws)} draws for {len(rows)} sequences")
-        kept = iter(result.logits)
+        sampled = [_drawn(token) for token in result.tokens.tolist()]
+        left = [place for place, draw in enumerate(draws) if draw is None]
+        mine = self._chosen(result.logits, [(rows[i], plan.positions[i]) for i in left]) if left else []
+        for place, chosen in zip(left, mine, strict=True):
+            sampled[place] = chosen
+        return sampled
+
+    def _chosen(self, logits: Float32Array, wanted: Sequence[tuple[SampledRow, int]]) -> list[Sampled]:
+        """What is chosen for each row of logits."""
+        prepared = [self._prepared(row, *each) for row, each in zip(logits, wanted, strict=True)]
+        together = [each if isinstance(each, _Drawing) else None for each in prepared]
+        tokens = self._together(logits, together)
         return [
-            self._chosen(next(kept), row, position) if draw is None else _drawn(token)
-            for row, position, draw, token in zip(
-                rows, plan.positions, draws, result.tokens.tolist(), strict=True
-            )
+            self._alone(row, known, token) if isinstance(known, _Drawing) else known
+            for row, known, token in zip(logits, prepared, tokens, strict=True)
         ]
 
-    def _chosen(self, logits: Float32Array, row: SampledRow, position: int) -> Sampled:
+    def _prepared(self, logits: Float32Array, row: SampledRow, position: int) -> Sampled | _Drawing:
+        """What is chosen for a row, or how it is drawn from together with others."""
+        chooser = row.chooser
         try:
             if position < row.prompt_length:
-                return _scored(logits, row.token_ids[position], row.chooser.prompt_logprobs or 0)
-            return self._choose(logits, row.chooser, position)
-        except DeadEndError as error:
-            return Sampled(NOT_DRAWN, error=str(error))
-        except Exception as error:  # what is wrong with one request must not end the others
-            return Sampled(NOT_DRAWN, error=f"sampling failed: {type(error).__name__}: {error}")
+                return _scored(logits, row.token_ids[position], chooser.prompt_logprobs or 0)
+            drawing = _Drawing(chooser, chooser.draw(position), chooser.adjustment())
+            if not chooser.narrows_rows:
+                return drawing
+            adjusted_row = chooser.adjusted(logits, drawing.adjustment)
+            token = self._rows.one(adjusted_row, drawing.draw, chooser.filters(position))
+            return _told(token, logits, drawing)
+        except Exception as error:
+            return _failed(error)
 
-    def _choose(self, logits: Float32Array, chooser: Chooser, position: int) -> Sampled:
-        logits = chooser.permitted(logits)
-        row, further = chooser.adjusted(logits), chooser.filters(position)
-        few = None if chooser.constraint is None else chooser.constraint.few
-        sampled = _drawn(self._drawer.one(row, chooser.draw(position), further, few))
-        if chooser.logprobs is None or sampled.error is not None:
-            return sampled
-        return Sampled(sampled.token_id, token_logprobs(logits, sampled.token_id, chooser.logprobs))
+    def _together(self, logits: Float32Array, drawings: Sequence[_Drawing | None]) -> Sequence[int | None]:
+        """A token for each row; None for all of them where that fails, which one of them alone may be the
+        cause of."""
+        if not any(drawings):
+            return [NOT_DRAWN] * len(drawings)
+        changes = [None if each is None else each.adjustment for each in drawings]
+        try:
+            draws = [None if each is None else each.draw for each in drawings]
+            tokens: list[int] = self._drawer.rows(logits, draws, changes if any(changes) else ()).tolist()
+        except Exception:
+            return [None] * len(drawings)
+        return tokens
+
+    def _alone(self, logits: Float32Array, drawing: _Drawing, token: int | None) -> Sampled:
+        """The token of one row, drawn now where that failed together with others."""
+        try:
+            if token is None:
+                token = int(self._drawer.rows(logits[None], [drawing.draw], [drawing.adjustment])[0])
+            return _told(token, logits, drawing)
+        except Exception as error:
+            return _failed(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawing:
+    """A row that is drawn from together with others."""
+
+    chooser: Chooser
+    draw: Draw
+    adjustment: Adjustment | None
 
 
 def _drawn(token: int) -> Sampled:
     if token != NOT_DRAWN:
         return Sampled(token)
     return Sampled(token, error="the largest logit, over the temperature, is not a finite number")
+
+
+def _failed(error: Exception) -> Sampled:
+    """What is wrong with one request, which must not end the others."""
+    if isinstance(error, DeadEndError):
+        return Sampled(NOT_DRAWN, error=str(error))
+    return Sampled(NOT_DRAWN, error=f"sampling failed: {type(error).__name__}: {error}")
+
+
+def _told(token: int, logits: Float32Array, drawing: _Drawing) -> Sampled:
+    """The token with what the request wants to know about it; log-probabilities are among those tokens that a
+    constraint permits."""
+    sampled, top = _drawn(token), drawing.chooser.logprobs
+    if top is None or sampled.error is not None:
+        return sampled
+    change = drawing.adjustment
+    if change is not None and change.mask is not None:
+        logits = permitted(logits, change.mask)
+    return Sampled(token, token_logprobs(logits, token, top))
 
 
 def _scored(logits: Float32Array, token: int, top: int) -> Sampled:

@@ -18,14 +18,14 @@ from ridgeline.execution.cpu.buffers import Buffer, new_buffer, value_row_bytes
 from ridgeline.execution.cpu.launches import Binding, CpuLaunch
 from ridgeline.execution.cpu.load import load_matrices
 from ridgeline.execution.cpu.lower import lower
-from ridgeline.execution.draw import Drawer, undrawn
+from ridgeline.execution.draw import undrawn
 from ridgeline.execution.lowering import Footprint, WorkModel
 from ridgeline.execution.profiling import LaunchTime, label_of, launch_works
 from ridgeline.execution.step_arrays import StepArrays, rope_tables
 from ridgeline.model.program import MemoryGroup, Program, Rope, StepLoad, Value, Weight
 from ridgeline.model.spec import RopeSpec
 from ridgeline.model.weights import Weights
-from ridgeline.native import Matrix, StepInputs, Tape, Team, allocate, copy_page, greedy_tokens, pack
+from ridgeline.native import Drawer, Matrix, StepInputs, Tape, Team, allocate, copy_page, pack
 from ridgeline.precision.storage import Tensor, float32_tensor
 from ridgeline.resources.machine import choose_isa
 from ridgeline.types import ByteArray, Float32Array, PageCopy, Step, StepResult
@@ -73,7 +73,7 @@ class CpuExecutor:
         self._vectors: dict[str, Float32Array] = {}
         self._pools: dict[int, _Pool] = {}
         self._groups: dict[int, MemoryGroup] = {}
-        self._drawer = Drawer(lambda logits: greedy_tokens(logits, self._team, self.isa))
+        self.drawer = Drawer(self._team, self.isa)
         self._drawn = np.empty(0, np.int32)
         # Results stay valid during one more run, so runs take turns with two arrays.
         self._logits = [np.empty((0, 0), np.float32)] * 2
@@ -149,7 +149,7 @@ class CpuExecutor:
         if handle.hidden is not None:
             output = handle.hidden[: step.outputs, : handle.program.output.width]
             logits = output.astype(np.float32)  # a copy: the buffer is reused
-        self._drawn = self._drawer.rows(logits, step.draws)
+        self._drawn = self.drawer.rows(logits, step.draws)
         elapsed_s = time.perf_counter() - started_s
         work = handle.work.parts(StepLoad.of(step, handle.program.groups))
         return FinishedStep(StepResult(undrawn(logits, step.draws), self._drawn, elapsed_s, work))

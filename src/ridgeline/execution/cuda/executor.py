@@ -31,7 +31,12 @@ from ridgeline.execution.lowering import Footprint, WorkModel
 from ridgeline.execution.step_arrays import StepArrays
 from ridgeline.model.program import MemoryGroup, Program, StepLoad
 from ridgeline.model.weights import Weights
+from ridgeline.native import Drawer, Team
+from ridgeline.resources.machine import choose_isa, usable_cores
 from ridgeline.types import CapacityError, Draw, PageCopy, Step, StepResult, StepWork
+
+_DRAWING_THREADS = 8
+"""Threads of the host that draw from logits which have come there, where there are as many cores."""
 
 _KV_DTYPES = {"KV8": torch.int8, "KV16": torch.bfloat16, "KV32": torch.float32}
 
@@ -102,6 +107,8 @@ class CudaExecutor:
         self._capacity = max(limits.max_rows, limits.max_sequences)
         self._inputs: StepInputs | None = None
         self._books: list[GraphBook] = []
+        self._team = Team(min(usable_cores(), _DRAWING_THREADS))
+        self.drawer = Drawer(self._team, choose_isa())
         self._turns = [_Turn(device, self._capacity) for _ in range(2)]
 
     def load(self, weights: Weights) -> None:
@@ -188,6 +195,7 @@ class CudaExecutor:
         self._books.clear()
         self._inputs = None
         self._turns.clear()
+        self._team.close()
         if self._device.where.type == "cuda":
             torch.cuda.empty_cache()
 

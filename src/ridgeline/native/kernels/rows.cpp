@@ -112,37 +112,6 @@ void softcap(const SoftcapLaunch& launch, const StepView& step, Worker& worker) 
   });
 }
 
-// The lowest place of the largest value; -1 if that is infinite, or any value is not a number.
-static int32_t largest_place(const float* x, int32_t count) {
-  constexpr int32_t kBlock = 1024;
-  const vint magnitude = isplat(0x7fffffff);
-  vint nan = izero();
-  float top = -__builtin_inff();
-  int32_t block = -1;
-  for (int32_t begin = 0; begin < count; begin += kBlock) {
-    const int32_t end = begin + kBlock < count ? begin + kBlock : count;
-    vfloat largest = splat(-__builtin_inff());
-    for (int32_t i = begin; i < end; i += 16) {
-      const vmask m = first_lanes(end - i);
-      const vfloat v = select(m, load(m, x + i), splat(-__builtin_inff()));
-      nan = max(nan, bit_and(bits(v), magnitude));
-      largest = max(largest, v);
-    }
-    const float most = reduce_max(largest);
-    if (most > top) {
-      top = most;
-      block = begin;
-    }
-  }
-  if (reduce_max(nan) > 0x7f800000 || block < 0 || top == __builtin_inff()) return -1;
-  while (x[block] != top) ++block;
-  return block;
-}
-
-void greedy_rows(const float* logits, int64_t rows, int32_t width, int32_t* tokens, Worker& worker) {
-  for_rows(worker, rows, 1, [&](int64_t row) { tokens[row] = largest_place(logits + row * width, width); });
-}
-
 void quantise_rows(const float* x, int64_t rows, int32_t width, uint8_t* out) {
   const Target target{.a8 = {out, int64_t(a8_layout(width).row_bytes)}};
   for (int64_t row = 0; row < rows; ++row) {

@@ -3,14 +3,16 @@
 //   kMaxTokens, kMaxTiles, kMaxQueries            rows, and tiles of weights, in a register tile of the linear
 //                                                 kernels; queries in one of the attention kernels
 //   first_lanes(n), lanes(from, to)               masks; n, from and to are clamped to 0..16
+//   mask_bits, mask_of                            a mask as 16 bits, the first lane's lowest, and back
 //   zero, splat, load, store                      float32; with a mask, other lanes are neither read nor
 //   written
 //   + - * / min max abs copy_sign fma round_even  float32; fma may round twice where the hardware has none
 //   less, select, reduce_add, reduce_max          reductions have one fixed order
-//   izero, isplat, iload, add, sub, multiply, max, bit_and, bit_or, shift_left, shift_right
+//   izero, isplat, iload, istore, add, sub, multiply, max, bit_and, bit_or, shift_left, shift_right
 //                                                 int32; to the right fills up with zeros
 //   load_bytes, load_signed_bytes                 16 bytes as int32
-//   to_int, to_float, times_power_of_two          to_int rounds to nearest even
+//   to_int, truncate, to_float,                   to_int rounds to nearest even
+//   times_power_of_two
 //   load_f16, load_bf16, bf16_bits                16 values of a half format; bf16 rounds to nearest even
 //   interleave                                    the lanes of two vectors in turn, in place
 //   byte_fields<shift, bits>                      bits of each of 64 bytes, moved down

@@ -33,10 +33,16 @@ RIDGELINE_INLINE vmask lanes(int from, int to) {
           from <= 0 && to >= 16};
 }
 RIDGELINE_INLINE vmask first_lanes(int n) { return lanes(0, n); }
-// One bit per lane.
 RIDGELINE_INLINE unsigned mask_bits(vmask m) {
   return unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(m.lo))) |
          unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(m.hi))) << 8;
+}
+
+RIDGELINE_INLINE vmask mask_of(unsigned bits) {
+  const __m256i low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), high = _mm256_slli_epi32(low, 8);
+  const __m256i all = _mm256_set1_epi32(int(bits));
+  return {_mm256_cmpeq_epi32(_mm256_and_si256(all, low), low),
+          _mm256_cmpeq_epi32(_mm256_and_si256(all, high), high), false};
 }
 
 RIDGELINE_INLINE vfloat zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -106,6 +112,11 @@ RIDGELINE_INLINE vint iload(const void* p) {
   const auto* halves = static_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
 }
+RIDGELINE_INLINE void istore(void* p, vint a) {
+  auto* halves = static_cast<__m256i*>(p);
+  _mm256_storeu_si256(halves, a.lo);
+  _mm256_storeu_si256(halves + 1, a.hi);
+}
 RIDGELINE_INLINE vint add(vint a, vint b) {
   return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
 }
@@ -143,6 +154,7 @@ RIDGELINE_INLINE vint load_signed_bytes(const void* p) {
 RIDGELINE_INLINE vint bits(vfloat a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
 RIDGELINE_INLINE vfloat from_bits(vint a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
 RIDGELINE_INLINE vint to_int(vfloat a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
+RIDGELINE_INLINE vint truncate(vfloat a) { return {_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi)}; }
 RIDGELINE_INLINE vfloat to_float(vint a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 // n is an integer from -126 to 127.
 RIDGELINE_INLINE vfloat times_power_of_two(vfloat a, vfloat n) {

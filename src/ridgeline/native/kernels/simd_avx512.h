@@ -20,6 +20,9 @@ constexpr int kMaxQueries = 4;
 RIDGELINE_INLINE vmask first_lanes(int n) { return vmask(n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1); }
 RIDGELINE_INLINE vmask lanes(int from, int to) { return vmask(first_lanes(to) & ~first_lanes(from)); }
 
+RIDGELINE_INLINE unsigned mask_bits(vmask m) { return m; }
+RIDGELINE_INLINE vmask mask_of(unsigned bits) { return vmask(bits); }
+
 RIDGELINE_INLINE vfloat zero() { return _mm512_setzero_ps(); }
 RIDGELINE_INLINE vfloat splat(float x) { return _mm512_set1_ps(x); }
 RIDGELINE_INLINE vfloat load(const float* p) { return _mm512_loadu_ps(p); }
@@ -45,6 +48,7 @@ RIDGELINE_INLINE vfloat copy_sign(vfloat magnitude, vfloat sign) {
 RIDGELINE_INLINE vint izero() { return {_mm512_setzero_si512()}; }
 RIDGELINE_INLINE vint isplat(int32_t x) { return {_mm512_set1_epi32(x)}; }
 RIDGELINE_INLINE vint iload(const void* p) { return {_mm512_loadu_si512(p)}; }
+RIDGELINE_INLINE void istore(void* p, vint a) { _mm512_storeu_si512(p, a.v); }
 RIDGELINE_INLINE vint add(vint a, vint b) { return {_mm512_add_epi32(a.v, b.v)}; }
 RIDGELINE_INLINE vint sub(vint a, vint b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 RIDGELINE_INLINE vint max(vint a, vint b) { return {_mm512_max_epi32(a.v, b.v)}; }
@@ -68,6 +72,7 @@ RIDGELINE_INLINE vint load_signed_bytes(const void* p) {
 RIDGELINE_INLINE vint bits(vfloat a) { return {_mm512_castps_si512(a)}; }
 RIDGELINE_INLINE vfloat from_bits(vint a) { return _mm512_castsi512_ps(a.v); }
 RIDGELINE_INLINE vint to_int(vfloat a) { return {_mm512_cvtps_epi32(a)}; }
+RIDGELINE_INLINE vint truncate(vfloat a) { return {_mm512_cvttps_epi32(a)}; }
 RIDGELINE_INLINE vfloat to_float(vint a) { return _mm512_cvtepi32_ps(a.v); }
 RIDGELINE_INLINE vfloat times_power_of_two(vfloat a, vfloat n) { return _mm512_scalef_ps(a, n); }
 

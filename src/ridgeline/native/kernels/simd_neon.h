@@ -47,6 +47,21 @@ RIDGELINE_INLINE vmask lanes(int from, int to) {
           from <= 0 && to >= 16};
 }
 RIDGELINE_INLINE vmask first_lanes(int n) { return lanes(0, n); }
+RIDGELINE_INLINE uint32x4_t lane_bits(int i) {
+  const uint32_t ones[4] = {1u << (4 * i), 2u << (4 * i), 4u << (4 * i), 8u << (4 * i)};
+  return vld1q_u32(ones);
+}
+RIDGELINE_INLINE unsigned mask_bits(vmask m) {
+  unsigned all = 0;
+  for (int i = 0; i < 4; ++i) all |= vaddvq_u32(vandq_u32(m.v[i], lane_bits(i)));
+  return all;
+}
+RIDGELINE_INLINE vmask mask_of(unsigned bits) {
+  const uint32x4_t all = vdupq_n_u32(bits);
+  return {{vtstq_u32(all, lane_bits(0)), vtstq_u32(all, lane_bits(1)), vtstq_u32(all, lane_bits(2)),
+           vtstq_u32(all, lane_bits(3))},
+          false};
+}
 // Calls f(lane) for the lanes of a mask.
 template <class F>
 RIDGELINE_INLINE void for_lanes(vmask m, F&& f) {
@@ -125,6 +140,9 @@ RIDGELINE_INLINE vint iload(const void* p) {
   const auto* bytes = static_cast<const uint8_t*>(p);
   return ints([&](int i) { return vreinterpretq_s32_u8(vld1q_u8(bytes + 16 * i)); });
 }
+RIDGELINE_INLINE void istore(void* p, vint a) {
+  for (int i = 0; i < 4; ++i) vst1q_u8(static_cast<uint8_t*>(p) + 16 * i, as_unsigned_bytes(a.v[i]));
+}
 RIDGELINE_INLINE vint add(vint a, vint b) {
   return ints([&](int i) { return vaddq_s32(a.v[i], b.v[i]); });
 }
@@ -175,6 +193,9 @@ RIDGELINE_INLINE vfloat from_bits(vint a) {
 }
 RIDGELINE_INLINE vint to_int(vfloat a) {
   return ints([&](int i) { return vcvtnq_s32_f32(a.v[i]); });
+}
+RIDGELINE_INLINE vint truncate(vfloat a) {
+  return ints([&](int i) { return vcvtq_s32_f32(a.v[i]); });
 }
 RIDGELINE_INLINE vfloat to_float(vint a) {
   return floats([&](int i) { return vcvtq_f32_s32(a.v[i]); });

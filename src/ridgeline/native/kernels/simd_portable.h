@@ -36,6 +36,16 @@ RIDGELINE_INLINE vmask lanes(int from, int to) {
 }
 RIDGELINE_INLINE vmask first_lanes(int n) { return lanes(0, n); }
 
+RIDGELINE_INLINE unsigned mask_bits(vmask m) {
+  unsigned all = 0;
+  for (int i = 0; i < 16; ++i) all |= unsigned(m[i] & 1) << i;
+  return all;
+}
+RIDGELINE_INLINE vmask mask_of(unsigned bits) {
+  const vint lane = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  return (isplat(int32_t(bits)) & lane) != 0;
+}
+
 RIDGELINE_INLINE vfloat zero() { return vfloat{}; }
 RIDGELINE_INLINE vfloat splat(float x) { return x - vfloat{}; }
 RIDGELINE_INLINE vfloat load(const float* p) {
@@ -86,6 +96,7 @@ RIDGELINE_INLINE vint iload(const void* p) {
   std::memcpy(&a, p, sizeof a);
   return a;
 }
+RIDGELINE_INLINE void istore(void* p, vint a) { std::memcpy(p, &a, sizeof a); }
 RIDGELINE_INLINE vint add(vint a, vint b) { return a + b; }
 RIDGELINE_INLINE vint sub(vint a, vint b) { return a - b; }
 RIDGELINE_INLINE vint max(vint a, vint b) { return (a & (b < a)) | (b & ~(b < a)); }
@@ -112,6 +123,7 @@ RIDGELINE_INLINE vint bits(vfloat a) { return cast<vint>(a); }
 RIDGELINE_INLINE vfloat from_bits(vint a) { return cast<vfloat>(a); }
 // Right for magnitudes below 2^22; others, and what is not a number, give any integer.
 RIDGELINE_INLINE vint to_int(vfloat a) { return cast<vint>(a + 12582912.0f) - 0x4b400000; }
+RIDGELINE_INLINE vint truncate(vfloat a) { return __builtin_convertvector(a, vint); }
 RIDGELINE_INLINE vfloat to_float(vint a) { return __builtin_convertvector(a, vfloat); }
 // n is an integer from -126 to 127.
 RIDGELINE_INLINE vfloat times_power_of_two(vfloat a, vfloat n) {

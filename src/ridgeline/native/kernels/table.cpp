@@ -24,7 +24,7 @@ size_t expert_scratch_bytes(const ExpertLaunch&);
 size_t route_partial_bytes(const RouteLaunch&);
 void unpack_row(const MatrixView&, int64_t, float*);
 void quantise_rows(const float*, int64_t, int32_t, uint8_t*);
-void greedy_rows(const float*, int64_t, int32_t, int32_t*, Worker&);
+void draw_rows(float*, int64_t, int32_t, const RowDraw*, int32_t*, Worker&);
 double peak_ops(PeakFormat, int64_t);
 int32_t read_lines(const uint8_t*, size_t);
 
@@ -47,7 +47,7 @@ const Kernels kernels = {RIDGELINE_NAME(RIDGELINE_ISA),
                          route_partial_bytes,
                          unpack_row,
                          quantise_rows,
-                         greedy_rows,
+                         draw_rows,
                          peak_ops,
                          read_lines};
 
