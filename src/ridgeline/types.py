@@ -238,8 +238,8 @@ class PageCopy:
 class HostPage:
     """Room outside of an executor's pools for one page, in the executor's own layout.
 
-    The executor `put`s the bytes when it launches the transfer; `take` gives them, uint8, to one thread, which
-    may be another, and waits until they are there.
+    The executor `put`s the bytes when it launches the transfer; `take` gives them, uint8, to any thread, and
+    waits until they are there.
     """
 
     __slots__ = ("_take",)

@@ -1,7 +1,7 @@
 """Pages of sequence memory on their way between the device's pools and host memory.
 
-Many go at once: gathered on the device, through one piece of pinned memory, in the order of the stream. A page
-outside of the pools is the bytes of all its layers' values and, with KV8, then those of their scales.
+Many go at once: gathered on the device, through one piece of pinned memory, in the order of the stream. A
+page outside of the pools is the bytes of all its layers' values and, with KV8, then those of their scales.
 """
 
 from __future__ import annotations
