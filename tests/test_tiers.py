@@ -6,10 +6,10 @@ import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 from tier_engines import files_of, settle, tiered_engine
-from tiny_models import TinyModel, pool_bytes
+from tiny_models import TinyModel
 
 from ridgeline import LLM
 from ridgeline.cache import disk as disk_module
@@ -28,10 +28,11 @@ from ridgeline.cache.disk import HEADER_BYTES, DiskTier
 from ridgeline.cache.ladder import Ladder
 from ridgeline.cache.memory import MemoryTier
 from ridgeline.cache.names import KEY_BYTES, key_of, name_on, root_name
-from ridgeline.cache.radix import Scope, key_of as spelled
-from ridgeline.config import PAGE_TOKENS, EngineConfig
+from ridgeline.cache.radix import Scope
+from ridgeline.cache.radix import key_of as spelled
+from ridgeline.model.checkpoint import files
 from ridgeline.resources.transfers import FetchChoice
-from ridgeline.types import ConfigError, HostPage, Request, SamplingParams
+from ridgeline.types import ConfigError, HostPage, Move, Request, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 LATE = pytest.mark.parametrize("late", [False, True], ids=["at once", "one step late"])
@@ -299,7 +300,7 @@ def test_a_full_disk_is_told_once_and_the_tier_goes_quiet(
         assert not tier.write(key(1), page(1))
         assert not tier.write(key(2), page(2))
     assert len(caplog.records) == 1
-    assert os.listdir(tmp_path) == [f"{key(0).hex()}.kv"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{key(0).hex()}.kv"]
     assert tier.read(key(0), 100) is not None
     assert tier.write(key(1), page(1)), "there is room again"
     monkeypatch.setattr(disk_module, "_QUIET_S", 60.0)
@@ -393,11 +394,10 @@ def test_what_does_not_pay_is_computed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_model_starts_warm_and_says_the_same(
-    tiny: Callable[[str], TinyModel], tmp_path: Path, family: str
+    tiny: Callable[[str], TinyModel], tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(files, "_SETTLED_S", -60.0)
     folder = tiny(family).folder
-    for path in folder.iterdir():
-        os.utime(path, (0, 0))
     prompt = [(7 * index) % 50 for index in range(100)]
     answers = []
     for found in (0, 96, 0, 0):
@@ -411,3 +411,152 @@ def test_a_model_starts_warm_and_says_the_same(
         assert output.cached_tokens == found
         answers.append(output.outputs[0].token_ids)
     assert answers[0] == answers[1] == answers[3]
+
+
+def test_a_model_that_changed_a_moment_ago_is_not_kept(
+    tiny: Callable[[str], TinyModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_SETTLED_S", 1e9)
+    with LLM(str(tiny("llama").folder), max_model_len=128, cache_dir=str(tmp_path)) as llm:
+        llm.generate([list(range(3, 53))], GREEDY)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------- anything, in any order
+
+OPERATIONS = settings(
+    max_examples=80,
+    stateful_step_count=70,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+GROUPS = {"full": ((None,), (11,)), "windows": ((None, 24), (11, 8)), "window alone": ((20,), (7,))}
+
+
+HARMS = ["none", "none", "none", "flip", "cut", "swap", "gone"]
+
+
+class TierMachine(CacheMachine):
+    """A CacheMachine whose engine ends and begins again on one folder, in which files come to harm."""
+
+    known: dict[str, list[Any]]
+    patch: pytest.MonkeyPatch
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folder = TemporaryDirectory()
+        self.folder = Path(self._folder.name)
+
+    @initialize(
+        kind=st.sampled_from(sorted(GROUPS)), memory=st.sampled_from([None, 0, 5, 100]), late=st.booleans()
+    )
+    def begin(self, kind: str, memory: int | None, late: bool) -> None:
+        self.patch.setattr(FakeExecutor, "asynchronous", late)
+        self.kind = kind
+        self.memory_bytes = None if memory is None else memory * PAGE_BYTES
+        self.alone = self._alone
+        self._start()
+
+    def _start(self) -> None:
+        self.engine = tiered_engine(
+            self.folder,
+            FakeExecutor(*GROUPS[self.kind]),
+            memory_bytes=self.memory_bytes,
+            queue_bytes=8 * PAGE_BYTES,
+            in_turns=True,
+            max_num_seqs=6,
+            max_num_batched_tokens=40,
+        )
+
+    def _alone(self, request: Request) -> list[Any]:
+        name = repr((self.kind, request.prompt_token_ids, request.params))
+        if name not in self.known:
+            windows, _ = GROUPS[self.kind]
+            engine = make_engine(FakeExecutor(windows, (60,) * len(windows)), prefix_caching=False)
+            self.known[name] = contents(finish(engine, request))
+        return self.known[name]
+
+    @precondition(lambda self: self.asked)
+    @rule(
+        which=st.integers(0, 1000),
+        count=st.integers(1, 4),
+        harm=st.sampled_from(HARMS),
+        at=st.integers(0, 400),
+    )
+    def restart(self, which: int, count: int, harm: str, at: int) -> None:
+        self._end()
+        self.open.clear()
+        self._harm(which, at, harm)
+        self._start()
+        for number in range(count):
+            self.ask_again(which + number)
+
+    @precondition(lambda self: self.asked)
+    @rule(which=st.integers(0, 1000))
+    def ask_again(self, which: int) -> None:
+        asked = list(self.asked.values())[which % len(self.asked)]
+        self._add(asked.prompt_token_ids, asked.params, asked.cache_salt)
+
+    @rule(turns=st.integers(1, 20))
+    def carry(self, turns: int) -> None:
+        """What the tiers' thread does meanwhile."""
+        for _ in range(turns):
+            self.engine.scheduler.cache.tiers.ladder.turn()
+
+    @rule()
+    def rest(self) -> None:
+        """A moment without work, or one in which an interrupt made it look so."""
+        self.engine.idle()
+
+    def _harm(self, which: int, at: int, how: str) -> None:
+        paths = files_of(self.folder)
+        if not paths or how == "none":
+            return
+        path, other = paths[which % len(paths)], paths[at % len(paths)]
+        if how == "flip":
+            flip(path, at % path.stat().st_size)
+        elif how == "cut":
+            os.truncate(path, at)
+        elif how == "swap":
+            path.write_bytes(other.read_bytes())
+        else:
+            path.unlink()
+        self.done["harms"] += 1
+
+    def _end(self) -> None:
+        tiers = self.engine.scheduler.cache.tiers
+        self.engine.close()
+        self.done["saved"] += len(files_of(self.folder))
+        for tier in (tiers.ladder.disk, tiers.ladder.memory):
+            if tier is not None:
+                tier.check_integrity()
+
+    def teardown(self) -> None:
+        super().teardown()
+        tiers = self.engine.scheduler.cache.tiers
+        assert not tiers._fetching
+        tiers.ladder.check_integrity()
+        self._end()
+        self._folder.cleanup()
+
+
+def test_restarts_and_harm_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    TierMachine.patch = monkeypatch
+    TierMachine.done, TierMachine.known = Counter(), {}
+    filled: Counter[str] = Counter()
+    transfer = FakeExecutor.transfer
+
+    def counted(executor: FakeExecutor, moves: Sequence[Move]) -> None:
+        filled.update(type(move).__name__ for move in moves)
+        transfer(executor, moves)
+
+    monkeypatch.setattr(FakeExecutor, "transfer", counted)
+    run_state_machine_as_test(TierMachine, settings=OPERATIONS)
+    done = TierMachine.done
+    assert done["operations"] > 3000, done
+    assert done["harms"] > 100, done
+    assert done["finished"] > 150, done
+    assert filled["PageFill"] > 200, filled
+    assert filled["PageSpill"] > 400, filled

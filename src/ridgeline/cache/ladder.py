@@ -138,12 +138,18 @@ class Ladder:
                 self._changed.wait_for(lambda: self._closing or self._fetches or self._put or self._unsaved)
                 if self._closing:
                     return
-                fetch = self._fetches.popleft() if self._fetches else None
-                key = None if fetch else next(iter(self._put or self._unsaved))
-            if fetch is not None:
-                self._fetch(fetch)
-            elif key is not None:
-                self._put_away(key)
+            self._carry()
+
+    def _carry(self) -> bool:
+        """Do the next thing there is to do; whether there was one."""
+        with self._changed:
+            fetch = self._fetches.popleft() if self._fetches else None
+            key = next(iter(self._put or self._unsaved), None)
+        if fetch is not None:
+            self._fetch(fetch)
+        elif key is not None:
+            self._put_away(key)
+        return fetch is not None or key is not None
 
     def _put_away(self, key: bytes) -> None:
         """One page a rung down."""
