@@ -19,7 +19,7 @@ from ridgeline.config import PAGE_TOKENS
 from ridgeline.engine import Engine, ModelFacts
 from ridgeline.execution.draw import Drawer, undrawn
 from ridgeline.scheduling.scheduler import Scheduler
-from ridgeline.types import Float32Array, SequenceRows, Step, StepResult, StepWork, Work
+from ridgeline.types import Float32Array, PageCopy, PageFill, SequenceRows, Step, StepResult, StepWork, Work
 
 _SLOT = np.dtype([("token", np.int64), ("position", np.int64), ("chain", np.uint64)])
 _POISON = np.array((-1, -1, 0xDEAD), _SLOT)
@@ -50,6 +50,7 @@ class FakeExecutor:
     more step was run at most."""
 
     asynchronous = False
+    numerics = "fake"
 
     def __init__(
         self,
@@ -123,7 +124,19 @@ class FakeExecutor:
 
     def transfer(self, moves: Sequence[Any]) -> None:
         for move in moves:
-            self.memory[move.group][move.target] = self.memory[move.group][move.source]
+            memory = self.memory[move.group]
+            if isinstance(move, PageCopy):
+                memory[move.target] = memory[move.source]
+            elif isinstance(move, PageFill):
+                assert move.source.shape == (self.host_page_bytes[move.group],)
+                memory[move.target] = move.source.view(_SLOT)
+            else:
+                spilled = memory[move.source].view(np.uint8).copy()
+                move.target.put(lambda spilled=spilled: spilled)
+
+    @property
+    def host_page_bytes(self) -> tuple[int, ...]:
+        return (PAGE_TOKENS * _SLOT.itemsize,) * len(self.memory)
 
     def close(self) -> None:
         self.closed = True
@@ -215,9 +228,11 @@ def letter(token_id: int) -> str:
 
 def make_engine(executor: FakeExecutor, **settings: Any) -> Engine:
     """An engine on a fake executor. Settings: max_num_seqs, max_num_batched_tokens, max_model_len,
-    end_token_ids, begin_token_id, seed, prefix_caching."""
+    end_token_ids, begin_token_id, seed, prefix_caching, tiers."""
     pages = tuple(len(memory) for memory in executor.memory)
-    cache = KVCache(executor.windows, pages, settings.pop("prefix_caching", True))
+    cache = KVCache(
+        executor.windows, pages, settings.pop("prefix_caching", True), settings.pop("tiers", None)
+    )
     scheduler = Scheduler(cache, settings.pop("max_num_seqs", 8), settings.pop("max_num_batched_tokens", 64))
     seed = settings.pop("seed", None)
     model = ModelFacts(executor.vocabulary, settings.pop("max_model_len", 512), **settings)

@@ -11,12 +11,14 @@ import gguf
 import numpy as np
 import pytest
 from fake_executor import FakeDetokenizer
+from page_moves import there_and_back
 from running import PAGES, Loaded, load, relative_error
 from tiny_experts import make_sparse
 from tiny_models import TinyModel, write_gguf
 
 from ridgeline.cache.kv import KVCache
 from ridgeline.engine import Engine, ModelFacts
+from ridgeline.execution.base import page_bytes
 from ridgeline.precision.formats import FORMATS
 from ridgeline.scheduling.scheduler import Scheduler
 from ridgeline.types import PageCopy, Request, SamplingParams, Segment, SequenceRows
@@ -126,6 +128,13 @@ def test_copied_pages_stand_for_their_source(tiny: Tiny, kv_format: str) -> None
     loaded.executor.transfer([PageCopy(g, *pair) for g in groups for pair in ((0, 5), (1, 9), (9, 6))])
     expected = loaded.run(TOKENS[20:22], 18, pages=[0, 1])
     np.testing.assert_array_equal(loaded.run(TOKENS[20:22], 18, pages=[5, 6]), expected)
+    loaded.executor.close()
+
+
+@pytest.mark.parametrize("kv_format", ["KV8", "KV16", "KV32"])
+def test_spilled_pages_come_back_bit_for_bit(tiny: Tiny, kv_format: str) -> None:
+    loaded = load(tiny("gemma3").folder, "cuda", "W32A32", kv_format)
+    there_and_back(loaded, tuple(page_bytes(g, kv_format) for g in loaded.program.groups))
     loaded.executor.close()
 
 

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from page_moves import there_and_back
 from running import PAGES, Loaded, assert_executors_agree, load, relative_error
 from tiny_experts import make_sparse
 from tiny_models import VOCABULARY, TinyModel, write_gguf
@@ -67,6 +68,16 @@ def test_copied_pages_stand_for_their_source(tiny: Tiny, kind: str, kv_format: s
     changed = loaded.run(TOKENS[20:23], 20, pages=[5, 6])  # page 40 was never written
     assert not np.array_equal(changed, expected, equal_nan=False)
     np.testing.assert_array_equal(loaded.run(TOKENS[20:23], 20, pages=[0, 1]), expected)
+    loaded.executor.close()
+
+
+@KINDS
+@pytest.mark.parametrize("kv_format", KV_STORAGES)
+def test_spilled_pages_come_back_bit_for_bit(tiny: Tiny, kind: str, kv_format: str) -> None:
+    loaded = load(tiny("gemma3").folder, kind, "W32A32", kv_format)
+    held = None if kind == "reference" else tuple(page_bytes(g, kv_format) for g in loaded.program.groups)
+    there_and_back(loaded, held)
+    assert kind in loaded.executor.numerics
     loaded.executor.close()
 
 

@@ -27,6 +27,7 @@ from ridgeline.execution.cpu.packing import Layout, pack_all
 from ridgeline.loading import make_executor
 from ridgeline.model.checkpoint import files
 from ridgeline.native import BLOCK_BYTES, Team, allocate, block_sums, isa_levels
+from ridgeline.resources.paths import SHARE_BYTES
 from ridgeline.types import ByteArray, ConfigError
 
 TEAM = Team(2)
@@ -238,7 +239,7 @@ def test_what_is_larger_than_the_room_is_not_kept(tmp_path: Path) -> None:
 
 def test_room_is_a_share_of_the_disk(tmp_path: Path) -> None:
     bound = PackedCache(tmp_path / "not" / "there").bound_bytes
-    assert 0 < bound <= packed_cache.BOUND_BYTES
+    assert 0 < bound <= SHARE_BYTES
 
 
 def test_a_full_disk_costs_only_time(model: Path, cache: PackedCache) -> None:

@@ -27,7 +27,7 @@ def enter(cache: KVCache, tokens: Tokens, scope: Scope | None = None) -> tuple[S
     pages = cache.new_sequence(scope)
     found = cache.restore(pages, tokens, 0, len(tokens))
     assert cache.grow(pages, len(tokens))
-    cache.copied()
+    cache.moved()
     cache.store(pages, tokens, len(tokens))
     return pages, found
 
@@ -106,12 +106,12 @@ def test_a_partial_page_is_copied_and_its_source_held_until_then() -> None:
     second = cache.new_sequence()
     assert cache.restore(second, tokens, 0, 31) == 31
     cache.release(first)
-    assert [(copy.source, copy.target) for copy in cache.copies] == [
+    assert [(copy.source, copy.target) for copy in cache.moves] == [
         (page, table[1]) for page, table in zip(source, second.tables, strict=True)
     ]
     assert all(pool.users(page) == 1 for pool, page in zip(cache.pools, source, strict=True))
     cache.check_integrity([second])
-    cache.copied()
+    cache.moved()
     assert all(pool.users(page) == 0 for pool, page in zip(cache.pools, source, strict=True))
     cache.store(second, tokens, 32)
     assert [table[1] for table in second.tables] == source, "its own copy is given back"
@@ -125,7 +125,7 @@ def test_without_room_for_a_copy_the_last_page_is_computed() -> None:
     cache.release(first)
     second = cache.new_sequence()
     assert cache.restore(second, tokens, 0, 31) == 16
-    assert cache.copies == ()
+    assert cache.moves == ()
     assert cache.grow(second, 32)
     cache.check_integrity([second])
 
@@ -158,7 +158,7 @@ def test_windows_leave_holes_that_are_filled_again() -> None:
     cache.release(run())
     again = cache.new_sequence()
     assert cache.restore(again, tokens, 0, 95) == 95
-    cache.copied()
+    cache.moved()
     assert again.first_live == [0, (95 - window) // PAGE_TOKENS]
     cache.check_integrity([again])
 
@@ -174,7 +174,7 @@ def test_a_tree_of_windows_alone_forgets_what_holds_no_page() -> None:
             cache.trim(pages, reached)
             assert cache.grow(pages, reached + 1)
             reached += 1
-            cache.copied()
+            cache.moved()
             cache.store(pages, tokens, reached)
         cache.check_integrity([pages])
         cache.release(pages)

@@ -37,10 +37,10 @@ def test_what_cannot_start_says_why_in_a_line(cli: Cli, tiny_llama: Path, tmp_pa
 
 def test_lists_and_sizes() -> None:
     assert listed(["a,b", " c "]) == ("a", "b", "c")
-    assert [memory_bytes(text) for text in ("5", "2K", "1.5GiB", "3mb")] == [5, 2048, 3 << 29, 3 << 20]
+    assert [memory_bytes("any", text) for text in ("5", "2K", "1.5GiB", "3mb")] == [5, 2048, 3 << 29, 3 << 20]
     for text in ("", "-1", "2X", "1e9", "K"):
         with pytest.raises(ConfigError):
-            memory_bytes(text)
+            memory_bytes("kv_cache_memory", text)
 
 
 def test_environment_twins_count(tiny_llama: Path) -> None:

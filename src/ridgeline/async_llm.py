@@ -25,6 +25,8 @@ from ridgeline.types import (
     SamplingParams,
 )
 
+_SAVE_PAUSE_S = 0.005
+
 
 class AsyncLLM(LoadedFace):
     """A model for asyncio: the engine runs in a thread of its own and requests come and go while it does.
@@ -166,7 +168,7 @@ class AsyncLLM(LoadedFace):
         try:
             while not self._closing:
                 if not engine.has_work:
-                    self._commands.get()()
+                    self._wait(engine.idle())
                 while not self._commands.empty():
                     self._commands.get()()
                 self._deliver(engine.step())
@@ -180,6 +182,14 @@ class AsyncLLM(LoadedFace):
             _post([(mailbox, EngineDeadError(str(failure)))])
         with suppress(Exception):  # the engine may be past closing in order
             engine.close()
+
+    def _wait(self, soon: bool) -> None:
+        """For a command; not for long where the engine has something to do without work."""
+        try:
+            command = self._commands.get(timeout=_SAVE_PAUSE_S if soon else None)
+        except queue.Empty:
+            return
+        command()
 
     def _request_close(self) -> None:
         self._closing = True

@@ -47,6 +47,10 @@ class EngineConfig:
     `kv_cache_memory_bytes` is the KV pool's size (default: from the memory that is free).
     `packed_cache` lets the CPU executor keep packed weights on disk where that makes the next start faster.
     `enable_prefix_caching` keeps what was computed, for prompts that begin alike, until memory is needed.
+    `cache_dir` keeps what has no room there any more, and what an engine has computed when it ends, in files
+    of at most `cache_disk_bytes` (default: up to a tenth of the disk), so that the next engine starts warm.
+    Before it goes there it stays in host memory, in `cache_memory_bytes` (default: none on a CPU, where the
+    KV pool is host memory; else a quarter of what is free, if there is a `cache_dir`).
     `seed` makes requests without a seed of their own repeatable.
     `trace` is a file for a timeline of steps and requests, as Perfetto reads it.
     """
@@ -61,6 +65,9 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     kv_cache_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
+    cache_dir: str | None = None
+    cache_memory_bytes: int | None = None
+    cache_disk_bytes: int | None = None
     seed: int | None = None
     packed_cache: bool = True
     trace: str | None = None
@@ -72,7 +79,7 @@ class EngineConfig:
         _check(self.kv_format in KV_FORMATS, "kv_format", self.kv_format, ", ".join(KV_FORMATS))
         within = self.threads is None or (type(self.threads) is int and 1 <= self.threads <= MAX_THREADS)
         _check(within, "threads", self.threads, f"1 to {MAX_THREADS}, or none for one per usable core")
-        for name in ("max_model_len", "kv_cache_memory_bytes"):
+        for name in ("max_model_len", "kv_cache_memory_bytes", "cache_memory_bytes", "cache_disk_bytes"):
             _positive_or_none(name, getattr(self, name))
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             _check(getattr(self, name) is not None, name, None, "a positive number")
@@ -87,6 +94,12 @@ class EngineConfig:
         for name in ("packed_cache", "enable_prefix_caching"):
             value = getattr(self, name)
             _check(isinstance(value, bool), name, value, "True or False")
+        folder = self.cache_dir
+        _check(folder is None or (isinstance(folder, str) and bool(folder)), "cache_dir", folder, "a folder")
+        disk = self.cache_disk_bytes
+        _check(disk is None or folder is not None, "cache_disk_bytes", disk, "with a cache_dir")
+        wanted = folder is None and self.cache_memory_bytes is None
+        _check(wanted or self.enable_prefix_caching, "enable_prefix_caching", False, "True with lower tiers")
         _check(self.seed is None or isinstance(self.seed, int), "seed", self.seed, "a whole number or none")
         named = self.trace is None or (isinstance(self.trace, str) and bool(self.trace))
         _check(named, "trace", self.trace, "a file, or none")

@@ -39,6 +39,11 @@ if TYPE_CHECKING:
     from ridgeline.model.detokenizer import Detokenizer
 
 
+_FETCH_WAIT_S = 0.005
+"""Where every sequence waits for a lower tier, a step may take so long to do nothing."""
+_CLOSE_S = 5.0
+"""Closing an engine may take so long for what its lower tiers are to keep."""
+
 MAX_PROMPT_SCORES = 2**20
 """Log-probabilities of a prompt's tokens that are kept for one request, the most probable ones included."""
 
@@ -132,7 +137,8 @@ class Engine:
         """
         launched = self._launch()
         if not self._in_flight:  # nothing to run; at most, an interrupt kept an end from being told
-            return self._tell(list(self._requests.values()))
+            self.scheduler.cache.wait(_FETCH_WAIT_S)
+            return self._tell([state for state in self._requests.values() if state.has_ended])
         if launched and len(self._in_flight) <= self.executor.asynchronous:
             return []
         plan, future = self._in_flight[0]
@@ -151,12 +157,13 @@ class Engine:
             return False
         plan = self.scheduler.schedule(time.perf_counter())
         if not plan.sequences:
+            self._move()
             return False
         if self._constraints is not None:
             self._constraints.flush()
         self._launching = plan
-        if plan.copies:
-            self.executor.transfer(plan.copies)
+        if plan.moves:
+            self.executor.transfer(plan.moves)
         future = self.executor.run(self._handle_of(plan), plan.step)
         self._in_flight.append((plan, future))
         self.scheduler.advance(plan)
@@ -175,20 +182,46 @@ class Engine:
         expected_s = [self.steps.expected_s(plan, self._handle_of(plan)) for plan in under_way.values()]
         return None if None in expected_s else sum(filter(None, expected_s))
 
+    def _move(self) -> None:
+        """Make the moves that are planned, without a step."""
+        cache = self.scheduler.cache
+        if cache.moves:
+            self.executor.transfer(cache.moves)
+            cache.moved()
+
     @property
     def has_work(self) -> bool:
         return bool(self._requests)
 
+    def idle(self) -> bool:
+        """Use a moment without work to save some of what the prefix cache holds to its lower tiers; whether
+        there is more to be saved, in another moment."""
+        more = self.scheduler.cache.save()
+        self._move()
+        return more
+
     def close(self) -> None:
-        """Drop all requests and close the executor."""
+        """Drop all requests, save to lower tiers what a few seconds allow, and close the executor."""
         for request_id in list(self._requests):
             self.abort(request_id)
+        self._save_all()
         self.steps.close()
         # A compiled program keeps its weights alive.
         self.handle = self._encoder = self._compile_encoder = None
         if self._constraints is not None:
             self._constraints.close()
         self.executor.close()
+
+    def _save_all(self) -> None:
+        cache = self.scheduler.cache
+        if cache.tiers is None:
+            return
+        until_s = time.perf_counter() + _CLOSE_S
+        try:
+            while self.idle() and time.perf_counter() < until_s:
+                cache.tiers.ladder.drain(until_s - time.perf_counter())
+        finally:  # an engine may be closed because its executor fails
+            cache.close(max(until_s - time.perf_counter(), 0.1))
 
     # ------------------------------------------------------------------------- requests come and go
 
@@ -364,6 +397,9 @@ class Engine:
         self.steps.add(plan, result, now_s)
         decode = len(plan.sequences) == plan.step.rows and not plan.pooled
         (self.stats.decode if decode else self.stats.prefill).add(plan.step.rows, result)
+        tiers = self.scheduler.cache.tiers
+        if tiers is not None and not decode:
+            tiers.computed(plan.step.rows, result.elapsed_s)
         advanced: dict[str, RequestState] = {}
         for sequence, position, sample in zip(plan.sampled, plan.positions, sampled, strict=True):
             if sequence.arrival not in self._owners:
@@ -383,7 +419,7 @@ class Engine:
         """The state of requests that have ended, which are then forgotten, or that stream."""
         outputs = []
         for state in states:
-            if all(choice.finish_reason is not None for choice in state.choices):
+            if state.has_ended:
                 outputs.append(self._finish(state))
             elif state.stream:
                 outputs.append(state.output())

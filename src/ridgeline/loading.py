@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ridgeline.config import EngineConfig
+from ridgeline.config import PAGE_TOKENS, EngineConfig
 from ridgeline.types import (
     CapacityError,
     ConfigError,
@@ -21,6 +24,7 @@ from ridgeline.types import (
 )
 
 if TYPE_CHECKING:
+    from ridgeline.cache.tiers import Tiers
     from ridgeline.engine import Engine, EngineStats
     from ridgeline.execution.base import Executor, Limits
     from ridgeline.model.chat_template import ChatTemplate
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from ridgeline.resources.memory import Demand, Ledger
     from ridgeline.resources.step_time import StepTimeModel
     from ridgeline.steps import StepWatcher
+
+logger = logging.getLogger("ridgeline.loading")
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -161,10 +167,11 @@ def load_engine(config: EngineConfig) -> LoadedModel:
         handle = executor.compile(program)
         formats = Counter(fmt.name for fmt in weights.formats.values())
         watched = _watched(config, formats)
+        tiers = lower_tiers(config, program, weights, executor)
         on_failure.pop_all()
     assert config.max_model_len is not None
     windows = tuple(group.window for group in program.groups)
-    cache = KVCache(windows, pages, config.enable_prefix_caching)
+    cache = KVCache(windows, pages, config.enable_prefix_caching, tiers)
     scheduler = Scheduler(cache, config.max_num_seqs, config.max_num_batched_tokens)
     ends = frozenset(token for token in tokenizer.eos_ids if token < spec.vocabulary)
     facts = ModelFacts(spec.vocabulary, config.max_model_len, ends, tokenizer.bos_id, 1 / spec.logit_scale)
@@ -320,6 +327,39 @@ def _buffer_bytes(config: EngineConfig, program: Program) -> int:
     """What the values of a step may take, its outputs aside."""
     widest = max(op.out.width * op.out.experts for op in program.operations if not op.out.selected)
     return _BUFFERS * 4 * widest * config.max_num_batched_tokens
+
+
+def lower_tiers(config: EngineConfig, program: Program, weights: Weights, executor: Executor) -> Tiers | None:
+    """Where pages of the prefix cache go when there is no room for them; None where nobody asked for it.
+
+    Raises ConfigError when the folder cannot be used.
+    """
+    if not program.groups or (config.cache_dir is None and config.cache_memory_bytes is None):
+        return None
+    from ridgeline.cache.disk import DiskTier
+    from ridgeline.cache.ladder import Ladder
+    from ridgeline.cache.memory import MemoryTier
+    from ridgeline.cache.tiers import Tiers
+    from ridgeline.resources.installation import build_digest
+    from ridgeline.resources.machine import free_memory_bytes
+
+    model = weights.identity()
+    if model is None and config.cache_dir is not None:
+        logger.warning("the model's file changed a moment ago; its KV cache is not kept on disk this time")
+    disk = memory = None
+    if config.cache_dir is not None and model is not None:
+        disk = DiskTier(Path(config.cache_dir).expanduser() / "kv", config.cache_disk_bytes)
+    memory_bytes = config.cache_memory_bytes
+    if memory_bytes is None and config.device == "cuda":
+        memory_bytes = free_memory_bytes() // 4
+    if memory_bytes is not None:
+        memory = MemoryTier(memory_bytes)
+    if disk is None and memory is None:
+        return None
+    parts = (model, build_digest(), program, config.kv_format, PAGE_TOKENS, executor.numerics)
+    identity = hashlib.sha256(repr(parts).encode()).digest()
+    windows = tuple(group.window for group in program.groups)
+    return Tiers(Ladder(executor.host_page_bytes, memory, disk), identity, windows)
 
 
 def make_executor(config: EngineConfig, limits: Limits) -> Executor:

@@ -221,6 +221,10 @@ class RequestState:
         self.choices: list[Outcome] = []
         self.best: int | None = None
 
+    @property
+    def has_ended(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self.choices)
+
     def _told(self) -> list[CompletionOutput]:
         if self.best is None:
             return [choice.output() for choice in self.choices]

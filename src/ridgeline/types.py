@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -233,6 +233,49 @@ class PageCopy:
     group: int
     source: int
     target: int
+
+
+class HostPage:
+    """Room outside of an executor's pools for one page, in the executor's own layout.
+
+    The executor `put`s the bytes when it launches the transfer; `take` gives them, uint8, to any thread, and
+    waits until they are there.
+    """
+
+    __slots__ = ("_take",)
+
+    def __init__(self) -> None:
+        self._take: Callable[[], ByteArray] | None = None
+
+    def put(self, take: Callable[[], ByteArray]) -> None:
+        """A transfer that is made again, after an interrupt, finds other bytes: only the first counts."""
+        if self._take is None:
+            self._take = take
+
+    def take(self) -> ByteArray:
+        assert self._take is not None, "the page is taken before its transfer was launched"
+        return self._take()
+
+
+@dataclass(frozen=True, slots=True)
+class PageSpill:
+    """Copy all layers of one page out of an executor's pool."""
+
+    group: int
+    source: int
+    target: HostPage
+
+
+@dataclass(frozen=True, slots=True)
+class PageFill:
+    """Copy into a page the bytes that a spill gave, uint8 (page_bytes of the group,)."""
+
+    group: int
+    source: ByteArray
+    target: int
+
+
+Move = PageCopy | PageSpill | PageFill
 
 
 # ----------------------------------------------------------------------------------------- sampling

@@ -15,8 +15,9 @@ from ridgeline.cache.pages import PagePool
 from ridgeline.cache.prefix import Columns, PrefixCache, first_visible
 from ridgeline.cache.radix import Path, Scope
 from ridgeline.cache.table import SequencePages
+from ridgeline.cache.tiers import Tiers
 from ridgeline.config import PAGE_TOKENS, pages_for
-from ridgeline.types import PageCopy
+from ridgeline.types import Move, PageCopy, PageFill, PageSpill
 
 
 class KVCache:
@@ -26,12 +27,17 @@ class KVCache:
     number of pages in its pool. With `prefix_caching`, what sequences have computed is kept until its pages
     are needed, and those that begin alike share it.
 
-    A page that several sequences would write to is copied for each of them: `copies` are to be made before
-    the next step runs, and their sources stay in use until `copied`.
+    A page that several sequences would write to is copied for each of them. With `tiers`, pages that are
+    evicted are spilled to them, and what they have of a sequence is filled in. All these `moves` are to be
+    made, in their order, before the next step runs; the sources of copies stay in use until `moved`.
     """
 
     def __init__(
-        self, windows: tuple[int | None, ...], pages: tuple[int, ...], prefix_caching: bool = False
+        self,
+        windows: tuple[int | None, ...],
+        pages: tuple[int, ...],
+        prefix_caching: bool = False,
+        tiers: Tiers | None = None,
     ) -> None:
         if len(windows) != len(pages):
             raise ValueError(f"{len(windows)} windows for {len(pages)} pools")
@@ -39,10 +45,17 @@ class KVCache:
             raise ValueError(f"windows are {windows}; accepted: at least 1 token, or none")
         self.windows = windows
         self.pools = tuple(PagePool(count) for count in pages)
-        self.copies: tuple[PageCopy, ...] = ()
+        self._moves: list[Move] = []
         self._windowed = tuple((g, window) for g, window in enumerate(windows) if window is not None)
         # Without memory there is nothing to be spared: a model of no groups has no rows that see others.
-        self.prefixes = PrefixCache(self.pools, windows) if prefix_caching and pages else None
+        self.tiers = tiers if prefix_caching and pages else None
+        self.prefixes = PrefixCache(self.pools, windows, self.tiers) if prefix_caching and pages else None
+        if self.tiers is not None:
+            self.tiers.on_spill = self._spill
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        return tuple(self._moves)
 
     def new_sequence(self, scope: Scope | None = None) -> SequencePages:
         return SequencePages(len(self.pools), scope or Scope())
@@ -79,6 +92,10 @@ class KVCache:
         """
         if limit <= computed:
             return computed
+        if pages.fetch is not None:
+            if not pages.fetch.fetch.done:
+                return computed
+            computed = max(computed, self._take_in(pages, token_ids))
         held = None if sibling is None else self._held(sibling, limit)
         if self.prefixes is None:
             return computed if held is None or computed else self._begin(pages, held, [], limit)
@@ -124,17 +141,20 @@ class KVCache:
             for pool, source in zip(self.pools, sources, strict=True):
                 pool.free([source])
             return False
-        self.copies += tuple(
+        self._moves += (
             PageCopy(group, source, table[-1])
             for group, (source, table) in enumerate(zip(sources, pages.tables, strict=True))
         )
         return True
 
-    def copied(self) -> None:
-        """The copies were made, by a step that is launched."""
-        for copy in self.copies:
-            self.pools[copy.group].free([copy.source])
-        self.copies = ()
+    def moved(self) -> None:
+        """The moves are launched."""
+        for move in self._moves:
+            if isinstance(move, PageCopy):
+                self.pools[move.group].free([move.source])
+        self._moves.clear()
+        if self.tiers is not None:
+            self.tiers.moved()
 
     def store(self, pages: SequencePages, token_ids: Sequence[int], computed: int) -> None:
         """Let others share the pages that are full of known tokens, of which the first `computed` are in the
@@ -142,6 +162,74 @@ class KVCache:
         full = min(computed, len(token_ids)) // PAGE_TOKENS
         if self.prefixes is not None and full > pages.shared:
             self.prefixes.store(pages, token_ids, full)
+
+    # ----------------------------------------------------------------------------------- lower tiers
+
+    def fetches(self, pages: SequencePages, token_ids: Sequence[int], computed: int, limit: int) -> bool:
+        """Whether a sequence that has `computed` tokens in its pages waits for its next ones, `limit` in all
+        at most, to come up from a lower tier; begins to fetch them where that pays."""
+        if self.tiers is None or self.prefixes is None:
+            return False
+        if pages.fetch is not None:
+            return True
+        if pages.fetched_in_vain or computed // PAGE_TOKENS != pages.shared:
+            return False
+        room = [pool.free_pages for pool in self.pools]
+        return self.tiers.begin(pages, token_ids, limit // PAGE_TOKENS, self.prefixes, room)
+
+    def _take_in(self, pages: SequencePages, token_ids: Sequence[int]) -> int:
+        """Fill what a fetch brought into pages of the sequence, as far as all groups can be restored and
+        there is room; returns how many tokens are in its pages then, or 0 where nothing came of it."""
+        assert self.tiers is not None
+        assert self.prefixes is not None
+        fetching = self.tiers.end(pages)
+        assert fetching is not None
+        columns, contents = fetching.columns(len(self.pools))
+        pages.fetched_in_vain = not contents
+        begin, end = pages.shared, fetching.end
+        if begin != fetching.begin:
+            return 0
+        room = min(pool.free_pages for pool in self.pools)
+        tokens = self.prefixes.restorable(columns, begin, min(end, begin + room) * PAGE_TOKENS)
+        whole = tokens // PAGE_TOKENS
+        if whole <= begin:
+            return 0
+        self._cut(pages, begin)
+        self.trim(pages, tokens)
+        for group, (pool, table) in enumerate(zip(self.pools, pages.tables, strict=True)):
+            first = max(first_visible(self.windows[group], tokens), begin)
+            if first > begin:
+                pages.first_live[group] = first
+            taken = pool.allocate(whole - first)
+            table.extend(array("i", [0]) * (first - begin))
+            table.extend(taken)
+            self._moves += (
+                PageFill(group, contents[place, group], page) for place, page in enumerate(taken, start=first)
+            )
+        pages.length = whole
+        self.prefixes.store(pages, token_ids, whole)
+        return tokens
+
+    def _spill(self, spill: PageSpill) -> None:
+        self._moves.append(spill)
+
+    def save(self) -> bool:
+        """Plan moves that save pages to lower tiers before they are evicted, for moments without work;
+        whether there are more."""
+        if self.tiers is None or self.prefixes is None:
+            return False
+        self.tiers.save(self.prefixes)
+        return self.tiers.unsaved
+
+    def wait(self, timeout_s: float) -> None:
+        """Where sequences wait for lower tiers, until there is something for one of them."""
+        if self.tiers is not None:
+            self.tiers.wait(timeout_s)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Give lower tiers time to put away what was spilled."""
+        if self.tiers is not None:
+            self.tiers.ladder.close(timeout_s)
 
     # --------------------------------------------------------------------------------------- growing
 
@@ -174,6 +262,9 @@ class KVCache:
 
     def release(self, pages: SequencePages) -> None:
         """Give back everything; the tables are empty afterwards. Releasing twice is harmless."""
+        if self.tiers is not None:
+            self.tiers.end(pages)
+            pages.fetched_in_vain = False
         self._cut(pages, 0)
         if self.prefixes is not None:
             self.prefixes.leave(pages)
@@ -203,8 +294,9 @@ class KVCache:
         is free, evictable or locked."""
         everyone = list(sequences)
         users: list[Counter[int]] = [Counter() for _ in self.pools]
-        for copy in self.copies:
-            users[copy.group][copy.source] += 1
+        for move in self._moves:
+            if isinstance(move, PageCopy):
+                users[move.group][move.source] += 1
         for pages in everyone:
             for group, table in enumerate(pages.tables):
                 assert len(table) == pages.length, "tables of one sequence differ in length"
@@ -221,3 +313,5 @@ class KVCache:
             assert pool.free_pages + len(users[group]) == pool.pages, f"group {group} lost a page"
         if self.prefixes is not None:
             self.prefixes.check_integrity(everyone)
+        if self.tiers is not None:
+            self.tiers.check_integrity(everyone)

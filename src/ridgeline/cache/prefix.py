@@ -11,9 +11,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
+from typing import Protocol
 
 from ridgeline.cache.pages import PagePool
-from ridgeline.cache.radix import HOLE, PAGE_BYTES, Node, Path, RadixTree, common_pages
+from ridgeline.cache.radix import HOLE, NAME_BYTES, PAGE_BYTES, Node, Path, RadixTree, Scope, common_pages
 from ridgeline.cache.table import SequencePages
 from ridgeline.config import PAGE_TOKENS, pages_for
 
@@ -28,11 +29,27 @@ def first_visible(window: int | None, position: int) -> int:
     return 0 if window is None else max(position - window, 0) // PAGE_TOKENS
 
 
+class Below(Protocol):
+    """Hears what happens to the tree's pages, where there are lower tiers."""
+
+    def root(self, scope: Scope) -> bytes:
+        """The name before a scope's first page."""
+
+    def keep(self, group: int, page: int) -> None:
+        """The tree keeps a page."""
+
+    def lose(self, group: int, page: int, name: bytes) -> None:
+        """A page is evicted that holds the tokens of this name."""
+
+
 class PrefixCache:
     """Keeps pages of `pools` by the tokens in them. Sequences enter it by `find`, add to it by `store` and
     leave it by `leave`."""
 
-    def __init__(self, pools: tuple[PagePool, ...], windows: tuple[int | None, ...]) -> None:
+    def __init__(
+        self, pools: tuple[PagePool, ...], windows: tuple[int | None, ...], below: Below | None = None
+    ) -> None:
+        self._below = below
         self._pools = pools
         self._windows = windows
         self._tree = RadixTree(len(pools))
@@ -65,11 +82,12 @@ class PrefixCache:
             reached += 1
             for column, page in zip(columns, tail, strict=True):
                 column.append(page)
-        tokens = self._restorable(columns, begin, min(reached * PAGE_TOKENS, limit))
+        tokens = self.restorable(columns, begin, min(reached * PAGE_TOKENS, limit))
         return tokens, columns, path
 
-    def _restorable(self, columns: Columns, begin: int, tokens: int) -> int:
-        """The longest start, of these tokens, whose visible pages are there in every group."""
+    def restorable(self, columns: Columns, begin: int, tokens: int) -> int:
+        """The longest start, of these tokens, whose visible pages are there in every group; `columns` are of
+        the pages from `begin` on."""
         settled = False
         while not settled:
             settled = True
@@ -108,21 +126,28 @@ class PrefixCache:
             pages.shared += taken
         if pages.shared < full:
             new = key[pages.shared * PAGE_BYTES : full * PAGE_BYTES]
-            self._stand(pages, self._tree.append(pages.node, new, self._own(pages, full)))
+            below = self._below
+            names = b"" if below is None else pages.name(token_ids, pages.shared, full, below.root)
+            self._stand(pages, self._tree.append(pages.node, new, self._own(pages, full), names))
             pages.shared = full
 
     def _own(self, pages: SequencePages, full: int) -> tuple[array[int], ...]:
         """The pages behind the shared ones, kept from now on."""
         columns = []
-        for pool, table, live in zip(self._pools, pages.tables, pages.first_live, strict=True):
+        for group, (table, live) in enumerate(zip(pages.tables, pages.first_live, strict=True)):
             column = table[pages.shared : full]
             for index, page in enumerate(column, start=pages.shared):
                 if index < live:
                     column[index - pages.shared] = HOLE
                 else:
-                    pool.keep(page)
+                    self._keep(group, page)
             columns.append(column)
         return tuple(columns)
+
+    def _keep(self, group: int, page: int) -> None:
+        self._pools[group].keep(page)
+        if self._below is not None:
+            self._below.keep(group, page)
 
     def _merge(self, pages: SequencePages, node: Node, index: int) -> None:
         """One page of tokens that both have: `index` pages into the edge, behind the shared ones."""
@@ -132,7 +157,7 @@ class PrefixCache:
                 continue
             own, there = table[place], node.columns[group][index]
             if there == HOLE:
-                pool.keep(own)
+                self._keep(group, own)
                 self._tree.fill(node, index, group, own)
             elif there != own:
                 pool.share([there])
@@ -145,6 +170,10 @@ class PrefixCache:
         if node is not None:
             node.users -= 1
             self._tree.prune(node)
+
+    def name(self, group: int, page: int) -> bytes | None:
+        """The name of the tokens in a page; None where the tree does not keep it."""
+        return self._tree.name(group, page) if self._tree.holds(group, page) else None
 
     def _enter(self, pages: SequencePages) -> None:
         if pages.node is None:
@@ -161,10 +190,15 @@ class PrefixCache:
         """A pool takes a page that nobody uses: the one place where contents are lost."""
         node = self._tree.owner(group, page)
         if self._windows[group] is not None:
+            if self._below is not None:
+                self._below.lose(group, page, self._tree.name(group, page))
             self._tree.prune(self._tree.drop(group, page))
             return
         assert node.columns[group][-1] == page, "a page is evicted before those behind it"
+        name = bytes(node.names[-NAME_BYTES:])
         for other, held in self._tree.cut_end(node):
+            if self._below is not None:
+                self._below.lose(other, held, name)
             if other != group:
                 self._pools[other].forget(held)
         if not node.key and node.parent is not None:

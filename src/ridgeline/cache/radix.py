@@ -17,6 +17,8 @@ HOLE = -1
 """Stands for the page of a memory group that has let go of it."""
 _TOKEN = "i"
 PAGE_BYTES = PAGE_TOKENS * array(_TOKEN).itemsize
+NAME_BYTES = 32
+"""Of a page's name in lower tiers, where there are any: `cache.names`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +42,16 @@ def key_of(tokens: Sequence[int]) -> bytes:
 
 class Node:
     """An edge and the point where it ends. `key` has the edge's tokens, `columns[g]` a page of memory group
-    g, or a HOLE, for each page of them. `users` counts the sequences that stand at the end. A root has a
-    scope, no parent and no edge."""
+    g, or a HOLE, for each page of them; `names` their names, or nothing. `users` counts the sequences that
+    stand at the end. A root has a scope, no parent and no edge."""
 
-    __slots__ = ("children", "columns", "key", "parent", "scope", "users")
+    __slots__ = ("children", "columns", "key", "names", "parent", "scope", "users")
 
     def __init__(self, parent: Node | None, key: bytearray, columns: tuple[array[int], ...]) -> None:
         self.parent = parent
         self.key = key
         self.columns = columns
+        self.names = bytearray()
         self.children: dict[bytes, Node] = {}
         self.scope: Scope | None = None
         self.users = 0
@@ -111,7 +114,9 @@ class RadixTree:
         size = pages * PAGE_BYTES
         upper = Node(node.parent, node.key[:size], tuple(column[:pages] for column in node.columns))
         node.parent.children[node.first_page] = upper
+        upper.names = node.names[: pages * NAME_BYTES]
         del node.key[:size]
+        del node.names[: pages * NAME_BYTES]
         for column in node.columns:
             del column[:pages]
         node.parent = upper
@@ -119,7 +124,9 @@ class RadixTree:
         self._own(upper, upper.columns)
         return upper
 
-    def append(self, node: Node, key: bytearray, columns: tuple[array[int], ...]) -> Node:
+    def append(
+        self, node: Node, key: bytearray, columns: tuple[array[int], ...], names: bytes | bytearray = b""
+    ) -> Node:
         """Put an edge behind `node`, where its only user stands; returns the node at the edge's end, which is
         the same one where nothing else needs its place."""
         if node.parent is not None and not node.children and node.users == 1:
@@ -129,8 +136,18 @@ class RadixTree:
         else:
             parent, node = node, Node(node, key, columns)
             parent.children[node.first_page] = node
+        node.names += names
         self._own(node, columns)
         return node
+
+    def name(self, group: int, page: int) -> bytes:
+        """The name of the tokens in a page that the tree holds."""
+        node = self._owners[group][page]
+        place = node.columns[group].index(page) * NAME_BYTES
+        return bytes(node.names[place : place + NAME_BYTES])
+
+    def holds(self, group: int, page: int) -> bool:
+        return page in self._owners[group]
 
     def fill(self, node: Node, index: int, group: int, page: int) -> None:
         """Put a page where there is a hole."""
@@ -154,6 +171,7 @@ class RadixTree:
             del self._owners[group][page]
         first = node.first_page
         del node.key[-PAGE_BYTES:]
+        del node.names[-NAME_BYTES:]
         if not node.key:
             assert node.parent is not None
             del node.parent.children[first]
@@ -191,6 +209,8 @@ class RadixTree:
             for first, child in node.children.items():
                 assert child.parent is node, "a child has another parent"
                 assert child.first_page == first, "a child is known by other tokens than it has"
+            named = len(node.names)
+            assert named in (0, node.pages * NAME_BYTES), "an edge has not a name for each page of tokens"
             for group, column in enumerate(node.columns):
                 assert len(column) == node.pages, "an edge has not a page for each page of tokens"
                 pages = [page for page in column if page != HOLE]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from ridgeline.cache.radix import PAGE_BYTES, Node, Scope, key_of
+from ridgeline.cache.names import name_on
+from ridgeline.cache.radix import NAME_BYTES, PAGE_BYTES, Node, Scope, key_of
 from ridgeline.config import PAGE_TOKENS
+
+if TYPE_CHECKING:
+    from ridgeline.cache.tiers import Fetching
 
 
 class SequencePages:
@@ -17,9 +22,21 @@ class SequencePages:
     the cache changes a table, and never while a step that reads it is being launched.
 
     The first `shared` pages stand in the prefix tree, whose `node` ends there; None is outside of the tree.
+    `fetch` is under way while pages behind those are read from a lower tier.
     """
 
-    __slots__ = ("first_live", "key", "length", "node", "scope", "shared", "tables")
+    __slots__ = (
+        "fetch",
+        "fetched_in_vain",
+        "first_live",
+        "key",
+        "length",
+        "names",
+        "node",
+        "scope",
+        "shared",
+        "tables",
+    )
 
     def __init__(self, groups: int, scope: Scope) -> None:
         self.tables: tuple[array[int], ...] = tuple(array("i") for _ in range(groups))
@@ -29,6 +46,9 @@ class SequencePages:
         self.node: Node | None = None
         self.shared = 0
         self.key = bytearray()  # of as many of the sequence's pages of tokens as were asked for
+        self.names = bytearray()  # likewise, behind the name of what is before the first page
+        self.fetch: Fetching | None = None
+        self.fetched_in_vain = False
 
     @property
     def slots(self) -> int:
@@ -41,3 +61,13 @@ class SequencePages:
         if spelled < pages:
             self.key += key_of(token_ids[spelled * PAGE_TOKENS : pages * PAGE_TOKENS])
         return self.key
+
+    def name(self, token_ids: Sequence[int], begin: int, end: int, root: Callable[[Scope], bytes]) -> bytes:
+        """The names of some pages of tokens; `root` names what is before a scope's first page."""
+        if not self.names:
+            self.names += root(self.scope)
+        named = len(self.names) // NAME_BYTES - 1
+        if named < end:
+            key = self.spell(token_ids, end)[named * PAGE_BYTES : end * PAGE_BYTES]
+            self.names += name_on(bytes(self.names[-NAME_BYTES:]), key)
+        return bytes(self.names[(begin + 1) * NAME_BYTES : (end + 1) * NAME_BYTES])

@@ -46,6 +46,16 @@ PrefixCaching = Annotated[
         "Keep what was computed, for prompts that begin alike (default: yes).",
     ),
 ]
+CacheDir = Annotated[
+    str | None, flag("cache-dir", "Folder that keeps what was computed, so that a restart begins warm.")
+]
+CacheDisk = Annotated[
+    str | None, flag("cache-disk", "Most that the folder takes, as 20G (default: up to a tenth of the disk).")
+]
+CacheMemory = Annotated[
+    str | None,
+    flag("cache-memory", "Host memory between the KV cache and the folder, as 8G (default: GPUs only)."),
+]
 MaxQueue = Annotated[int | None, flag("max-queue", "Sequences that may wait (default: 256).")]
 MaxQueueTokens = Annotated[int | None, flag("max-queue-tokens", "Prompt tokens that may wait.")]
 QueueTimeout = Annotated[
@@ -73,6 +83,9 @@ def serve(
     max_num_batched_tokens: MaxBatched = None,
     kv_cache_memory: KvMemory = None,
     enable_prefix_caching: PrefixCaching = None,
+    cache_dir: CacheDir = None,
+    cache_memory: CacheMemory = None,
+    cache_disk: CacheDisk = None,
     device: options.Device = None,
     weights: options.WeightFormat = None,
     kv_format: options.KVFormat = None,
@@ -100,8 +113,11 @@ def serve(
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_memory_bytes=None if kv_cache_memory is None else memory_bytes(kv_cache_memory),
+            kv_cache_memory_bytes=memory_bytes("kv_cache_memory", kv_cache_memory),
             enable_prefix_caching=enable_prefix_caching,
+            cache_dir=cache_dir,
+            cache_memory_bytes=memory_bytes("cache_memory", cache_memory),
+            cache_disk_bytes=memory_bytes("cache_disk", cache_disk),
             device=device,
             weights=weights,
             kv_format=kv_format,
@@ -141,11 +157,13 @@ def listed(texts: list[str] | None) -> tuple[str, ...]:
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-def memory_bytes(text: str) -> int:
-    """Bytes in a text such as 512M or 2GiB. Raises ConfigError."""
+def memory_bytes(name: str, text: str | None) -> int | None:
+    """Bytes in a text such as 512M or 2GiB, if there is one. Raises ConfigError, with the setting's name."""
     from ridgeline.types import ConfigError
 
+    if text is None:
+        return None
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if found is None:
-        raise ConfigError(f"kv_cache_memory is {text!r}; accepted: bytes, or a number with K, M, G or T")
+        raise ConfigError(f"{name} is {text!r}; accepted: bytes, or a number with K, M, G or T")
     return int(float(found[1]) * _UNITS[found[2].upper()])

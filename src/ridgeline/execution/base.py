@@ -10,7 +10,7 @@ from ridgeline.config import PAGE_TOKENS
 from ridgeline.execution.draw import RowDrawer
 from ridgeline.model.program import MemoryGroup, Program
 from ridgeline.model.weights import Weights
-from ridgeline.types import CheckpointError, PageCopy, Step, StepFuture, StepResult
+from ridgeline.types import CheckpointError, Move, Step, StepFuture, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,9 @@ class Executor(Protocol):
     """Runs programs over weights and sequence memory that it owns.
 
     `asynchronous` says whether `run` returns before the step is done, so that time is won by launching the
-    next step first; `drawer` draws from logits that are on the host.
+    next step first; `drawer` draws from logits that are on the host. `numerics` names all that the bits of a
+    result depend on beside program, weights and KV format, such as the instruction set. `host_page_bytes[g]`
+    is the size of a page of memory group g outside of the pools, known once a program is compiled.
 
     The order of use is load, compile, then run and transfer at will. `run` checks nothing that the engine
     guarantees but refuses a step that contradicts itself. It may return before the step is done, and the
@@ -67,6 +69,12 @@ class Executor(Protocol):
     @property
     def drawer(self) -> RowDrawer: ...
 
+    @property
+    def numerics(self) -> str: ...
+
+    @property
+    def host_page_bytes(self) -> tuple[int, ...]: ...
+
     def load(self, weights: Weights) -> None:
         """Read and pack every weight; the store may be closed afterwards."""
 
@@ -76,8 +84,9 @@ class Executor(Protocol):
     def run(self, handle: Any, step: Step) -> StepFuture:
         """Launch one pass of the program."""
 
-    def transfer(self, moves: Sequence[PageCopy]) -> None:
-        """Move sequence memory, in the order given, after the steps that were launched before."""
+    def transfer(self, moves: Sequence[Move]) -> None:
+        """Move sequence memory, in the order given, after the steps that were launched before. What is filled
+        in may be used again at once, and what is spilled is there when it is taken."""
 
     def close(self) -> None:
         """Give back memory and threads. Idempotent."""

@@ -14,7 +14,7 @@ from ridgeline.execution.base import Executor, FinishedStep
 from ridgeline.execution.lowering import Footprint, Launch, borders, launch_work
 from ridgeline.model.program import Activate, Add, Operation, Program, Quantise, StepLoad
 from ridgeline.model.weights import Weights
-from ridgeline.types import PageCopy, Step, Work
+from ridgeline.types import Move, Step, Work
 
 _LAYER = re.compile(r"^layers\.\d+\.")
 
@@ -79,6 +79,14 @@ class ProfilingExecutor:
         self.decode, self.prefill = Profile(), Profile()
         self._uncounted: list[tuple[Profile, float, Callable[[], Sequence[LaunchTime]]]] = []
 
+    @property
+    def numerics(self) -> str:
+        return self._executor.numerics
+
+    @property
+    def host_page_bytes(self) -> tuple[int, ...]:
+        return self._executor.host_page_bytes
+
     def count(self) -> None:
         """Add the steps since the last call to the profiles, while the executor still has its weights."""
         for profile, elapsed_s, times in self._uncounted:
@@ -97,7 +105,7 @@ class ProfilingExecutor:
     def compile(self, program: Program) -> Any:
         return self._executor.compile(program)
 
-    def transfer(self, moves: Sequence[PageCopy]) -> None:
+    def transfer(self, moves: Sequence[Move]) -> None:
         self._executor.transfer(moves)
 
     def close(self) -> None:

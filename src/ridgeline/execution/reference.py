@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import singledispatchmethod
+from functools import partial, singledispatchmethod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,16 @@ from ridgeline.precision.quantise import (
     round_bfloat16,
     round_kv8,
 )
-from ridgeline.types import Float32Array, Int32Array, PageCopy, Step, StepResult
+from ridgeline.types import (
+    ByteArray,
+    Float32Array,
+    Int32Array,
+    Move,
+    PageCopy,
+    PageFill,
+    Step,
+    StepResult,
+)
 
 Float64Array = NDArray[np.float64]
 
@@ -114,10 +123,31 @@ class ReferenceExecutor:
         work = handle.parts(StepLoad.of(step, handle.groups))
         return FinishedStep(StepResult(logits, self._drawn, time.perf_counter() - started, work))
 
-    def transfer(self, moves: Sequence[PageCopy]) -> None:
+    @property
+    def numerics(self) -> str:
+        return f"reference {np.__version__}"
+
+    @property
+    def host_page_bytes(self) -> tuple[int, ...]:
+        return tuple(
+            sum(self._memory[layer][:, :1].nbytes for layer in layers)
+            for _, layers in sorted(self._groups.items())
+        )
+
+    def transfer(self, moves: Sequence[Move]) -> None:
         for move in moves:
-            for layer in self._groups[move.group]:
-                self._memory[layer][:, move.target] = self._memory[layer][:, move.source]
+            layers = self._groups[move.group]
+            if isinstance(move, PageCopy):
+                for layer in layers:
+                    self._memory[layer][:, move.target] = self._memory[layer][:, move.source]
+            elif isinstance(move, PageFill):
+                held = move.source.view(np.float32).reshape(len(layers), 2, PAGE_TOKENS, -1)
+                for layer, values in zip(layers, held, strict=True):
+                    page = self._memory[layer][:, move.target]
+                    page[...] = values.reshape(page.shape)
+            else:
+                spilled = np.stack([self._memory[layer][:, move.source] for layer in layers])
+                move.target.put(partial(_bytes_of, spilled))
 
     def close(self) -> None:
         self._weights.clear()
@@ -293,6 +323,10 @@ class ReferenceExecutor:
     def _(self, op: Softcap, run: _Run) -> Float32Array:
         capped: Float32Array = np.float32(op.cap) * np.tanh(run.values[op.x.name] / np.float32(op.cap))
         return capped
+
+
+def _bytes_of(spilled: Float32Array) -> ByteArray:
+    return spilled.view(np.uint8).reshape(-1)
 
 
 def _silu(x: Float64Array) -> Float64Array:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ HONOURED = (
     "OMP_NUM_THREADS",
 )
 """Variables without our prefix that this package or a library beneath it obeys."""
+
+_BUILT = (".py", ".so", ".pyd", ".dylib")
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")
 
@@ -47,6 +51,18 @@ def package_version() -> str | None:
         return metadata.version("ridgeline")
     except metadata.PackageNotFoundError:
         return None
+
+
+def build_digest() -> bytes:
+    """SHA-256 of everything in this package that decides the bits of what a model computes, so that what one
+    build has kept is no other's."""
+    root = Path(__file__).parents[1]
+    found = hashlib.sha256(repr(package_version()).encode())
+    rooms = (root / room for room in ("execution", "model", "precision", "native"))
+    for path in sorted(path for room in rooms for path in room.rglob("*") if path.suffix in _BUILT):
+        found.update(f"{path.relative_to(root)} {path.stat().st_size} ".encode())
+        found.update(path.read_bytes())
+    return found.digest()
 
 
 def packages() -> list[Package]:

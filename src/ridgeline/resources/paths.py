@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,17 @@ def cache_dir() -> Path:
     import platformdirs
 
     return platformdirs.user_cache_path("ridgeline", appauthor=False)
+
+
+SHARE_BYTES = 32 << 30
+DISK_SHARE = 0.1
+"""A cache takes at most so much of a disk, and at most this share of it."""
+
+
+def disk_share_bytes(folder: Path) -> int:
+    """What a cache under `folder`, which need not exist yet, may take of its disk."""
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    return min(SHARE_BYTES, int(shutil.disk_usage(existing).total * DISK_SHARE))
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from ridgeline.cache.kv import KVCache
 from ridgeline.config import MAX_OUTPUT_ROWS, PAGE_TOKENS
 from ridgeline.scheduling.sequence import Sequence
-from ridgeline.types import Draw, PageCopy, Segment, SequenceRows, Step, drawn_token
+from ridgeline.types import Draw, Move, Segment, SequenceRows, Step, drawn_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Plan:
     """A step and the sequences whose rows it holds, in its order. For each output, `sampled` has its sequence
     and `positions` the position of the token behind its row: one that is to be sampled, or one of the prompt.
 
-    A `pooled` step is the encoder's, and its outputs are hidden states. `copies` are made before it runs.
+    A `pooled` step is the encoder's, and its outputs are hidden states. `moves` are made before it runs.
     """
 
     step: Step
@@ -47,7 +47,7 @@ class Plan:
     positions: tuple[int, ...]
     planned_s: float
     pooled: bool = False
-    copies: tuple[PageCopy, ...] = ()
+    moves: tuple[Move, ...] = ()
 
 
 _Chunk = tuple[Sequence, int, list[int]]
@@ -134,7 +134,7 @@ class Scheduler:
                 self._admit(budget)
             if budget.chunks:
                 break
-        return _plan_of(budget, now_s, self.cache.copies)
+        return _plan_of(budget, now_s, self.cache.moves)
 
     def advance(self, plan: Plan) -> None:
         """Note that the step is launched: its rows' keys and values are stored before any later step reads
@@ -143,7 +143,7 @@ class Scheduler:
             sequence.computed += len(rows.tokens)
             if sequence.computed // PAGE_TOKENS > sequence.pages.shared:
                 self.cache.store(sequence.pages, sequence.token_ids, sequence.computed)
-        self.cache.copied()
+        self.cache.moved()
         self._pooled_last = plan.pooled
         draws = plan.step.draws or (None,) * len(plan.sampled)
         for output, (sequence, draw) in enumerate(zip(plan.sampled, draws, strict=True)):
@@ -197,7 +197,8 @@ class Scheduler:
         """
         self._restore(sequence)
         self.cache.trim(sequence.pages, sequence.computed)
-        count = 0 if self._waits_for_others(sequence, budget) else budget.most_rows(sequence)
+        waits = self._waits_for_others(sequence, budget) or self._fetches(sequence)
+        count = 0 if waits else budget.most_rows(sequence)
         if count < 1:
             budget.planned.add(sequence.arrival)
             return True
@@ -224,6 +225,12 @@ class Scheduler:
         if found > computed and not sequence.preemptions:
             sequence.cached_tokens += found - computed
         sequence.computed = found
+
+    def _fetches(self, sequence: Sequence) -> bool:
+        """Whether tokens of the sequence come up from a lower tier: it has no rows until they are there."""
+        if sequence.remaining < 2:
+            return False
+        return self.cache.fetches(sequence.pages, sequence.token_ids, sequence.computed, sequence.restorable)
 
     def _waits_for_others(self, sequence: Sequence, budget: _Budget) -> bool:
         """Whether rows of this step, or of a sibling's, are at least half of what the sequence would run."""
@@ -296,7 +303,7 @@ class Scheduler:
         sequence.computed = 0
 
 
-def _plan_of(budget: _Budget, now_s: float, copies: tuple[PageCopy, ...]) -> Plan:
+def _plan_of(budget: _Budget, now_s: float, moves: tuple[Move, ...]) -> Plan:
     """The step for what the budget was spent on."""
     steps, sampled, positions = [], [], []
     draws: list[Draw | None] = []
@@ -313,4 +320,4 @@ def _plan_of(budget: _Budget, now_s: float, copies: tuple[PageCopy, ...]) -> Pla
         steps.append(SequenceRows(sequence.tokens(start, end), start, segments, wanted))
     step = Step(tuple(steps), () if budget.pooled else tuple(draws))
     planned = tuple(sequence for sequence, *_ in budget.chunks)
-    return Plan(step, planned, tuple(sampled), tuple(positions), now_s, budget.pooled, copies)
+    return Plan(step, planned, tuple(sampled), tuple(positions), now_s, budget.pooled, moves)

@@ -41,6 +41,7 @@ from ridgeline.server.messages import (
     Ready,
     Refused,
     Start,
+    Stop,
     frame,
     read_frame,
 )
@@ -67,6 +68,7 @@ class Patience:
     last_words_s: float = 2.0  # for what it writes at its end, where that is asked for
     first_backoff_s: float = 0.5
     longest_backoff_s: float = 30.0
+    save_s: float = 10.0  # at its end, for saving what it has computed, where there is a folder for it
     calm_s: float = 60.0  # a process that lived so long is restarted without back-off
 
 
@@ -187,6 +189,9 @@ class EngineClient:
         """End the process; open streams end with EngineDeadError. Idempotent."""
         self.state = "closed"
         if self._task is not None:
+            if self._config.cache_dir is not None and self._writer is not None:
+                self._send(Stop())
+                await asyncio.wait([self._task], timeout=self._patience.save_s)
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
@@ -202,6 +207,8 @@ class EngineClient:
             finally:
                 self._writer = None
                 await self._reap()
+            if self.state == "closed":
+                return
             self._end_streams(last_words or "the engine process died")
             if self.card is None:  # it never was ready: the same would happen again
                 self.state, self.failure = "failed", last_words or "the engine process died while loading"

@@ -49,6 +49,7 @@ from ridgeline.server.messages import (
     Refused,
     Start,
     Steps,
+    Stop,
     frame,
     receive_frame,
 )
@@ -56,6 +57,7 @@ from ridgeline.types import CapacityError, Request, RequestError, RequestOutput,
 
 PULSE_S = 0.2
 WATCH_S = 0.5
+SAVE_PAUSE_S = 0.005
 _RECENT_STEPS = 64
 _STEPS_AT_ONCE = 64
 """Step records in a message: a frame is short, so that tokens need not wait behind it."""
@@ -92,10 +94,11 @@ class EngineWorker:
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._steps = 0
         self._steps_told = 0  # the pulse's thread's own
+        self._stopping = False
 
     def serve(self) -> None:
-        """Until the process ends: commands first, then a step."""
-        while True:
+        """Until the server says that it is over: commands first, then a step."""
+        while not self._stopping:
             if not self._engine.has_work:
                 self._wait()
             while not self._commands.empty():
@@ -106,9 +109,13 @@ class EngineWorker:
                 self.step()
 
     def _wait(self) -> None:
-        """For a command; not for ever while something is compiled, which has a limit of time."""
+        """For a command; not for ever while something is compiled, which has a limit of time, or while there
+        is something to save."""
+        wait_s = WATCH_S if self._awaited else None
+        if self._engine.idle():
+            wait_s = SAVE_PAUSE_S
         with suppress(queue.Empty):
-            self._obey(self._commands.get(timeout=WATCH_S if self._awaited else None))
+            self._obey(self._commands.get(timeout=wait_s))
         if self._awaited:
             self._expire(time.monotonic())
 
@@ -165,6 +172,8 @@ class EngineWorker:
             self._begin_compiled(command)
         elif isinstance(command, Add | Embed):
             self._begin(command)
+        elif isinstance(command, Stop):
+            self._stopping = True
         elif isinstance(command, Abort) and command.id in self._told:
             self._forget(command.id)
             self._engine.abort(str(command.id))
@@ -362,6 +371,7 @@ def main() -> None:
     threading.Thread(target=_pulses, args=(worker, line), daemon=True).start()
     try:
         worker.serve()
+        loaded.engine.close()
     except Exception as error:  # nobody may be left waiting, whatever it was
         line.tell(Failed(f"{type(error).__name__}: {error}", startup=False))
         raise

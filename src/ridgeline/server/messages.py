@@ -68,7 +68,11 @@ class Abort(Message, frozen=True):
     id: int
 
 
-Command = Add | Embed | Abort
+class Stop(Message, frozen=True):
+    """End the process, once what it has computed is saved as far as a few seconds allow."""
+
+
+Command = Add | Embed | Abort | Stop
 
 # ----------------------------------------------------------------------------- from the engine process
 

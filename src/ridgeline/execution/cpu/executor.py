@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ridgeline.config import PAGE_TOKENS
-from ridgeline.execution.base import FinishedStep, Limits, check_memory_kinds, slot_bytes
+from ridgeline.execution.base import FinishedStep, Limits, check_memory_kinds, page_bytes, slot_bytes
 from ridgeline.execution.buffers import assign_buffers
 from ridgeline.execution.cpu.buffers import Buffer, new_buffer, value_row_bytes
 from ridgeline.execution.cpu.launches import Binding, CpuLaunch
@@ -28,7 +28,7 @@ from ridgeline.model.weights import Weights
 from ridgeline.native import Drawer, Matrix, StepInputs, Tape, Team, allocate, copy_page, pack
 from ridgeline.precision.storage import Tensor, float32_tensor
 from ridgeline.resources.machine import choose_isa
-from ridgeline.types import ByteArray, Float32Array, PageCopy, Step, StepResult
+from ridgeline.types import ByteArray, Float32Array, Move, PageCopy, PageFill, PageSpill, Step, StepResult
 
 if TYPE_CHECKING:
     from ridgeline.execution.cpu.packed_cache import PackedCache
@@ -154,10 +154,36 @@ class CpuExecutor:
         work = handle.work.parts(StepLoad.of(step, handle.program.groups))
         return FinishedStep(StepResult(undrawn(logits, step.draws), self._drawn, elapsed_s, work))
 
-    def transfer(self, moves: Sequence[PageCopy]) -> None:
+    @property
+    def numerics(self) -> str:
+        return f"cpu {self.isa}"
+
+    @property
+    def host_page_bytes(self) -> tuple[int, ...]:
+        return tuple(page_bytes(group, self._limits.kv_format) for _, group in sorted(self._groups.items()))
+
+    def transfer(self, moves: Sequence[Move]) -> None:
         for move in moves:
-            for layer in self._groups[move.group].layers:
-                copy_page(self._pools[layer], move.source, move.target)
+            if isinstance(move, PageCopy):
+                for layer in self._groups[move.group].layers:
+                    copy_page(self._pools[layer], move.source, move.target)
+            elif isinstance(move, PageFill):
+                for page, held in self._layers(move.group, move.target, move.source):
+                    page[...] = held
+            else:
+                self._spill(move)
+
+    def _spill(self, move: PageSpill) -> None:
+        spilled = np.empty(self.host_page_bytes[move.group], np.uint8)
+        for page, held in self._layers(move.group, move.source, spilled):
+            held[...] = page
+        move.target.put(lambda: spilled)
+
+    def _layers(self, group: int, page: int, held: ByteArray) -> Iterator[tuple[ByteArray, ByteArray]]:
+        """A page of the pools, layer for layer, and where each lies in its bytes outside of them."""
+        layers = self._groups[group].layers
+        for layer, part in zip(layers, held.reshape(len(layers), -1), strict=True):
+            yield self._pools[layer][page].view(np.uint8).reshape(-1), part
 
     def close(self) -> None:
         self._matrices.clear()

@@ -49,7 +49,7 @@ from ridgeline.native import BLOCK_BYTES, Team, allocate, block_sums, pack_rows,
 from ridgeline.precision.formats import FORMATS
 from ridgeline.precision.quantise import quantise_weight
 from ridgeline.precision.storage import STORAGES
-from ridgeline.resources.paths import cache_dir
+from ridgeline.resources.paths import DISK_SHARE, cache_dir, disk_share_bytes
 from ridgeline.types import ByteArray
 
 _MAGIC = b"RIDGEPAK"
@@ -58,10 +58,6 @@ _HEADER = struct.Struct("<8sQ32sQQ")  # magic, version, key, bytes and blocks of
 _ALIGNMENT = 4096
 _SUFFIX = ".packed"
 _WRITE_BYTES = 8 << 20
-
-BOUND_BYTES = 32 << 30
-DISK_SHARE = 0.1
-"""The cache takes at most so much, and at most this share of the disk; as much of the disk is left free."""
 
 _PAYS_S = 0.25
 """Time of one thread that a start must save to be worth a second copy of the weights on disk."""
@@ -91,7 +87,7 @@ class PackedCache:
         """Most bytes that all files take together."""
         if self._bound_bytes is not None:
             return self._bound_bytes
-        return min(BOUND_BYTES, int(shutil.disk_usage(_existing(self.folder)).total * DISK_SHARE))
+        return disk_share_bytes(self.folder)
 
     def usage(self) -> Usage:
         sizes = [size for _, size, _ in self._files()]
@@ -275,7 +271,3 @@ def _write_all(descriptor: int, data: ByteArray) -> None:
     left = data.data
     while left:
         left = left[os.write(descriptor, left) :]
-
-
-def _existing(folder: Path) -> Path:
-    return next(place for place in (folder, *folder.parents) if place.exists())

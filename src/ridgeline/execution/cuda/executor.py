@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from itertools import groupby
+from typing import Any, TypeVar
 
 import torch
+import triton
 from torch import Tensor
 
 from ridgeline.config import PAGE_TOKENS
@@ -20,6 +22,7 @@ from ridgeline.execution.cuda.arrays import KVPool
 from ridgeline.execution.cuda.binding import MAX_PARTIALS, DeviceBinding, value_row_bytes
 from ridgeline.execution.cuda.device import Device, Event
 from ridgeline.execution.cuda.graphs import GraphBook
+from ridgeline.execution.cuda.host_pages import fill_pages, page_bytes_of, spill_pages
 from ridgeline.execution.cuda.inputs import StepInputs, StepSize
 from ridgeline.execution.cuda.kernels.pages import copy_pages, independent_runs
 from ridgeline.execution.cuda.launches import CudaLaunch, Run
@@ -33,7 +36,7 @@ from ridgeline.model.program import MemoryGroup, Program, StepLoad
 from ridgeline.model.weights import Weights
 from ridgeline.native import Drawer, Team
 from ridgeline.resources.machine import choose_isa, usable_cores
-from ridgeline.types import CapacityError, Draw, PageCopy, Step, StepResult, StepWork
+from ridgeline.types import CapacityError, Draw, Move, PageFill, PageSpill, Step, StepResult, StepWork
 
 _DRAWING_THREADS = 8
 """Threads of the host that draw from logits which have come there, where there are as many cores."""
@@ -182,9 +185,31 @@ class CudaExecutor:
         turn.done.record()
         return CudaFuture(turn.started, turn.done, tokens, logits, handle.work.parts(load))
 
-    def transfer(self, moves: Sequence[PageCopy]) -> None:
+    @property
+    def numerics(self) -> str:
+        where = self._device.where
+        name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+        return f"cuda {name} {torch.__version__} {triton.__version__}"
+
+    @property
+    def host_page_bytes(self) -> tuple[int, ...]:
+        return tuple(page_bytes_of(pool) for _, pool in sorted(self._pools.items()))
+
+    def transfer(self, moves: Sequence[Move]) -> None:
+        # Groups share no memory, so that each one's moves keep their order among themselves.
         for group, pool in self._pools.items():
-            for pairs in independent_runs([(m.source, m.target) for m in moves if m.group == group]):
+            mine = [move for move in moves if move.group == group]
+            for kind, alike in groupby(mine, type):
+                self._transfer(kind, pool, list(alike))
+
+    def _transfer(self, kind: type[Move], pool: KVPool, moves: Sequence[Any]) -> None:
+        """Moves of one kind in one group."""
+        if kind is PageSpill:
+            spill_pages(pool, moves, self._device)
+        elif kind is PageFill:
+            fill_pages(pool, moves, self._device)
+        else:
+            for pairs in independent_runs([(m.source, m.target) for m in moves]):
                 where = torch.tensor(pairs, dtype=torch.int32).to(self._device.where)
                 for held in pool.tensors:
                     copy_pages(held.flatten(2), where)
