@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ridgeline.engine import Engine
-from ridgeline.types import PoolingParams, Request, RequestOutput, SamplingParams
+from ridgeline.types import (
+    SERVICE_CLASSES,
+    PoolingParams,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    ServiceClass,
+)
 
 Alone = Callable[[Request], list[Any]]
 """What a request comes to on an engine of its own."""
@@ -77,10 +84,21 @@ class CacheMachine(RuleBasedStateMachine):
         params=st.sampled_from(PARAMS),
         tokens=st.integers(1, 70),
         salt=st.sampled_from(SALTS),
+        service_class=st.sampled_from(SERVICE_CLASSES),
     )
-    def ask(self, text: int, shared: int, own: int, params: dict[str, Any], tokens: int, salt: str) -> None:
+    def ask(
+        self,
+        text: int,
+        shared: int,
+        own: int,
+        params: dict[str, Any],
+        tokens: int,
+        salt: str,
+        service_class: ServiceClass,
+    ) -> None:
         prompt = [*self._text(text)[:shared], *self._text(own + 3)[:own]]
-        self._add(tuple(prompt), SamplingParams(**{"max_tokens": tokens, "ignore_eos": True, **params}), salt)
+        asked = SamplingParams(**{"max_tokens": tokens, "ignore_eos": True, **params})
+        self._add(tuple(prompt), asked, salt, service_class)
 
     @precondition(lambda self: self.spoken)
     @rule(which=st.integers(0, 1000), more=st.integers(1, 18), tokens=st.integers(1, 20))
@@ -131,10 +149,17 @@ class CacheMachine(RuleBasedStateMachine):
             assert contents(output) == self.alone(self.asked[name]), name
         self.done["finished"] += len(self.told)
 
-    def _add(self, prompt: tuple[int, ...], params: SamplingParams | PoolingParams, salt: str) -> None:
+    def _add(
+        self,
+        prompt: tuple[int, ...],
+        params: SamplingParams | PoolingParams,
+        salt: str,
+        service_class: ServiceClass = "interactive",
+    ) -> None:
         if len(self.open) > 12:
             return
-        request = Request(str(len(self.asked)), prompt, params, salt)
+        # Who shares what is computed is one tenant; each class knows it apart.
+        request = Request(str(len(self.asked)), prompt, params, salt, service_class, salt)
         self.asked[request.id] = self.open[request.id] = request
         self.engine.add(request)
 

@@ -199,7 +199,7 @@ def test_ten_thousand_random_operations_leave_nothing_behind() -> None:
         finished += sum(output.finished for output in engine.step())
     engine.scheduler.check_integrity()
     assert finished > 200
-    assert engine.scheduler.preemptions > 20
+    assert engine.scheduler.preemptions > 15
     assert [pool.free_pages for pool in engine.scheduler.cache.pools] == [14, 10]
     assert not engine._owners
 

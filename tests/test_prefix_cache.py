@@ -273,7 +273,7 @@ def test_ten_thousand_operations_on_an_executor_without_a_model(monkeypatch: pyt
     run_state_machine_as_test(OnFake, settings=OPERATIONS)
     assert done["operations"] >= 10_000, done
     assert done["finished"] > 500, done
-    assert done["preemptions"] > 100, done
+    assert done["preemptions"] > 80, done
     assert done["aborts"] > 100, done
     assert done["cached tokens"] > 2000, done
 

@@ -3,63 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from scheduled import Run
 
 from ridgeline.cache.kv import KVCache
 from ridgeline.config import PAGE_TOKENS
-from ridgeline.sampling.sampler import Chooser
-from ridgeline.scheduling.scheduler import Plan, Scheduler
-from ridgeline.scheduling.sequence import Sequence
-from ridgeline.types import SamplingParams
-
-GREEDY = SamplingParams(temperature=0)
-
-
-class Run:
-    """A scheduler whose model answers 7 to everything."""
-
-    def __init__(self, seqs: int, tokens: int, pages: int = 1000, window: int | None = None) -> None:
-        groups = ((None,), (pages,)) if window is None else ((window,), (pages,))
-        self.scheduler = Scheduler(KVCache(*groups), seqs, tokens)
-        self.added = 0
-
-    def add(self, tokens: int) -> Sequence:
-        prompt = tuple(range(tokens))
-        pages = self.scheduler.cache.new_sequence()
-        sequence = Sequence(self.added, prompt, Chooser(GREEDY, 0, 0, prompt, ()), pages)
-        self.added += 1
-        self.scheduler.add(sequence)
-        return sequence
-
-    def step(self) -> dict[int, int]:
-        """Run a step; rows by the sequence's arrival number."""
-        plan = self.plan()
-        self.commit(plan)
-        return rows_of(plan)
-
-    def plan(self) -> Plan:
-        plan = self.scheduler.schedule(0.0)
-        self.scheduler.check_integrity()
-        return plan
-
-    def commit(self, plan: Plan) -> None:
-        self.scheduler.advance(plan)
-        for sequence in plan.sampled:
-            sequence.append(7)
-
-
-def rows_of(plan: Plan) -> dict[int, int]:
-    return {s.arrival: len(r.tokens) for s, r in zip(plan.sequences, plan.step.sequences, strict=True)}
-
-
-def test_decodes_come_first_then_begun_prefills_then_new_sequences() -> None:
-    run = Run(seqs=4, tokens=10)
-    run.add(3)
-    run.add(20)
-    assert run.step() == {0: 3, 1: 7}
-    run.add(5)
-    assert run.step() == {0: 1, 1: 9}, "the prefill that has begun takes all that the decode leaves"
-    assert run.step() == {0: 1, 1: 4, 2: 5}, "then the new one"
-    assert run.step() == {0: 1, 1: 1, 2: 1}
+from ridgeline.scheduling.scheduler import Scheduler
 
 
 def test_only_the_row_that_completes_the_known_tokens_wants_logits() -> None:
@@ -150,8 +98,7 @@ def test_two_prefills_that_fill_the_pool_do_not_wait_for_each_other() -> None:
     old, young = run.add(6 * PAGE_TOKENS), run.add(6 * PAGE_TOKENS)
     # Both are made to hold half of the pool, which admission by forecast would not do.
     for sequence in (old, young):
-        run.scheduler.waiting.remove(sequence)
-        run.scheduler.running.append(sequence)
+        run.seat(sequence)
         assert run.scheduler.cache.grow(sequence.pages, 4 * PAGE_TOKENS)
         sequence.computed = 4 * PAGE_TOKENS
     assert run.step() == {0: 2 * PAGE_TOKENS}
@@ -162,8 +109,7 @@ def test_a_prefill_without_pages_waits_for_decodes_and_lets_nobody_overtake_it()
     run = Run(seqs=4, tokens=64, pages=5)
     old, young = run.add(6 * PAGE_TOKENS), run.add(1)
     for sequence, slots in ((old, 4 * PAGE_TOKENS), (young, 1)):
-        run.scheduler.waiting.remove(sequence)
-        run.scheduler.running.append(sequence)
+        run.seat(sequence)
         assert run.scheduler.cache.grow(sequence.pages, slots)
     old.computed = 4 * PAGE_TOKENS
     late = run.add(1)

@@ -475,7 +475,8 @@ def test_fields_that_change_nothing_pass(web: httpx.Client) -> None:
         ("chat_template", "{{ 1 }}"),
         ("reasoning_effort", "high"),
         ("something_new", 1),
-        ("service_tier", "flex"),
+        ("service_tier", "fastest"),
+        ("max_wait_s", 0),
         ("use_beam_search", True),
     ],
 )
@@ -483,6 +484,36 @@ def test_fields_that_we_do_not_have_are_named(web: httpx.Client, name: str, valu
     error = error_of(web.post("/v1/chat/completions", json={"messages": QUESTION, name: value}), 400)
     assert error["param"] == name
     assert name in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("auto", "default"),
+        ("default", "default"),
+        ("scale", "default"),
+        ("flex", "flex"),
+        ("priority", "priority"),
+        ("keystroke", "priority"),
+        ("interactive", "default"),
+        ("batch", "flex"),
+    ],
+)
+def test_answers_say_what_class_they_were_served_in(web: httpx.Client, asked: str, told: str) -> None:
+    common = {"max_tokens": 2, "service_tier": asked, "max_wait_s": 30}
+    body = {"messages": QUESTION, **common}
+    assert web.post("/v1/chat/completions", json=body).json()["service_tier"] == told
+    streamed = web.post("/v1/chat/completions", json={**body, "stream": True}).text
+    assert f'"service_tier":"{told}"' in streamed
+    completed = web.post("/v1/completions", json={"prompt": "x", **common}).json()
+    assert responses.Completion(**completed).service_tier == told
+    vector = {"input": "x", "service_tier": asked}
+    assert web.post("/v1/embeddings", json=vector).json()["service_tier"] == told
+
+
+def test_who_asks_for_no_tier_is_told_none(web: httpx.Client) -> None:
+    answer = web.post("/v1/chat/completions", json={"messages": QUESTION, "max_tokens": 2}).json()
+    assert "service_tier" not in answer
 
 
 @pytest.mark.parametrize("value", [-1, 21, True, 1.0])

@@ -41,6 +41,9 @@ def test_key_files(tmp_path: Path) -> None:
     toml.write_text('[keys.alice]\nkey = "sk-a"\nmax_requests = 2\n')
     plain.write_text('{"keys": {"alice": {"key": "sk-a", "max_requests": 2}}}')
     assert read_keys(toml) == read_keys(plain) == (ApiKey.of("alice", "sk-a", 2),)
+    plain.write_text('{"keys": {"alice": {"key": "sk-a", "class": "batch"}}}')
+    (alice,) = read_keys(plain)
+    assert alice.service_class == "batch"
     config = ServerConfig(api_keys=read_keys(toml))
     assert "sk-a" not in repr(config)
     assert config.key_of("sk-a") == config.api_keys[0]

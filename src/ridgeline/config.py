@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ridgeline.types import ConfigError
+from ridgeline.types import SERVICE_CLASSES, ConfigError, ServiceClass
 
 DEVICES = ("auto", "cpu", "cuda", "reference")
 KV_FORMATS = ("auto", "KV8", "KV16", "KV32")
@@ -14,6 +14,8 @@ WEIGHT_FORMATS = ("auto", "W4A8-g32", "W8A8-g32", "W4A16-g32", "W8A16-g32", "W16
 MAX_THREADS = 4096
 PAGE_TOKENS = 16
 """KV slots in a page: one attention tile of every executor."""
+
+MAX_TARGET_S = 3600
 
 MAX_OUTPUT_ROWS = 128
 """Rows whose logits are asked for at once where many are wanted: bounds memory with large vocabularies."""
@@ -35,6 +37,28 @@ def _positive_or_none(name: str, value: object) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class ClassTarget:
+    """What a service class aims at: seconds to the first token, and between tokens."""
+
+    first_token_s: float
+    inter_token_s: float
+
+    def __post_init__(self) -> None:
+        for name in ("first_token_s", "inter_token_s"):
+            value = getattr(self, name)
+            ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_TARGET_S
+            _check(ok, name, value, f"a number of seconds above 0, up to {MAX_TARGET_S}")
+
+
+CLASS_TARGETS: Mapping[ServiceClass, ClassTarget] = {
+    "keystroke": ClassTarget(0.2, 0.05),
+    "interactive": ClassTarget(1.0, 0.1),
+    "batch": ClassTarget(60.0, 1.0),
+}
+"""Where a config says nothing else: a letter must not lag, a text must come as fast as it is read."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Settings of one engine. None and "auto" mean: measured or read from the model.
 
@@ -53,6 +77,9 @@ class EngineConfig:
     KV pool is host memory; else a quarter of what is free, if there is a `cache_dir`).
     `seed` makes requests without a seed of their own repeatable.
     `trace` is a file for a timeline of steps and requests, as Perfetto reads it.
+    `class_targets` has, for service classes that aim at something else than CLASS_TARGETS, the seconds to the
+    first token and between tokens. With `measured_budget`, a step takes no more than running streams can wait
+    for by these targets; without, as many tokens as it may.
     """
 
     model: str = "smollm2"
@@ -71,6 +98,8 @@ class EngineConfig:
     seed: int | None = None
     packed_cache: bool = True
     trace: str | None = None
+    class_targets: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    measured_budget: bool = True
 
     def __post_init__(self) -> None:
         _check(isinstance(self.model, str) and bool(self.model), "model", self.model, "a name or a path")
@@ -91,7 +120,7 @@ class EngineConfig:
             budget,
             f"at least max_num_seqs ({self.max_num_seqs})",
         )
-        for name in ("packed_cache", "enable_prefix_caching"):
+        for name in ("packed_cache", "enable_prefix_caching", "measured_budget"):
             value = getattr(self, name)
             _check(isinstance(value, bool), name, value, "True or False")
         folder = self.cache_dir
@@ -103,6 +132,21 @@ class EngineConfig:
         _check(self.seed is None or isinstance(self.seed, int), "seed", self.seed, "a whole number or none")
         named = self.trace is None or (isinstance(self.trace, str) and bool(self.trace))
         _check(named, "trace", self.trace, "a file, or none")
+        _ = self.targets
+
+    @property
+    def targets(self) -> tuple[ClassTarget, ...]:
+        """Each service class's, the highest class first."""
+        given = self.class_targets
+        known = isinstance(given, Mapping) and set(given) <= set(SERVICE_CLASSES)
+        accepted = f"targets by the names {', '.join(SERVICE_CLASSES)}"
+        _check(known, "class_targets", given, accepted)
+        for name, target in given.items():
+            pair = isinstance(target, Sequence) and not isinstance(target, str) and len(target) == 2
+            _check(pair, f"class_targets of {name}", target, "two numbers of seconds")
+        return tuple(
+            ClassTarget(*given[name]) if name in given else CLASS_TARGETS[name] for name in SERVICE_CLASSES
+        )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:

@@ -20,7 +20,8 @@ from ridgeline.outcome import Choice, Outcome, PooledPrompt, RequestState
 from ridgeline.sampling.constraints import Constraints
 from ridgeline.sampling.pooling import Pooler
 from ridgeline.sampling.sampler import Chooser, Sampled, Sampler
-from ridgeline.scheduling.scheduler import Plan, Scheduler
+from ridgeline.scheduling.plan import Plan
+from ridgeline.scheduling.scheduler import Scheduler
 from ridgeline.scheduling.sequence import Sequence
 from ridgeline.steps import StepLog
 from ridgeline.types import (
@@ -252,7 +253,7 @@ class Engine:
         self._sequences_seen += len(state.choices)
         for choice in state.choices:
             self._owners[choice.sequence.arrival] = (state, choice)
-            self.scheduler.add(choice.sequence)
+            self.scheduler.add(choice.sequence, request.service_class, request.tenant, state.arrived_s)
 
     def prepare(self, params: SamplingParams | PoolingParams) -> None:
         """Compile the form that an answer is to have, which may take a second, so that `add` need not. Safe
@@ -395,11 +396,12 @@ class Engine:
         """
         now_s = time.perf_counter()
         self.steps.add(plan, result, now_s)
-        decode = len(plan.sequences) == plan.step.rows and not plan.pooled
-        (self.stats.decode if decode else self.stats.prefill).add(plan.step.rows, result)
+        rows = plan.step.rows
+        decode = len(plan.sequences) == rows and not plan.pooled
+        (self.stats.decode if decode else self.stats.prefill).add(rows, result)
         tiers = self.scheduler.cache.tiers
         if tiers is not None and not decode:
-            tiers.computed(plan.step.rows, result.elapsed_s)
+            tiers.computed(rows, result.elapsed_s)
         advanced: dict[str, RequestState] = {}
         for sequence, position, sample in zip(plan.sampled, plan.positions, sampled, strict=True):
             if sequence.arrival not in self._owners:

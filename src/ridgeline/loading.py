@@ -123,7 +123,8 @@ def embedding_of(output: RequestOutput) -> tuple[float, ...]:
 
 
 def load_engine(config: EngineConfig) -> LoadedModel:
-    """Find the model that `config` names, load it, and put an engine around it.
+    """Find the model that `config` names, load it, and put an engine around it. Only on a machine whose
+    ceilings are known, as by `ridgeline probe`, have its steps a budget of time.
 
     Raises CheckpointError, ConfigError or CapacityError; then nothing stays open.
     """
@@ -142,6 +143,7 @@ def load_engine(config: EngineConfig) -> LoadedModel:
     from ridgeline.precision.formats import check_device_format
     from ridgeline.resources.cuda import choose_device
     from ridgeline.sampling.constraints import Constraints
+    from ridgeline.scheduling.pace import Pace
     from ridgeline.scheduling.scheduler import Scheduler
     from ridgeline.steps import StepLog
 
@@ -172,7 +174,10 @@ def load_engine(config: EngineConfig) -> LoadedModel:
     assert config.max_model_len is not None
     windows = tuple(group.window for group in program.groups)
     cache = KVCache(windows, pages, config.enable_prefix_caching, tiers)
-    scheduler = Scheduler(cache, config.max_num_seqs, config.max_num_batched_tokens)
+    pace = None
+    if config.measured_budget and watched[0] is not None:
+        pace = Pace(handle.work, watched[0], program.groups, config.targets)
+    scheduler = Scheduler(cache, config.max_num_seqs, config.max_num_batched_tokens, pace)
     ends = frozenset(token for token in tokenizer.eos_ids if token < spec.vocabulary)
     facts = ModelFacts(spec.vocabulary, config.max_model_len, ends, tokenizer.bos_id, 1 / spec.logit_scale)
     encode = partial(compile_encoder, executor, spec, config, weights.formats)

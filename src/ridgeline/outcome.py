@@ -223,7 +223,8 @@ class RequestState:
 
     @property
     def has_ended(self) -> bool:
-        return all(choice.finish_reason is not None for choice in self.choices)
+        """Whether every choice has."""
+        return None not in [choice.finish_reason for choice in self.choices]
 
     def _told(self) -> list[CompletionOutput]:
         if self.best is None:

@@ -15,7 +15,8 @@ from ridgeline.records import RECENT_STEPS, Kind, Recent, StepRecord
 from ridgeline.resources.energy import Meter, Source, StepEnergy
 from ridgeline.resources.roofline import mbu, mfu
 from ridgeline.resources.step_time import StepTimeModel
-from ridgeline.scheduling.scheduler import Plan, Scheduler
+from ridgeline.scheduling.plan import Plan
+from ridgeline.scheduling.scheduler import Scheduler
 from ridgeline.types import StepResult
 
 

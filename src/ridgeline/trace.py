@@ -24,7 +24,7 @@ import msgspec
 
 from ridgeline.outcome import RequestState
 from ridgeline.records import StepRecord
-from ridgeline.scheduling.scheduler import Plan
+from ridgeline.scheduling.plan import Plan
 from ridgeline.types import ConfigError
 
 MAX_FILE_BYTES = 1 << 30

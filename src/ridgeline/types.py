@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -168,7 +168,8 @@ class Draw:
     """How the executor draws a token from a row of logits (`execution.draw` has the rule).
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch the filter off. The noise is keyed
-    by `seed` (0 to 2⁶⁴−1), `choice` and `position`, that of the drawn token.
+    by `seed` (0 to 2⁶⁴−1), `choice` and `position`, that of the drawn token; a greedy draw has none, and need
+    not say where it is.
     """
 
     temperature: float = 0.0
@@ -503,6 +504,10 @@ class SamplingParams:
 
 
 Pooling = Literal["mean", "last"]
+ServiceClass = Literal["keystroke", "interactive", "batch"]
+SERVICE_CLASSES: tuple[ServiceClass, ...] = get_args(ServiceClass)
+"""What requests are served before others for, the first before all: while somebody types, while somebody
+waits for an answer, and whenever there is time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -524,12 +529,21 @@ class PoolingParams:
 @dataclass(frozen=True, slots=True)
 class Request:
     """A prompt as token ids and how to continue it, or to pool it. What was computed of prompts and answers
-    is shared only among requests of the same `cache_salt`."""
+    is shared only among requests of the same `cache_salt`. Requests of a higher `service_class` go first;
+    inside one, tokens are shared fairly between tenants.
+
+    Raises RequestError when there is no such class."""
 
     id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams | PoolingParams = field(default_factory=SamplingParams)
     cache_salt: str = ""
+    service_class: ServiceClass = "interactive"
+    tenant: str = ""
+
+    def __post_init__(self) -> None:
+        known = self.service_class in SERVICE_CLASSES
+        _check(known, "service_class", self.service_class, ", ".join(SERVICE_CLASSES))
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,11 @@ class KVCache:
         return SequencePages(len(self.pools), scope or Scope())
 
     @property
+    def has_windows(self) -> bool:
+        """Whether `trim` has anything to do."""
+        return bool(self._windowed)
+
+    @property
     def max_sequence_tokens(self) -> int | None:
         """The longest sequence that fits when it is alone; None when nothing bounds it."""
         limits = [
@@ -250,6 +255,10 @@ class KVCache:
             table.extend(pool.allocate(missing))
         pages.length += missing
         return True
+
+    def shrink(self, pages: SequencePages, slots: int) -> None:
+        """Give back the pages behind `slots` slots, which hold nothing: a plan that was dropped took them."""
+        self._cut(pages, pages_for(slots))
 
     def trim(self, pages: SequencePages, next_position: int) -> None:
         """Give back the pages that no row from slot `next_position` on can see through its window."""

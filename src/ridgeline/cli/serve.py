@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,6 +56,14 @@ CacheMemory = Annotated[
     str | None,
     flag("cache-memory", "Host memory between the KV cache and the folder, as 8G (default: GPUs only)."),
 ]
+ClassTargets = Annotated[
+    str | None,
+    flag(
+        "class-targets",
+        "Seconds to the first token and between tokens, as keystroke=0.2/0.05,batch=60/1; "
+        "`off` for steps of any length.",
+    ),
+]
 MaxQueue = Annotated[int | None, flag("max-queue", "Sequences that may wait (default: 256).")]
 MaxQueueTokens = Annotated[int | None, flag("max-queue-tokens", "Prompt tokens that may wait.")]
 QueueTimeout = Annotated[
@@ -93,6 +101,7 @@ def serve(
     no_packed_cache: options.NoPackedCache = False,
     seed: options.Seed = None,
     trace: options.Trace = None,
+    class_targets: ClassTargets = None,
     max_queue: MaxQueue = None,
     max_queue_tokens: MaxQueueTokens = None,
     queue_timeout: QueueTimeout = None,
@@ -125,6 +134,7 @@ def serve(
             packed_cache=options.packed_cache(no_packed_cache),
             seed=seed,
             trace=options.trace_file(trace),
+            **({} if class_targets is None else targets(class_targets)),
         )
     )
     keys = keys_of(api_key or ())
@@ -152,6 +162,23 @@ def serve(
 def listed(texts: list[str] | None) -> tuple[str, ...]:
     """What may be repeated, and may have several between commas."""
     return tuple(part.strip() for text in texts or () for part in text.split(",") if part.strip())
+
+
+def targets(text: str) -> dict[str, Any]:
+    """Settings of the engine for what `--class-targets` says. Raises ConfigError."""
+    from ridgeline.types import ConfigError
+
+    if text == "off":
+        return {"measured_budget": False}
+    found = {}
+    for part in listed([text]):
+        name, _, seconds = part.partition("=")
+        try:
+            found[name.strip()] = tuple(float(each) for each in seconds.split("/"))
+        except ValueError:
+            accepted = "off, or classes with two numbers of seconds each, as batch=60/1"
+            raise ConfigError(f"class_targets is {text!r}; accepted: {accepted}") from None
+    return {"class_targets": found}
 
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

@@ -50,12 +50,13 @@ class Chooser:
     The sequence owns it and reports each generated token to `history` by `append`. Draws depend on
     (seed, choice, position) alone. The prompt that all choices share is scored by the first.
 
-    A `constraint` comes before all else: log-probabilities are those of the tokens that it permits.
+    A `constraint` comes before all else: log-probabilities are those of the tokens that it permits. With
+    `needs_logits`, a token cannot be chosen without bringing its row's logits to the host.
     """
 
     __slots__ = (
-        "_draw", "_editors", "_filters", "_mirostat", "_sigma", "constraint", "history", "logprobs",
-        "prompt_logprobs"
+        "_draw", "_editors", "_filters", "_greedy", "_mirostat", "_sigma", "constraint", "history",
+        "logprobs", "needs_logits", "prompt_logprobs",
     )  # fmt: skip
 
     def __init__(
@@ -71,6 +72,7 @@ class Chooser:
         greedy = params.temperature < GREEDY_BELOW
         shape = (max(params.top_k, 0), float(params.top_p), float(params.min_p))
         self._draw = (0.0 if greedy else float(params.temperature), *shape, seed % 2**64, choice)
+        self._greedy = Draw(*self._draw) if greedy else None  # without noise, whatever the position is
         self._editors = compose_editors(params, end_token_ids, words)
         self._sigma = top_n_sigma(params.top_n_sigma) if params.top_n_sigma > 0 else None
         self._filters, self._mirostat = compose_filters(params, seed % 2**64, choice)
@@ -80,12 +82,8 @@ class Chooser:
         self.prompt_logprobs = params.prompt_logprobs if choice == 0 else None
         self.history = TokenHistory(prompt) if self._editors else None
         self.constraint = constraint
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether the token cannot be chosen without bringing the row's logits to the host."""
-        told = self.logprobs is not None or self.constraint is not None
-        return told or bool(self._editors) or self.narrows_rows
+        told = self.logprobs is not None or constraint is not None
+        self.needs_logits = told or bool(self._editors) or self.narrows_rows
 
     @property
     def narrows_rows(self) -> bool:
@@ -99,7 +97,7 @@ class Chooser:
 
     def draw(self, position: int) -> Draw:
         """How the token at `position` is drawn from an adjusted row."""
-        return Draw(*self._draw, position)
+        return self._greedy or Draw(*self._draw, position)
 
     def append(self, token: int) -> None:
         """Note a token that the sequence has taken on."""

@@ -1,16 +1,18 @@
 """Which tokens of which sequences run in the next step.
 
-A step is a number of tokens per sequence; there are no phases. Under one budget of tokens, first every
-decode takes one, then prefills that have begun take what is left, then new sequences are admitted
-(Agrawal et al., "Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve", OSDI 2024).
-Pages are taken chunk by chunk, as they are written.
+A step is a number of tokens per sequence; there are no phases. Service classes take their rows one after the
+other, the highest first, and in each first every decode takes one, then prefills take what is left (Agrawal
+et al., "Taming Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve", OSDI 2024), those of the
+tenant first that has had the least, and new sequences get seats in the same order (`waiting`). Pages are
+taken chunk by chunk, as they are written.
 
-Everything is in order of arrival. `running` followed by `waiting` is always the queue of arrivals: a
-sequence is admitted from the front of `waiting` to the end of `running`, and preempted from the end of
-`running` to the front of `waiting`. A preempted sequence loses its pages and keeps its tokens; what the
-prefix cache does not keep of it is computed again. The oldest sequence is therefore never held up by a
-younger one for good, and since every sequence fits the pool alone, it always finishes: no starvation, no
-livelock.
+Every class that runs gets on in every step: no ready decode of the highest class in it is ever skipped, and
+lower ones keep a share, of the step's tokens and, where there is a `pace`, of its time. Where that is not
+enough for all decodes of a lower class, those that have waited for the longest are next.
+
+Seats and pages are kept by rank (`preemption`): a preempted sequence loses its pages and keeps its tokens;
+what the prefix cache does not keep of it is computed again. Nobody waits for ever: those that are passed by
+too often, or give way too often, become overdue and rank first, the oldest of all.
 
 Where logits are wanted of many rows, a step has so few of them that their memory stays bounded: chunks are
 shortened, or wait. Sequences whose prompt is pooled run through another program than those that go on; where
@@ -23,97 +25,76 @@ for them, a step at a time. The samples of one request wait until the first has 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Hashable
-from dataclasses import dataclass
+from operator import attrgetter
 
 from ridgeline.cache.kv import KVCache
-from ridgeline.config import MAX_OUTPUT_ROWS, PAGE_TOKENS
+from ridgeline.config import PAGE_TOKENS
+from ridgeline.scheduling.budget import Budget
+from ridgeline.scheduling.pace import Pace, StepPace
+from ridgeline.scheduling.plan import Plan, plan_of
+from ridgeline.scheduling.preemption import last_to_plan, lower_classes, note_yield, sit_down, stand_up
 from ridgeline.scheduling.sequence import Sequence
-from ridgeline.types import Draw, Move, Segment, SequenceRows, Step, drawn_token
+from ridgeline.scheduling.waiting import OUTPUT_WEIGHT, WaitingLine
+from ridgeline.types import SERVICE_CLASSES, ServiceClass, drawn_token
 
+TOKEN_SHARE = 8
+"""One token in so many of a step's is kept for the prompts of lower classes."""
+_LOOK_AGAIN = 16
+"""Steps after which a sequence that found no room looks for it again though nobody has left."""
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A step and the sequences whose rows it holds, in its order. For each output, `sampled` has its sequence
-    and `positions` the position of the token behind its row: one that is to be sampled, or one of the prompt.
-
-    A `pooled` step is the encoder's, and its outputs are hidden states. `moves` are made before it runs.
-    """
-
-    step: Step
-    sequences: tuple[Sequence, ...]
-    sampled: tuple[Sequence, ...]
-    positions: tuple[int, ...]
-    planned_s: float
-    pooled: bool = False
-    moves: tuple[Move, ...] = ()
-
-
-_Chunk = tuple[Sequence, int, list[int]]
-"""A sequence, how many of its next rows run, and which have an output."""
-
-
-class _Budget:
-    """What one step may still take; made for one call of `schedule` and thrown away."""
-
-    __slots__ = ("chunks", "first_pages", "outputs", "planned", "pooled", "tokens")
-
-    def __init__(self, tokens: int, pooled: bool) -> None:
-        self.tokens = tokens
-        self.pooled = pooled
-        self.outputs = MAX_OUTPUT_ROWS  # overdrawn by sequences that want only their last row's
-        self.chunks: list[_Chunk] = []
-        self.planned: set[int] = set()
-        self.first_pages: dict[Hashable, tuple[Sequence, int]] = {}  # of prefills, with their chunks' ends
-
-    def take(self, sequence: Sequence, tokens: int) -> None:
-        rows = sequence.outputs(sequence.computed, sequence.computed + tokens)
-        self.tokens -= tokens
-        self.outputs -= len(rows)
-        self.chunks.append((sequence, tokens, rows))
-        self.planned.add(sequence.arrival)
-
-    def most_rows(self, sequence: Sequence) -> int:
-        """How many of the sequence's next rows tokens and outputs allow."""
-        rows = min(sequence.remaining, self.tokens)
-        if self.pooled or not sequence.asks_many:
-            return rows  # hidden states are small
-        before = max(sequence.first_output - sequence.computed, 0)
-        return min(rows, before + max(self.outputs, 0))
+_LEVELS = {name: level for level, name in enumerate(SERVICE_CLASSES)}
+_longest_unserved = attrgetter("served", "arrival")
 
 
 class Scheduler:
     """Owns the queues, and through `cache` the pages of every running sequence.
 
-    `max_num_batched_tokens` bounds the rows of a step, `max_num_seqs` the sequences that run at once.
+    `max_num_batched_tokens` bounds the rows of a step, `max_num_seqs` the sequences that run at once. With a
+    `pace`, streams keep their class's time between tokens, as far as steps can be predicted.
     """
 
-    def __init__(self, cache: KVCache, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, cache: KVCache, max_num_seqs: int, max_num_batched_tokens: int, pace: Pace | None = None
+    ) -> None:
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(f"{max_num_seqs} sequences in steps of {max_num_batched_tokens} tokens")
         self.cache = cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
+        self.pace = pace
+        self.running: list[Sequence] = []  # by rank
+        self.waiting = WaitingLine()
         self.preemptions = 0
+        self.steps = 0
         self._pooled_sequences = 0
         self._pooled_last = False
+        self._departures = 0  # of sequences from their pages
+        self._roomless: tuple[Sequence, int, int] | None = None  # who found no room after which departure
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence behind all others; its tokens must fit the cache when it runs alone."""
-        self.waiting.append(sequence)
+    def add(
+        self,
+        sequence: Sequence,
+        service_class: ServiceClass = "interactive",
+        tenant: str = "",
+        now_s: float = 0.0,
+    ) -> None:
+        """Queue a new sequence, which came last of all; its tokens must fit the cache when it runs alone."""
+        sequence.level = sequence.standing = _LEVELS[service_class]
+        sequence.arrived_s = now_s
         sequence.queued = True
+        self.waiting.enter(sequence, tenant)
         self._pooled_sequences += sequence.pooled
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or aborted, and free its pages. Removing twice is harmless."""
-        queue = self.running if sequence in self.running else self.waiting
-        if sequence in queue:
-            queue.remove(sequence)
+        if sequence.queued:
+            sequence.queued = False
             self._pooled_sequences -= sequence.pooled
-        sequence.queued = False
+            if sequence.running:
+                stand_up(self.running, sequence)
+                self.waiting.leave(sequence, waits=False)
+            else:
+                self.waiting.leave(sequence, waits=True)
         self._release(sequence)
 
     def schedule(self, now_s: float) -> Plan:
@@ -124,22 +105,17 @@ class Scheduler:
         """
         kinds = (not self._pooled_last, self._pooled_last) if self._pooled_sequences else (False,)
         for pooled in kinds:
-            budget = _Budget(self.max_num_batched_tokens, pooled)
-            self._plan_decodes(budget)
-            # However many decodes there are, who asks for many outputs gets on.
-            budget.outputs = max(budget.outputs, PAGE_TOKENS)
-            if self._left_out(budget):
-                self._plan_prefills(budget)
-            if self.waiting:
-                self._admit(budget)
+            budget = self._spend(pooled, now_s)
             if budget.chunks:
                 break
-        return _plan_of(budget, now_s, self.cache.moves)
+        return plan_of(budget.chunks, budget.pooled, now_s, self.cache.moves)
 
     def advance(self, plan: Plan) -> None:
         """Note that the step is launched: its rows' keys and values are stored before any later step reads
         them, and its drawn tokens are there for the next one."""
+        self.steps += 1
         for sequence, rows in zip(plan.sequences, plan.step.sequences, strict=True):
+            sequence.served = self.steps
             sequence.computed += len(rows.tokens)
             if sequence.computed // PAGE_TOKENS > sequence.pages.shared:
                 self.cache.store(sequence.pages, sequence.token_ids, sequence.computed)
@@ -148,52 +124,145 @@ class Scheduler:
         draws = plan.step.draws or (None,) * len(plan.sampled)
         for output, (sequence, draw) in enumerate(zip(plan.sampled, draws, strict=True)):
             if plan.positions[output] >= sequence.prompt_length:
-                sequence.drawn = None if draw is None else drawn_token(output)
+                sequence.account.used += OUTPUT_WEIGHT
+                sequence.draw(None if draw is None else drawn_token(output))
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues and pages agree."""
-        queue = [*self.running, *self.waiting]
-        arrivals = [sequence.arrival for sequence in queue]
-        assert arrivals == sorted(set(arrivals)), "the queues are out of order of arrival"
+        waiting = list(self.waiting)
+        ranks = [sequence.rank for sequence in self.running]
+        assert ranks == sorted(set(ranks)), "the running sequences are out of order"
         assert len(self.running) <= self.max_num_seqs, "too many sequences are running"
-        assert all(s.computed == 0 and s.pages.length == 0 for s in self.waiting), (
-            "a sequence waits with pages"
-        )
+        assert all(s.running and s.queued for s in self.running), "a sequence runs that has no seat"
+        assert all(s.queued for s in waiting), "a sequence waits that is gone"
+        assert all(s.computed == 0 and s.pages.length == 0 for s in waiting), "a sequence waits with pages"
         assert all(s.computed <= s.pages.slots for s in self.running), "tokens were computed without pages"
+        queue = [*self.running, *waiting]
         assert self._pooled_sequences == sum(s.pooled for s in queue), "pooled sequences were miscounted"
+        self.waiting.check_integrity(self.running)
         self.cache.check_integrity(sequence.pages for sequence in queue)
 
-    def _plan_decodes(self, budget: _Budget) -> None:
-        place = 0
-        while place < len(self.running):
-            sequence = self.running[place]
+    # --------------------------------------------------------------------------------------- one step
+
+    def _spend(self, pooled: bool, now_s: float) -> Budget:
+        """The rows of one kind of step."""
+        budget = Budget(self.max_num_batched_tokens, pooled)
+        self._find_ready(budget)
+        budget.preemptions = self.preemptions
+        if self.waiting:
+            overdue = self.waiting.overdue
+            if overdue is not None and (overdue.pooled is not pooled or not self._seat(overdue, budget)):
+                budget.closed = True
+            elif overdue is not None:
+                budget.begun[overdue.level].append(overdue)
+        if self.pace is not None:
+            streams: list[Sequence] = []
+            if pooled:
+                streams = [s for s in self.running if not s.pooled and s.remaining == 1]
+            highest = min((sequence.level for sequence in streams), default=0)
+            contexts = [sequence.computed + 1 for sequence in streams]
+            budget.pace = StepPace(self.pace, budget.chunks, contexts, highest)
+        for level in range(len(SERVICE_CLASSES)):
+            if budget.decodes[level] or budget.begun[level] or self.waiting.head(level) is not None:
+                self._plan_class(level, budget, now_s)
+        return budget
+
+    def _find_ready(self, budget: Budget) -> None:
+        """The sequences that have rows to run, by class: decodes, each with the page that its row is written
+        to, and prefills. Who lacks a page takes it from the last of all."""
+        cache, running, place = self.cache, self.running, 0
+        decodes, begun, pooled, trims = budget.decodes, budget.begun, budget.pooled, cache.has_windows
+        while place < len(running):
+            sequence = running[place]
             place += 1
-            if sequence.remaining != 1 or sequence.pooled is not budget.pooled:
+            computed, known = sequence.computed, sequence.length
+            left = (known if known < sequence.limit else sequence.limit - 1) - computed
+            if left < 1 or sequence.pooled is not pooled:
                 continue
-            self.cache.trim(sequence.pages, sequence.computed)
-            # The victim is never one that is planned already: those are older than this sequence.
-            while not self.cache.grow(sequence.pages, sequence.computed + 1):
-                if self._preempt_youngest() is sequence:
+            if left > 1:
+                begun[sequence.level].append(sequence)
+                continue
+            if trims:
+                cache.trim(sequence.pages, computed)
+            # The victim is never one that was found already: those rank before this sequence.
+            while computed == sequence.pages.slots and not cache.grow(sequence.pages, computed + 1):
+                victim = running[-1]
+                self._preempt(victim, sequence)
+                if victim is sequence:
                     return
-            budget.take(sequence, 1)
+            decodes[sequence.level].append(sequence)
 
-    def _plan_prefills(self, budget: _Budget) -> None:
-        place = 0
-        while place < len(self.running) and budget.tokens > 0:
-            sequence = self.running[place]
-            place += 1
-            if not self._may_run(sequence, budget):
-                continue
-            while not self._take_chunk(sequence, budget):
-                youngest = self.running[-1]
-                if youngest is sequence or youngest.arrival in budget.planned:
-                    break  # others go on in this step, and will give pages back
-                self._preempt_youngest()
+    def _plan_class(self, level: int, budget: Budget, now_s: float) -> None:
+        """The rows of one class, behind those of the higher ones."""
+        decodes, pace = budget.decodes[level], budget.pace
+        if self.preemptions > budget.preemptions:
+            decodes = [sequence for sequence in decodes if sequence.running]
+        count = len(decodes)
+        if budget.chunks:
+            if pace is not None:
+                hurried = any(rows > 1 for _, rows, _ in budget.chunks)
+                pace.begin(level, hurried, self._is_late(level, budget, now_s))
+            decodes = sorted(decodes, key=_longest_unserved)
+            count = min(len(decodes), budget.tokens)
+            if pace is not None and count:
+                count = pace.decodes_that_fit([s.computed + 1 for s in decodes[:count]])
+        for sequence in decodes if count == len(decodes) else decodes[:count]:
+            budget.decode(sequence)
+        if budget.tokens > 0:
+            budget.begin_prefills(level, self._kept(level, budget), count > 0)
+            self._plan_prefills(level, budget)
 
-    def _take_chunk(self, sequence: Sequence, budget: _Budget) -> bool:
+    def _kept(self, level: int, budget: Budget) -> int:
+        """Tokens that prompts of a class leave to lower ones."""
+        share, kept = max(self.max_num_batched_tokens // TOKEN_SHARE, 1), 0
+        for lower in range(level + 1, len(SERVICE_CLASSES)):
+            wanted = len(budget.decodes[lower]) + (share if budget.begun[lower] else 0)
+            kept += wanted if budget.pace is None else min(wanted, share)
+        return kept
+
+    def _is_late(self, level: int, budget: Budget, now_s: float) -> bool:
+        """Whether a class has not kept its target for a first token."""
+        assert self.pace is not None
+        head = self.waiting.head(level)
+        arrivals = [s.arrived_s for s in budget.begun[level] if not s.generated]
+        arrivals += [head.arrived_s] if head is not None else []
+        return now_s - min(arrivals, default=now_s) > self.pace.targets[level].first_token_s
+
+    # --------------------------------------------------------------------------------------- prefills
+
+    def _plan_prefills(self, level: int, budget: Budget) -> None:
+        """Prompts of a class, those of the tenant first that has had the least; begun before new ones."""
+        for sequence in sorted(budget.begun[level], key=lambda s: (s.account.used, s.arrival)):
+            self._admit(level, budget, sequence.account.used)
+            if budget.open and sequence.running and sequence.arrival not in budget.planned:
+                self._give_rows(sequence, budget)
+        self._admit(level, budget)
+
+    def _admit(self, level: int, budget: Budget, below: int | None = None) -> None:
+        """Give seats to sequences that wait, of tenants that have had less than `below`, and rows."""
+        # Who runs and is short of pages comes before newcomers.
+        while budget.open and not (budget.short or budget.closed):
+            sequence = self.waiting.head(level)
+            if sequence is None or (below is not None and sequence.account.used >= below):
+                return
+            if sequence.pooled is not budget.pooled or not self._seat(sequence, budget):
+                budget.closed = True  # nobody overtakes it
+                return
+            self._give_rows(sequence, budget)
+
+    def _give_rows(self, sequence: Sequence, budget: Budget) -> None:
+        """Plan as many of a prefill's tokens as may be; for pages, the last that has no rows gives way."""
+        while not self._take_chunk(sequence, budget):
+            victim = last_to_plan(self.running, budget.planned)
+            if victim is None or victim.rank <= sequence.rank:
+                budget.short = True  # others go on in this step, and will give pages back
+                return
+            self._preempt(victim, sequence)
+
+    def _take_chunk(self, sequence: Sequence, budget: Budget) -> bool:
         """Plan as many of the sequence's tokens as budget and pages allow; False when no page can be had.
 
-        A sequence for whose outputs this step has no room, or whose rows others run, counts as planned.
+        A sequence for whose rows this step has no room, or whose rows others run, counts as planned.
         """
         self._restore(sequence)
         self.cache.trim(sequence.pages, sequence.computed)
@@ -208,9 +277,11 @@ class Scheduler:
         if count < 1:
             return False
         self.cache.grow(sequence.pages, sequence.computed + count)
+        self.cache.shrink(sequence.pages, sequence.computed + count)
         if count > 1 and self.cache.prefixes is not None:
             first = self.cache.prefixes.next_page(sequence.pages, sequence.token_ids)
             budget.first_pages.setdefault(first, (sequence, sequence.computed + count))
+        sequence.account.charge_prompt(sequence, sequence.computed + count)
         budget.take(sequence, count)
         return True
 
@@ -232,7 +303,7 @@ class Scheduler:
             return False
         return self.cache.fetches(sequence.pages, sequence.token_ids, sequence.computed, sequence.restorable)
 
-    def _waits_for_others(self, sequence: Sequence, budget: _Budget) -> bool:
+    def _waits_for_others(self, sequence: Sequence, budget: Budget) -> bool:
         """Whether rows of this step, or of a sibling's, are at least half of what the sequence would run."""
         if sequence.awaits_sibling:
             return True
@@ -246,78 +317,77 @@ class Scheduler:
         alike = self.cache.prefixes.alike(one, (other.pages, other.token_ids), end)
         return 2 * (min(alike, sequence.restorable) - sequence.computed) >= sequence.remaining
 
-    def _admit(self, budget: _Budget) -> None:
-        # A running sequence that was left out is short of pages: whoever is younger has to wait.
-        while self.waiting and budget.tokens > 0 and not self._left_out(budget):
-            sequence = self.waiting[0]
-            if len(self.running) == self.max_num_seqs or sequence.pooled is not budget.pooled:
-                return
-            self._restore(sequence)  # pages that are shared need no room
-            if not self._has_room(sequence):
-                self._release(sequence)
-                if not sequence.preemptions:
-                    sequence.cached_tokens = 0
-                return
-            self.running.append(self.waiting.popleft())
-            self._take_chunk(sequence, budget)
+    # ------------------------------------------------------------------------------------------ seats
 
-    def _left_out(self, budget: _Budget) -> bool:
-        """Whether a running sequence could have rows in this step and has none."""
-        if len(budget.chunks) == len(self.running):
+    def _seat(self, sequence: Sequence, budget: Budget) -> bool:
+        """Give a waiting sequence a seat, if there is one and room for it, or lower classes can make some."""
+        if self._found_no_room(sequence):
             return False
-        return any(self._may_run(s, budget) for s in self.running)
-
-    def _may_run(self, sequence: Sequence, budget: _Budget) -> bool:
-        """Whether a running sequence has rows for this kind of step and is not planned."""
-        if sequence.pooled is not budget.pooled or sequence.arrival in budget.planned:
+        self._restore(sequence)  # pages that are shared need no room
+        if not self._make_room(sequence, budget):
+            self._release(sequence)
+            if not sequence.preemptions:
+                sequence.cached_tokens = 0
+            self._roomless = (sequence, self._departures, self.steps)
             return False
-        return sequence.remaining > 0
+        self.waiting.take(sequence)
+        sit_down(self.running, sequence)
+        return True
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether the sequence's known tokens would fit beside what the running ones need soon.
+    def _found_no_room(self, sequence: Sequence) -> bool:
+        """Whether it looked in vain a moment ago, and nobody has left since: looking is not cheap."""
+        if self._roomless is None:
+            return False
+        who, departures, step = self._roomless
+        return who is sequence and departures == self._departures and self.steps - step < _LOOK_AGAIN
+
+    def _make_room(self, sequence: Sequence, budget: Budget) -> bool:
+        """See that there is a seat and room for a sequence; where that is all it takes, of lower classes the
+        last sequences give way."""
+        while True:
+            missing = self._missing_pages(sequence)
+            if len(self.running) < self.max_num_seqs and not any(missing):
+                return True
+            lower = [
+                s for s in lower_classes(self.running, sequence.level) if s.arrival not in budget.planned
+            ]
+            for group, wanted in enumerate(missing):
+                wanted -= sum(s.pages.length - s.pages.first_live[group] for s in lower)
+                if wanted > 0:
+                    return False
+            if not lower:
+                return False
+            self._preempt(lower[0], sequence)
+
+    def _missing_pages(self, sequence: Sequence) -> list[int]:
+        """Pages, per group, that are missing for the sequence's known tokens beside what the running ones
+        need soon.
 
         Only a forecast, nothing is reserved: it keeps a sequence from being admitted, preempted, and
         recomputed over and over.
         """
         if not self.running:
-            return True
+            return []
         free = [pool.free_pages for pool in self.cache.pools]
         for other in [sequence, *self.running]:
             soon = len(other.token_ids) + (PAGE_TOKENS if other is not sequence else 0)
             wanted = self.cache.pages_wanted(other.pages, soon)
             free = [left - want for left, want in zip(free, wanted, strict=True)]
-        return all(left >= 0 for left in free)
+        return [max(-left, 0) for left in free]
 
-    def _preempt_youngest(self) -> Sequence:
-        sequence = self.running.pop()
+    def _preempt(self, sequence: Sequence, other: Sequence) -> None:
+        """Take a seat away, in favour of another sequence; this one waits for the next."""
+        stand_up(self.running, sequence)
+        highest = min(self.running[0].standing, other.standing) if self.running else other.standing
+        note_yield(sequence, highest)
         self._release(sequence)
         sequence.preemptions += 1
         self.preemptions += 1
-        self.waiting.appendleft(sequence)
-        return sequence
+        self.waiting.push(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """Take a sequence's pages away; the cache keeps those that are full of known tokens."""
         self.cache.store(sequence.pages, sequence.token_ids, sequence.computed)
         self.cache.release(sequence.pages)
         sequence.computed = 0
-
-
-def _plan_of(budget: _Budget, now_s: float, moves: tuple[Move, ...]) -> Plan:
-    """The step for what the budget was spent on."""
-    steps, sampled, positions = [], [], []
-    draws: list[Draw | None] = []
-    for sequence, count, outputs in budget.chunks:
-        start, end = sequence.computed, sequence.computed + count
-        chooser = sequence.chooser
-        for row in outputs:
-            sampled.append(sequence)
-            positions.append(row + 1)
-            on_host = row < sequence.prompt_length - 1 or chooser.needs_logits
-            draws.append(None if on_host else chooser.draw(row + 1))
-        segments = (Segment(sequence.pages.tables, end),)
-        wanted = tuple(row - start for row in outputs)
-        steps.append(SequenceRows(sequence.tokens(start, end), start, segments, wanted))
-    step = Step(tuple(steps), () if budget.pooled else tuple(draws))
-    planned = tuple(sequence for sequence, *_ in budget.chunks)
-    return Plan(step, planned, tuple(sampled), tuple(positions), now_s, budget.pooled, moves)
+        self._departures += 1

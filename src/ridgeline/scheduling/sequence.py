@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from ridgeline.cache.table import SequencePages
 from ridgeline.sampling.sampler import Chooser
+
+if TYPE_CHECKING:
+    from ridgeline.scheduling.waiting import Account
 
 
 class Sequence:
@@ -14,8 +18,8 @@ class Sequence:
     `token_ids` holds prompt and output; the engine appends to it, up to `limit` tokens. `computed` counts
     the leading tokens whose keys and values are stored, or will be by the steps that are launched; the
     scheduler moves it on with a step and back to 0 when it takes the pages away. `drawn` stands for the
-    token after `token_ids` while only the executor knows it. `arrival` numbers sequences in the order in
-    which they came and is their name.
+    token after `token_ids` while only the executor knows it; `length` counts it too. `arrival` numbers
+    sequences in the order in which they came and is their name.
 
     The row that completes the known tokens always has an output. Of the prompt's rows before its last, those
     from `first_output` on have one too; the engine moves it on as it takes them in, so that rows that are run
@@ -23,24 +27,41 @@ class Sequence:
 
     Of one request's sequences, which have one prompt, the others name the first as `leader`. `cached_tokens`
     counts those that were found computed before the sequence was first preempted.
+
+    The rest is the scheduler's: `level` is the place of the service class, 0 the highest; `standing` the
+    level by which memory and seats are kept; `yields` counts how often in a row, without progress since
+    `yielded_length`, it gave way to a higher one; `served` is the step in which it last had rows; `charged`
+    counts the tokens of the prompt that are on its tenant's account.
     """
 
     __slots__ = (
+        "account",
         "arrival",
+        "arrived_s",
         "cached_tokens",
+        "charged",
         "chooser",
         "computed",
         "drawn",
         "first_output",
         "leader",
+        "length",
+        "level",
         "limit",
         "pages",
         "pooled",
         "preemptions",
         "prompt_length",
         "queued",
+        "running",
+        "served",
+        "standing",
         "token_ids",
+        "yielded_length",
+        "yields",
     )
+
+    account: Account
 
     def __init__(
         self,
@@ -56,7 +77,7 @@ class Sequence:
         self.limit = limit
         self.drawn: int | None = None
         self.token_ids = list(prompt)
-        self.prompt_length = len(prompt)
+        self.length = self.prompt_length = len(prompt)
         self.pooled = pooled
         self.first_output = len(prompt) - 1
         self.chooser = chooser
@@ -65,18 +86,23 @@ class Sequence:
         self.cached_tokens = 0
         self.preemptions = 0
         self.leader = leader
-        self.queued = False  # whether the scheduler has it
-
-    @property
-    def length(self) -> int:
-        """Tokens that the sequence has, one that only the executor knows included."""
-        return len(self.token_ids) + (self.drawn is not None)
+        self.level = self.standing = 0
+        self.arrived_s = 0.0
+        self.charged = 0
+        self.queued = self.running = False  # whether the scheduler has it, and whether it has a seat
+        self.served = -1
+        self.yields = self.yielded_length = 0
 
     @property
     def remaining(self) -> int:
         """Tokens that can be run and have not been: 1 for a decode, more for a prefill, 0 while the next
         token is awaited. The last token of all is never run."""
         return min(self.length, self.limit - 1) - self.computed
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who has the lesser one keeps its seat and its pages before others."""
+        return self.standing, self.arrival
 
     @property
     def restorable(self) -> int:
@@ -88,7 +114,7 @@ class Sequence:
     def sibling(self) -> Sequence | None:
         """The sequence that computes, or has computed, this one's prompt, while that is all it is made of."""
         leader = self.leader
-        if leader is None or not leader.queued or self.length > self.prompt_length:
+        if leader is None or not leader.running or self.length > self.prompt_length:
             return None
         return leader
 
@@ -109,6 +135,8 @@ class Sequence:
 
     def outputs(self, begin: int, end: int) -> list[int]:
         """Those of the rows from `begin` to `end` that have an output."""
+        if begin >= self.prompt_length:
+            return [end - 1] if end == self.length else []
         rows = [*range(max(begin, self.first_output), min(end, self.prompt_length - 1))]
         return [*rows, end - 1] if end == self.length else rows
 
@@ -117,9 +145,15 @@ class Sequence:
         """Tokens of the output."""
         return len(self.token_ids) - self.prompt_length
 
+    def draw(self, token: int | None) -> None:
+        """The next token is drawn on the device, and `token` stands for it; None where it is not."""
+        self.drawn = token
+        self.length = len(self.token_ids) + (token is not None)
+
     def append(self, token: int) -> None:
         """Take on a sampled token."""
-        if self.computed <= len(self.token_ids):  # else it has been run, and drawn comes after it
-            self.drawn = None
         self.token_ids.append(token)
+        if self.computed < len(self.token_ids):  # else it has been run, and drawn comes after it
+            self.drawn = None
+        self.length = len(self.token_ids) + (self.drawn is not None)
         self.chooser.append(token)

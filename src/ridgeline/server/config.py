@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ridgeline.types import ConfigError
+from ridgeline.types import SERVICE_CLASSES, ConfigError, ServiceClass
 
 LOG_FORMATS = ("text", "json")
 
@@ -25,19 +25,29 @@ def _check(ok: bool, name: str, seen: object, accepted: str) -> None:
 class ApiKey:
     """Who may use the server. Only the key's SHA-256 is kept, so that no log or error can show the key.
 
-    `max_requests` bounds how many requests the key may have open at once.
+    `max_requests` bounds how many requests the key may have open at once. `service_class` is that of requests
+    that ask for none, and the highest that any of the key may have.
     """
 
     name: str
     digest: bytes
     max_requests: int | None = None
+    service_class: ServiceClass | None = None
 
     @classmethod
-    def of(cls, name: str, key: str, max_requests: int | None = None) -> ApiKey:
+    def of(
+        cls,
+        name: str,
+        key: str,
+        max_requests: int | None = None,
+        service_class: ServiceClass | None = None,
+    ) -> ApiKey:
         _check(bool(key) and key.isascii() and key.isprintable() and " " not in key, "API key", name, _KEY)
         ok = max_requests is None or (type(max_requests) is int and max_requests > 0)
         _check(ok, f"max_requests of API key {name!r}", max_requests, "a positive number")
-        return cls(name, hashlib.sha256(key.encode()).digest(), max_requests)
+        known = service_class is None or service_class in SERVICE_CLASSES
+        _check(known, f"class of API key {name!r}", service_class, ", ".join(SERVICE_CLASSES))
+        return cls(name, hashlib.sha256(key.encode()).digest(), max_requests, service_class)
 
 
 _KEY = "one of printable ASCII without spaces"
@@ -111,8 +121,8 @@ def keys_of(texts: Iterable[str]) -> tuple[ApiKey, ...]:
 
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:
-    """The keys in a TOML (`.toml`) or JSON file: `keys.NAME.key`, and `keys.NAME.max_requests` if there is a
-    limit. Raises ConfigError."""
+    """The keys in a TOML (`.toml`) or JSON file: `keys.NAME.key`, and `keys.NAME.max_requests` and
+    `keys.NAME.class` if there are limits. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
         content = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
@@ -128,7 +138,8 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
 
 
 def _key(path: Path, name: str, entry: Any) -> ApiKey:
-    known = isinstance(entry, dict) and set(entry) <= {"key", "max_requests"}
+    known = isinstance(entry, dict) and set(entry) <= {"key", "max_requests", "class"}
     if not known or not isinstance(entry.get("key"), str):
-        raise ConfigError(f"API key file {path}: {name!r} is malformed; accepted: key, and max_requests")
-    return ApiKey.of(name, entry["key"], entry.get("max_requests"))
+        accepted = "key, and max_requests and class"
+        raise ConfigError(f"API key file {path}: {name!r} is malformed; accepted: {accepted}")
+    return ApiKey.of(name, entry["key"], entry.get("max_requests"), entry.get("class"))

@@ -25,6 +25,7 @@ from ridgeline.config import EngineConfig
 from ridgeline.server.engine_stream import ERRORS, EngineAnswer, EngineStream
 from ridgeline.server.messages import (
     EVENTS,
+    NOBODY,
     Abort,
     Add,
     Command,
@@ -40,6 +41,7 @@ from ridgeline.server.messages import (
     Pulse,
     Ready,
     Refused,
+    Sender,
     Start,
     Stop,
     frame,
@@ -122,14 +124,14 @@ class EngineClient:
         deadline_s: float | None = None,
         arrived_s: float | None = None,
         name: str = "",
-        cache_salt: str = "",
+        sender: Sender = NOBODY,
     ) -> EngineStream:
         """Begin a request, which arrived just now unless it is said when. Raises EngineDeadError while there
         is no engine to begin it on."""
         self._check_ready()
         held = EngineStream(self.forget, next(self._numbers), self._pieces_limit, name)
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
-        self._say(Add(held.number, tuple(tokens), params, stream, deadline_s, arrived_s, cache_salt))
+        self._say(Add(held.number, tuple(tokens), params, stream, deadline_s, arrived_s, sender))
         self._streams[held.number] = held  # not before it is sent: what cannot be encoded is not left behind
         return held
 
@@ -141,7 +143,7 @@ class EngineClient:
         deadline_s: float | None = None,
         arrived_s: float | None = None,
         name: str = "",
-        cache_salt: str = "",
+        sender: Sender = NOBODY,
     ) -> Embedded:
         """The vector of a prompt; otherwise as `submit`. Raises RequestError, ExpiredError and
         EngineDeadError; cancelling it aborts the request."""
@@ -149,7 +151,7 @@ class EngineClient:
         params = PoolingParams(pooling, normalise)
         answer = EngineAnswer(next(self._numbers), name)
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
-        self._say(Embed(answer.number, tuple(tokens), params, deadline_s, arrived_s, cache_salt))
+        self._say(Embed(answer.number, tuple(tokens), params, deadline_s, arrived_s, sender))
         self._answers[answer.number] = answer
         try:
             return await answer.embedding

@@ -209,7 +209,15 @@ class EngineWorker:
     def _add(self, command: Add | Embed) -> None:
         stream = isinstance(command, Add) and command.stream
         try:
-            request = Request(str(command.id), command.tokens, command.params, command.cache_salt)
+            sender = command.sender
+            request = Request(
+                str(command.id),
+                command.tokens,
+                command.params,
+                sender.cache_salt,
+                sender.service_class,
+                sender.tenant,
+            )
             self._engine.add(request, stream=stream)
         except Exception as error:  # what is wrong with one request must not end the others
             self._tell(_refusal(command.id, error))

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from ridgeline.records import StepRecord
-from ridgeline.types import PoolingParams, SamplingParams, TokenLogprobs
+from ridgeline.types import PoolingParams, SamplingParams, ServiceClass, TokenLogprobs
 
 MAX_FRAME_BYTES = 64 << 20
 _LENGTH = struct.Struct("<I")
@@ -37,10 +37,21 @@ class Start(Message, frozen=True):
     config: dict[str, Any]  # fields of EngineConfig
 
 
+class Sender(msgspec.Struct, frozen=True):
+    """Whose a request is, and what it is for. What is computed is shared only among requests of one
+    `cache_salt`; inside a class, tokens are shared fairly between tenants."""
+
+    cache_salt: str = ""
+    tenant: str = ""
+    service_class: ServiceClass = "interactive"
+
+
+NOBODY = Sender()
+
+
 class Add(Message, frozen=True):
     """Begin a request. `id` is the server's own, never used twice. A request that has not begun by
-    `deadline_s` is dropped; `arrived_s` is when it came to the server. Both on `time.monotonic`'s clock. What
-    is computed is shared only among requests of one `cache_salt`."""
+    `deadline_s` is dropped; `arrived_s` is when it came to the server. Both on `time.monotonic`'s clock."""
 
     id: int
     tokens: tuple[int, ...]
@@ -48,7 +59,7 @@ class Add(Message, frozen=True):
     stream: bool = True
     deadline_s: float | None = None
     arrived_s: float = 0.0
-    cache_salt: str = ""
+    sender: Sender = NOBODY
 
 
 class Embed(Message, frozen=True):
@@ -59,7 +70,7 @@ class Embed(Message, frozen=True):
     params: PoolingParams
     deadline_s: float | None = None
     arrived_s: float = 0.0
-    cache_salt: str = ""
+    sender: Sender = NOBODY
 
 
 class Abort(Message, frozen=True):

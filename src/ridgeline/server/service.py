@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import threading
 import time
 from collections import Counter
@@ -26,13 +27,15 @@ from ridgeline.server.body import BodyReader, ClientGoneError
 from ridgeline.server.config import ApiKey, ServerConfig
 from ridgeline.server.engine_client import EngineClient
 from ridgeline.server.engine_stream import EngineStream
-from ridgeline.server.errors import RETRY_AFTER, HttpError, bad_request, unavailable
-from ridgeline.server.messages import Command, Event, ModelCard, Piece, Steps
+from ridgeline.server.errors import HttpError, bad_request, unavailable
+from ridgeline.server.forecast import WaitForecast
+from ridgeline.server.messages import Command, Event, ModelCard, Piece, Sender, Steps
 from ridgeline.server.metrics import Metrics
 from ridgeline.server.steps import StepFeed
 from ridgeline.server.text import TextSide
 from ridgeline.server.version import package_version
-from ridgeline.types import SamplingParams
+from ridgeline.server.wire.requests import Queued
+from ridgeline.types import SERVICE_CLASSES, SamplingParams, ServiceClass
 
 T = TypeVar("T")
 
@@ -49,6 +52,7 @@ class Service:
         self.config = config
         self.metrics = Metrics(client, text.names[0], package_version())
         self.steps = StepFeed()
+        self.forecast = WaitForecast()
         client.on_event = self._hear
         self.draining = False
         self.created_s = int(time.time())
@@ -69,6 +73,7 @@ class Service:
 
     def _hear(self, message: Event | Command) -> None:
         self.metrics.hear(message)
+        self.forecast.hear(message)
         if isinstance(message, Steps):
             self.steps.take(message.records)
 
@@ -98,9 +103,9 @@ class Service:
         if self.state not in ("ready", "stuck"):
             raise unavailable(self.state)
         if self.open_sequences >= self.card.max_num_seqs + self.config.max_queue:
-            raise _overloaded("the queue is full")
+            raise self._overloaded("the queue is full", class_of(key, None))
         if key is not None and key.max_requests is not None and self._of_key[key.name] >= key.max_requests:
-            raise _overloaded(f"this API key may have {key.max_requests} requests open at once")
+            raise overloaded(f"this API key may have {key.max_requests} requests open at once")
 
     def model_name(self, asked: str | None) -> str:
         """The name that an answer carries. Raises HttpError for a model that is not served."""
@@ -120,7 +125,7 @@ class Service:
         """Run what looks at hostile text where it cannot block the loop."""
         loop = asyncio.get_running_loop()
         if self._text_jobs >= self.config.max_text_jobs:
-            raise _overloaded("too many texts are waiting to be tokenized")
+            raise overloaded("too many texts are waiting to be tokenized")
         self._text_jobs += 1
         try:
             return await loop.run_in_executor(self.threads, partial(call, *arguments, **options))
@@ -134,12 +139,15 @@ class Service:
 
     # ------------------------------------------------------------------------------------- requests
 
-    def admit(
-        self, key: ApiKey | None, sequences: int, name: str = "", cache_salt: str | None = None
-    ) -> Ticket:
+    def admit(self, key: ApiKey | None, body: Queued, sequences: int, name: str = "") -> Ticket:
         """A place for a request of so many sequences, called `name` in logs. Raises HttpError 429 and 503."""
         self.check_ready(key)
-        ticket = Ticket(self, key, sequences, name, cache_salt)
+        ticket = Ticket(self, key, body, sequences, name)
+        service_class, most_s = ticket.sender.service_class, ticket.max_wait_s
+        wait_s = self.forecast.wait_s(service_class)
+        if wait_s is not None and wait_s > most_s:
+            may = f"a request may wait {most_s:g} s to begin"
+            raise self._overloaded(may, service_class, wait_s - most_s)
         self._tickets[ticket] = None
         self.open_sequences += sequences
         if key is not None:
@@ -164,6 +172,16 @@ class Service:
             elif not ticket.begun:
                 waiting += ticket.tokens
         return waiting
+
+    def _overloaded(
+        self, message: str, service_class: ServiceClass, excess_s: float | None = None
+    ) -> HttpError:
+        """A refusal that says what the wait would have been, and when to come back."""
+        wait_s = self.forecast.wait_s(service_class)
+        if wait_s is None:
+            return overloaded(message)
+        after_s = wait_s if excess_s is None else excess_s
+        return overloaded(f"{message} and the wait would be about {wait_s:.3g} s", after_s)
 
     def release(self, ticket: Ticket, key: ApiKey | None) -> None:
         del self._tickets[ticket]
@@ -199,19 +217,47 @@ def _started_pool(size: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _overloaded(message: str) -> HttpError:
-    return HttpError(429, f"{message}; try again later", "rate_limit_exceeded", headers=RETRY_AFTER)
+def overloaded(message: str, after_s: float = 1.0) -> HttpError:
+    """429, to be tried again so much later."""
+    after = {"retry-after": str(min(max(math.ceil(after_s), 1), 3600))}
+    return HttpError(429, f"{message}; try again later", "rate_limit_exceeded", headers=after)
+
+
+_CLASSES: dict[str, ServiceClass] = {
+    "default": "interactive",
+    "scale": "interactive",
+    "flex": "batch",
+    "priority": "keystroke",
+}
+_TIERS: dict[ServiceClass, str] = {"keystroke": "priority", "interactive": "default", "batch": "flex"}
+
+
+def class_of(key: ApiKey | None, tier: str | None) -> ServiceClass:
+    """The service class of a request that asks for a tier, or for none: at most that of its key."""
+    most = None if key is None else key.service_class
+    if tier is None or tier == "auto":
+        return most or "interactive"
+    wanted = next((each for each in SERVICE_CLASSES if each == tier), None) or _CLASSES[tier]
+    return wanted if most is None else max(most, wanted, key=SERVICE_CLASSES.index)
+
+
+def tier_of(service_class: ServiceClass, tier: str | None) -> str | None:
+    """What a request is told of its class, if it has asked for one: OpenAI's name, which its clients know."""
+    return None if tier is None else _TIERS[service_class]
 
 
 class Ticket:
     """One admitted request: its place in the queue and what it has begun. Closing it ends all of that."""
 
-    def __init__(
-        self, service: Service, key: ApiKey | None, sequences: int, name: str, cache_salt: str | None
-    ) -> None:
+    def __init__(self, service: Service, key: ApiKey | None, body: Queued, sequences: int, name: str) -> None:
         self.name = name
+        service_class = class_of(key, body.service_tier)
+        self.tier = tier_of(service_class, body.service_tier)
         # No key's requests ever share what another's have computed, whatever salt of their own they send.
-        self.cache_salt = f"{'' if key is None else key.digest.hex()}:{cache_salt or ''}"
+        salt = f"{'' if key is None else key.digest.hex()}:{body.cache_salt or ''}"
+        self.sender = Sender(salt, "" if key is None else key.name, service_class)
+        longest_s = service.config.queue_timeout_s
+        self.max_wait_s = longest_s if body.max_wait_s is None else min(body.max_wait_s, longest_s)
         self.sequences = sequences
         self.tokens = 0
         self.begun = False  # something of an answer has come
@@ -221,6 +267,11 @@ class Ticket:
         self._streams: list[EngineStream] = []
         self._closed = False
 
+    @property
+    def deadline_s(self) -> float:
+        """When a request that is begun now is dropped if it still waits, on `time.monotonic`'s clock."""
+        return time.monotonic() + self.max_wait_s
+
     def submit(self, prompts: Sequence[Sequence[int]], params: SamplingParams, stream: bool) -> None:
         """Begin the prompts. Raises HttpError 429 when too many tokens wait, and EngineDeadError."""
         service = self._service
@@ -228,11 +279,12 @@ class Ticket:
         self.tokens = sum(map(len, prompts))
         # Where nobody waits, a request is taken however long it is.
         if waiting and waiting + self.tokens > service.config.max_queue_tokens:
-            raise _overloaded(f"{waiting} prompt tokens are waiting already")
-        deadline_s = time.monotonic() + service.config.queue_timeout_s
+            message = f"{waiting} prompt tokens are waiting already"
+            raise service._overloaded(message, self.sender.service_class)
+        deadline_s = self.deadline_s
         for prompt in prompts:
             begun = service.client.submit(
-                prompt, params, stream, deadline_s, self.arrived_s, self.name, self.cache_salt
+                prompt, params, stream, deadline_s, self.arrived_s, self.name, self.sender
             )
             self._streams.append(begun)
 

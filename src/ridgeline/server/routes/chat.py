@@ -68,7 +68,7 @@ async def _answer(asked: Admitted[ChatRequest]) -> Response:
         parsers = [ForcedCalls(parser) for parser in parsers]
     elif with_tools and not body.parallel_tool_calls:
         parsers = [FirstCall(parser) for parser in parsers]
-    head = new_head(service, "chatcmpl", asked.model)
+    head = new_head(asked, "chatcmpl")
     answer = ChatAnswer(service.text.tokenizer, head, body, parsers, usage)
     asked.ticket.submit([tokens], answer.as_read(params), body.stream)
     return await generated(asked, answer)

@@ -54,8 +54,9 @@ def json_answer(value: object) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
 
 
-def new_head(service: Service, prefix: str, model: str) -> Head:
-    return Head(f"{prefix}-{secrets.token_hex(12)}", int(time.time()), model, service.fingerprint)
+def new_head(asked: Admitted[Any], prefix: str) -> Head:
+    name, now_s = f"{prefix}-{secrets.token_hex(12)}", int(time.time())
+    return Head(name, now_s, asked.model, asked.service.fingerprint, asked.ticket.tier)
 
 
 async def answer_with(request: Request, ticket: Ticket, work: Coroutine[Any, Any, Response]) -> Response:
@@ -105,7 +106,7 @@ async def admitted(request: Request, kind: type[B]) -> Admitted[B]:
     with form_errors(body):
         params = body.params(service.text.sampling_defaults)
     name = request.scope["ridgeline.id"]
-    ticket = service.admit(key, body.answers, name, body.cache_salt)
+    ticket = service.admit(key, body, body.answers, name)
     service.log_prompt(name, body.content)
     return Admitted(request, service, body, model, params, ticket)
 

@@ -54,7 +54,7 @@ async def _answer(asked: Admitted[CompletionRequest]) -> Response:
     prompts = await service.in_thread(_tokens, service, body)
     usage = asked.count(prompts, "prompt")
     texts = await service.in_thread(_texts, service, body) if body.echo else [""] * len(prompts)
-    head = new_head(service, "cmpl", asked.model)
+    head = new_head(asked, "cmpl")
     answer = CompletionAnswer(service.text.tokenizer, head, asked, prompts, texts, usage)
     if not body.only_echo:
         asked.ticket.submit(prompts, asked.params, body.stream)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -39,7 +38,7 @@ async def embeddings(request: Request) -> Response:
     body = await service.bodies.read(request, EmbeddingRequest)
     model = service.model_name(body.model)
     name = request.scope["ridgeline.id"]
-    ticket = service.admit(key, len(body.input), name, body.cache_salt)
+    ticket = service.admit(key, body, len(body.input), name)
     service.log_prompt(name, body.input)
 
     async def work() -> Response:
@@ -48,8 +47,7 @@ async def embeddings(request: Request) -> Response:
             service.check_tokens(prompt, "input")
         usage = Usage(sum(map(len, prompts)))
         record_of(request)["usage"] = usage
-        deadline_s = time.monotonic() + service.config.queue_timeout_s
-        how = (body.pooling, body.normalize, deadline_s, ticket.arrived_s, name, ticket.cache_salt)
+        how = (body.pooling, body.normalize, ticket.deadline_s, ticket.arrived_s, name, ticket.sender)
         embedded = await _all([service.client.embed(each, *how) for each in prompts])
         usage.cached_tokens = sum(each.cached_tokens for each in embedded)
         fields = usage.fields()
@@ -58,7 +56,8 @@ async def embeddings(request: Request) -> Response:
             {"object": "embedding", "index": i, "embedding": _encoded(each.embedding, body.encoding_format)}
             for i, each in enumerate(embedded)
         ]
-        return json_answer({"object": "list", "data": data, "model": model, "usage": fields})
+        tier = {} if ticket.tier is None else {"service_tier": ticket.tier}
+        return json_answer({"object": "list", "data": data, "model": model, "usage": fields, **tier})
 
     return await answer_with(request, ticket, work())
 

@@ -19,21 +19,23 @@ encode = msgspec.json.encode
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What every chunk of an answer repeats."""
+    """What every chunk of an answer repeats. `tier` is told where a request has asked for one."""
 
     id: str
     created_s: int
     model: str
     fingerprint: str
+    tier: str | None = None
 
     def fields(self, kind: str) -> dict[str, Any]:
-        return {
+        fields = {
             "id": self.id,
             "object": kind,
             "created": self.created_s,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
         }
+        return fields if self.tier is None else {**fields, "service_tier": self.tier}
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ MAX_MESSAGES = 10_000
 MAX_TOOLS = 512
 MAX_STOP = 4096
 MAX_SALT = 256
+MAX_WAIT_S = 3600
 MAX_TOP_LOGPROBS = 20
 COMPLETION_TOKENS = 16
 """What a completion has at most where its request does not say; OpenAI's default."""
@@ -55,6 +56,21 @@ Salt = Annotated[str, Field(min_length=1, max_length=MAX_SALT)]
 """What is computed for a request is shared only with those of the same key that send the same."""
 
 
+Tier = Literal["auto", "default", "scale", "flex", "priority", "keystroke", "interactive", "batch"]
+"""OpenAI's service tiers, and our classes by their names."""
+
+
+class Queued(Body):
+    """What decides when a request is served, and with whom it shares what is computed.
+
+    `max_wait_s` bounds how long it waits to begin; it is refused at once where it would likely wait longer.
+    """
+
+    cache_salt: Salt | None = None
+    service_tier: Tier | None = None
+    max_wait_s: float | None = Field(default=None, ge=1, le=MAX_WAIT_S)
+
+
 class StreamOptions(Body):
     include_usage: bool = False
     unsupported: ClassVar[Mapping[str, Accepts]] = {
@@ -69,7 +85,7 @@ def _stream_options(value: Any) -> Any:
     return value
 
 
-class Sampled(Body):
+class Sampled(Queued):
     """What both kinds of completion have: how tokens are chosen, and how the answer comes."""
 
     model: str | None = None
@@ -108,7 +124,6 @@ class Sampled(Body):
     bad_words: Stops | None = None
     response_format: ResponseFormatField | None = None
     structured_outputs: StructuredOutputsField | None = None
-    cache_salt: Salt | None = None
 
     unsupported: ClassVar[Mapping[str, Accepts]] = {
         "user": anything,
@@ -118,7 +133,6 @@ class Sampled(Body):
         "prompt_cache_retention": anything,
         "prompt_cache_options": anything,
         "store": only(False),
-        "service_tier": only("auto", "default"),
         "moderation": only(),
         "use_beam_search": only(False),
         "length_penalty": only(1),
@@ -364,7 +378,7 @@ class CompletionRequest(Sampled):
 # ------------------------------------------------------------------------------------------ embeddings
 
 
-class EmbeddingRequest(Body):
+class EmbeddingRequest(Queued):
     """`pooling` and `normalize` are ours: the mean of the final hidden states or the last, of length 1."""
 
     model: str | None = None
@@ -373,7 +387,6 @@ class EmbeddingRequest(Body):
     pooling: Literal["mean", "last"] = "mean"
     normalize: bool = True
     add_special_tokens: bool = True
-    cache_salt: Salt | None = None
 
     unsupported: ClassVar[Mapping[str, Accepts]] = {
         "user": anything,

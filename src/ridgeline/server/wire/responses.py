@@ -87,6 +87,7 @@ class ChatCompletion(Answer):
     created: int
     model: str
     system_fingerprint: str
+    service_tier: str = ""
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: PromptLogprobs = []
@@ -120,6 +121,7 @@ class ChatCompletionChunk(Answer):
     created: int
     model: str
     system_fingerprint: str
+    service_tier: str = ""
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     prompt_logprobs: PromptLogprobs = []
@@ -149,6 +151,7 @@ class Completion(Answer):
     created: int
     model: str
     system_fingerprint: str
+    service_tier: str = ""
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
@@ -172,6 +175,7 @@ class Embeddings(Answer):
     data: list[Embedding]
     model: str
     usage: EmbeddingUsage
+    service_tier: str = ""
 
 
 class ServedModel(Answer):

@@ -1,0 +1,88 @@
+"""What one step may still take."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from ridgeline.config import MAX_OUTPUT_ROWS, PAGE_TOKENS
+from ridgeline.scheduling.pace import StepPace
+from ridgeline.scheduling.plan import Chunk
+from ridgeline.scheduling.sequence import Sequence
+from ridgeline.types import SERVICE_CLASSES
+
+
+class Budget:
+    """Tokens, outputs and time of one step; made for one call of `schedule` and thrown away.
+
+    `planned` has the arrivals of sequences that are in the step, or could not be. `short`: somebody lacks
+    pages, so nobody else gets a seat. `closed`: nobody gets one any more. `spent`: prompts of the class that
+    is planned have no time left, or no tokens but the `kept` ones of lower classes. `decodes` and `begun` are
+    the sequences with one row to run and with more, by class; since there were that many `preemptions`, some
+    may have given way.
+    """
+
+    __slots__ = (
+        "begun", "chunks", "closed", "decodes", "first_pages", "kept", "outputs", "pace", "planned", "pooled",
+        "preemptions", "short", "spent", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, tokens: int, pooled: bool) -> None:
+        self.tokens = tokens
+        self.pooled = pooled
+        self.outputs = MAX_OUTPUT_ROWS  # overdrawn by sequences that want only their last row's
+        self.chunks: list[Chunk] = []
+        self.planned: set[int] = set()
+        self.first_pages: dict[Hashable, tuple[Sequence, int]] = {}  # of prefills, with their chunks' ends
+        self.short = self.closed = self.spent = False
+        self.kept = 0
+        self.preemptions = 0
+        self.pace: StepPace | None = None
+        self.decodes: tuple[list[Sequence], ...] = tuple([] for _ in SERVICE_CLASSES)
+        self.begun: tuple[list[Sequence], ...] = tuple([] for _ in SERVICE_CLASSES)
+
+    def decode(self, sequence: Sequence) -> None:
+        """Plan the one row that a sequence has."""
+        row = sequence.computed
+        rows = [row] if row + 1 == sequence.length else sequence.outputs(row, row + 1)
+        self.tokens -= 1
+        self.outputs -= len(rows)
+        self.chunks.append((sequence, 1, rows))
+        self.planned.add(sequence.arrival)
+
+    def take(self, sequence: Sequence, tokens: int) -> None:
+        """Plan some of a sequence's rows."""
+        rows = sequence.outputs(sequence.computed, sequence.computed + tokens)
+        self.tokens -= tokens
+        self.outputs -= len(rows)
+        self.chunks.append((sequence, tokens, rows))
+        self.planned.add(sequence.arrival)
+
+    def begin_prefills(self, level: int, kept: int, streams: bool) -> None:
+        """Prompts of a class come next; `kept` tokens are left for lower ones."""
+        self.kept = kept
+        self.spent = False
+        # However many decodes there are, who asks for many outputs gets on.
+        self.outputs = max(self.outputs, PAGE_TOKENS)
+        if self.pace is not None:
+            self.pace.begin_prefills(level, streams)
+
+    @property
+    def open(self) -> bool:
+        """Whether rows of prompts may be planned."""
+        return self.tokens > 0 and not self.spent
+
+    def most_rows(self, sequence: Sequence) -> int:
+        """How many of the sequence's next rows tokens, outputs and time allow."""
+        # Each class gets on, whatever is kept for others.
+        rows = min(sequence.remaining, max(self.tokens - self.kept, 1))
+        if sequence.asks_many and not self.pooled:  # hidden states are small
+            before = max(sequence.first_output - sequence.computed, 0)
+            rows = min(rows, before + max(self.outputs, 0))
+        if self.pace is not None and rows > 0:
+            start = sequence.computed
+            fitting = self.pace.rows_that_fit(start, rows, len(sequence.outputs(start, start + rows)))
+            self.spent = fitting < rows
+            rows = fitting
+        if self.tokens - rows <= self.kept:
+            self.spent = True
+        return rows
