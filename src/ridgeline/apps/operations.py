@@ -6,22 +6,23 @@ ceilings, and how much of the step they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ridgeline.apps.benchmark import Round, Workload, measure
 from ridgeline.config import EngineConfig
 from ridgeline.engine import Engine
 from ridgeline.execution.profiling import Profile, ProfilingExecutor, TimedExecutor
-from ridgeline.loading import load_engine
+from ridgeline.loading import LoadedModel, load_engine
 from ridgeline.resources import probe
 from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.roofline import arithmetic_s, mbu, memory_s, mfu
 from ridgeline.types import CapacityError, RequestError
 
 Timed = Literal["all", "once", "none"]
+Result = TypeVar("Result")
 
 
 def measure_operations(
@@ -75,26 +76,39 @@ def run(config: EngineConfig, workload: Workload, repeats: int, timed: Timed = "
     more where the device can ("once").
     """
     loaded = load_engine(config)
-    settled, engine, before, profiling = loaded.config, loaded.engine, None, None
-    limit = settled.max_num_batched_tokens
-    try:
-        # Other tenants share the memory: what the machine gives now counts, not what it gave some day.
-        with suppress(CapacityError):  # the engine may have left a GPU too little memory to measure with
-            before = _ceilings_now(settled)
+    engine, limit = loaded.engine, loaded.config.max_num_batched_tokens
+
+    def measured() -> tuple[list[Round], ProfilingExecutor | None]:
         if timed == "all":
-            rounds, profiling = measure_operations(engine, workload, limit, repeats)
-        else:
-            rounds = measure(engine, workload, limit, repeats)
-            if timed == "once" and hasattr(engine.executor, "profile"):
-                _, profiling = measure_operations(engine, workload, limit, 1)
+            return measure_operations(engine, workload, limit, repeats)
+        rounds = measure(engine, workload, limit, repeats)
+        if timed == "none" or not hasattr(engine.executor, "profile"):
+            return rounds, None
+        return rounds, measure_operations(engine, workload, limit, 1)[1]
+
+    (rounds, profiling), ceilings = beside_ceilings(loaded, measured)
+    return Run(loaded.config, workload, rounds, ceilings, profiling)
+
+
+def beside_ceilings(loaded: LoadedModel, run: Callable[[], Result]) -> tuple[Result, Ceilings]:
+    """What `run` gives, and the ceilings as they were around it; the engine is closed.
+
+    Other tenants share the memory: what the machine gives now counts, not what it gave some day.
+    """
+    config = loaded.config
+
+    def now() -> Ceilings:
+        return probe.measure(config.threads, seconds=probe.BESIDE_PROBE_S, device=config.device)
+
+    before = None
+    try:
+        with suppress(CapacityError):  # the engine may have left a GPU too little memory to measure with
+            before = now()
+        result = run()
     finally:
-        engine.close()
-    after = _ceilings_now(settled)
-    return Run(settled, workload, rounds, after if before is None else after.best_with(before), profiling)
-
-
-def _ceilings_now(config: EngineConfig) -> Ceilings:
-    return probe.measure(config.threads, seconds=probe.BESIDE_PROBE_S, device=config.device)
+        loaded.engine.close()
+    after = now()
+    return result, after.best_with(before) if before is not None else after
 
 
 def shares(profile: Profile, ceilings: Ceilings) -> list[dict[str, Any]]:

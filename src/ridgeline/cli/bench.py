@@ -12,9 +12,7 @@ from ridgeline.cli.output import console, print_json, table
 from ridgeline.cli.progress import fetch
 
 if TYPE_CHECKING:
-    from ridgeline.apps.benchmark import Round, Workload
-    from ridgeline.execution.profiling import ProfilingExecutor
-    from ridgeline.loading import LoadedModel
+    from ridgeline.apps.operations import Run
     from ridgeline.resources.ceilings import Ceilings
 
 PromptTokens = Annotated[int, flag("prompt-tokens", "Tokens of each prompt.", "-p")]
@@ -53,15 +51,15 @@ def bench(
         _refuse_flags(context)
         return
     from ridgeline.apps.benchmark import Workload
+    from ridgeline.apps.operations import bench_config, run
     from ridgeline.cli import bench_sweep
-    from ridgeline.config import EngineConfig
     from ridgeline.loading import load_engine
 
     batches = bench_sweep.check(sweep, plot, {"batch": batch != 1, "ops": ops})
     largest = max(batches, default=batch)
     workload = Workload(prompt_tokens, output_tokens, largest)
-    room = EngineConfig()
-    config = EngineConfig(
+    config = bench_config(
+        largest,
         **given(
             model=model,
             weights=weights,
@@ -71,45 +69,32 @@ def bench(
             packed_cache=options.packed_cache(no_packed_cache),
             trace=options.trace_file(trace),
         ),
-        max_num_seqs=max(largest, room.max_num_seqs),
-        max_num_batched_tokens=max(2 * largest, room.max_num_batched_tokens),
-        enable_prefix_caching=False,  # its pages would be kept, and every round would take cold memory
     )
     fetch(model)
-    loaded = load_engine(config)
     if batches:
-        bench_sweep.run(loaded, workload, batches, repeats, plot, json)
+        bench_sweep.run(load_engine(config), workload, batches, repeats, plot, json)
     else:
-        _measure(loaded, workload, repeats, ops, json)
+        _report(run(config, workload, repeats, "all" if ops else "none"), json)
 
 
-def _measure(loaded: LoadedModel, workload: Workload, repeats: int, ops: bool, json: bool) -> None:
+def _report(found: Run, json: bool) -> None:
     """One batch size, prefill and decode."""
-    from ridgeline.apps.benchmark import measure, summary
-    from ridgeline.apps.operations import by_phase, measure_operations
-    from ridgeline.cli.figures import beside_ceilings
+    from ridgeline.apps.benchmark import summary
+    from ridgeline.apps.operations import by_phase
 
-    limit, settled = loaded.config.max_num_batched_tokens, loaded.config
-
-    def run() -> tuple[list[Round], ProfilingExecutor | None]:
-        if ops:
-            return measure_operations(loaded.engine, workload, limit, repeats)
-        return measure(loaded.engine, workload, limit, repeats), None
-
-    (rounds, profiling), ceilings = beside_ceilings(loaded, run)
     result = {
-        "model": settled.model,
-        "weights": settled.weights,
-        **summary(rounds, workload, ceilings),
+        "model": found.config.model,
+        "weights": found.config.weights,
+        **summary(found.rounds, found.workload, found.ceilings),
     }
-    if profiling is not None:
-        result["operations"] = by_phase(profiling, ceilings)
+    if found.profiling is not None:
+        result["operations"] = by_phase(found.profiling, found.ceilings)
     if json:
         print_json(result)
-    else:
-        _show(result, ceilings)
-        for phase, rows in result.get("operations", {}).items():
-            show_operations(phase, rows)
+        return
+    _show(result, found.ceilings)
+    for phase, rows in result.get("operations", {}).items():
+        show_operations(phase, rows)
 
 
 def _refuse_flags(context: typer.Context) -> None:

@@ -74,8 +74,8 @@ def run(
 ) -> None:
     """Measure, print, and write the plot where one is asked for. Closes the engine."""
     from ridgeline.apps.benchmark import sweep, sweep_summary
+    from ridgeline.apps.operations import beside_ceilings
     from ridgeline.apps.roofline_plot import draw, write_png
-    from ridgeline.cli.figures import beside_ceilings
 
     settled = loaded.config
     limit = settled.max_num_batched_tokens

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from ridgeline.resources.roofline import mbu
-from ridgeline.types import CapacityError, RequestOutput, RidgelineError, Work
+from ridgeline.types import RequestOutput, RidgelineError, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from ridgeline.loading import LoadedModel
     from ridgeline.resources.ceilings import Ceilings
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,29 +70,6 @@ def known_ceilings(threads: int | None, measure: bool = False, device: str = "cp
         return probe.known_ceilings(threads, device=device)
     except RidgelineError:
         return None  # an answer is worth more than a figure
-
-
-def beside_ceilings(loaded: LoadedModel, run: Callable[[], Result]) -> tuple[Result, Ceilings]:
-    """What `run` gives, and the ceilings as they were around it; the engine is closed.
-
-    Other tenants share the memory: what the machine gives now counts, not what it gave some day.
-    """
-    from ridgeline.resources import probe
-
-    config = loaded.config
-
-    def now() -> Ceilings:
-        return probe.measure(config.threads, seconds=probe.BESIDE_PROBE_S, device=config.device)
-
-    before = None
-    try:
-        with suppress(CapacityError):  # the engine may have left a GPU too little memory to measure with
-            before = now()
-        result = run()
-    finally:
-        loaded.engine.close()
-    after = now()
-    return result, after.best_with(before) if before is not None else after
 
 
 def limits(ceilings: Ceilings) -> str:
