@@ -22,6 +22,7 @@ import numpy as np
 from ridgeline.cache.kv import KVCache
 from ridgeline.config import pages_for
 from ridgeline.engine import Engine, ModelFacts
+from ridgeline.execution.draw import Drawer
 from ridgeline.scheduling.scheduler import Scheduler
 from ridgeline.types import Request, SamplingParams, Step, StepResult, StepWork, Work
 
@@ -36,6 +37,7 @@ class IdleExecutor:
     asynchronous = False
 
     def __init__(self) -> None:
+        self.drawer = Drawer()
         self._work = StepWork(Work(), Work(), 0, 0, 0, 0)
         self._tokens = np.full(1 << 16, 7, np.int32)
         self._logits = np.zeros((0, VOCABULARY), np.float32)

@@ -14,6 +14,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import compare_server  # noqa: E402
+import scheduler_cost  # noqa: E402
 import server_runs  # noqa: E402
 
 
@@ -85,3 +86,10 @@ def test_the_cost_of_the_server(default_model_path: Path) -> None:
     assert found["tokens_of_a_round"] == 6 * 5 + 3 * 5
     assert found["cpu_us_per_token"] > 0
     assert {"waiting_streams_bytes", "begun_streams_bytes"} < set(found)
+
+
+def test_the_cost_of_a_step_is_measured_by_part() -> None:
+    measured = scheduler_cost.cost(4, 3, streams=True)
+    assert measured.sequences == 4
+    assert measured.schedule_ms + measured.advance_ms + measured.commit_ms > 0
+    assert measured.step_ms > 0
