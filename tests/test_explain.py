@@ -143,7 +143,7 @@ def test_cores_that_are_not_used(llama2: PlannedModel) -> None:
     asked = subject(llama2, wider=(2, host_here(twice, FREE)))
     asked = replace(asked, command=Command("explain", "m", {"threads": 2, "weights": "W16A16"}))
     (found,) = [one for one in suggestions(asked) if one.kind == "threads"]
-    assert found.gains.run == pytest.approx(2)
+    assert found.gains.run == pytest.approx(2, rel=0.01)  # all but what goes by in every step
     assert found.command == "ridgeline explain m --weights W16A16"
     assert "2 more cores" in found.text
 
@@ -208,8 +208,8 @@ def test_every_suggested_command_works(ridgeline: Cli, tiny: Tiny) -> None:
         assert words[0] == "ridgeline"
         tried = ridgeline(*words[1:], "--json")
         assert tried.code == 0, tried.err
-    first = json.loads(ridgeline(*shlex.split(found["suggestions"][0]["command"])[1:], "--json").out)
-    assert first["weights"]["asked"] != "W32A32"
+        if words[1] == "explain":
+            assert set(json.loads(tried.out)["phases"]) == {"prefill", "decode"}
 
 
 @pytest.mark.usefixtures("two_cores")

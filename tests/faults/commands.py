@@ -48,9 +48,14 @@ class Command:
         return line
 
     def files(self) -> list[str]:
-        """Every file of the cache but locks and notes: what a failure might have left behind."""
-        ours = (".lock", ".verified")
-        found = (file for file in self.cache.rglob("*") if file.is_file() and file.suffix not in ours)
+        """Every file of the cache but locks, notes and what was measured of the machine: what a failure might
+        have left behind."""
+        ours, machine = (".lock", ".verified"), self.cache / "ceilings"
+        found = (
+            file
+            for file in self.cache.rglob("*")
+            if file.is_file() and file.suffix not in ours and machine not in file.parents
+        )
         return sorted(str(file.relative_to(self.cache)) for file in found)
 
 

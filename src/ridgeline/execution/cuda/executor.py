@@ -8,6 +8,7 @@ under way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, TypeVar
@@ -29,12 +30,11 @@ from ridgeline.execution.cuda.launches import CudaLaunch, Run
 from ridgeline.execution.cuda.lower import lower
 from ridgeline.execution.cuda.weights import DeviceWeights
 from ridgeline.execution.cuda.work_list import attention_work
-from ridgeline.execution.draw import NOT_DRAWN
+from ridgeline.execution.draw import NOT_DRAWN, Drawer, RowDrawer
 from ridgeline.execution.lowering import Footprint, WorkModel
 from ridgeline.execution.step_arrays import StepArrays
 from ridgeline.model.program import MemoryGroup, Program, StepLoad
 from ridgeline.model.weights import Weights
-from ridgeline.native import Drawer, Team
 from ridgeline.resources.machine import choose_isa, usable_cores
 from ridgeline.types import CapacityError, Draw, Move, PageFill, PageSpill, Step, StepResult, StepWork
 
@@ -110,8 +110,8 @@ class CudaExecutor:
         self._capacity = max(limits.max_rows, limits.max_sequences)
         self._inputs: StepInputs | None = None
         self._books: list[GraphBook] = []
-        self._team = Team(min(usable_cores(), _DRAWING_THREADS))
-        self.drawer = Drawer(self._team, choose_isa())
+        self._host = ExitStack()
+        self.drawer = _host_drawer(self._host)
         self._turns = [_Turn(device, self._capacity) for _ in range(2)]
 
     def load(self, weights: Weights) -> None:
@@ -220,7 +220,7 @@ class CudaExecutor:
         self._books.clear()
         self._inputs = None
         self._turns.clear()
-        self._team.close()
+        self._host.close()
         if self._device.where.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -253,3 +253,16 @@ class CudaExecutor:
 
 def _for_outputs(launch: CudaLaunch) -> bool:
     return any(op.out.selected for op in launch.covers)
+
+
+def _host_drawer(until: ExitStack) -> RowDrawer:
+    """Draws on the host's threads; without the built module, as a GPU does not need it, by the rule in NumPy,
+    whose tokens are the same."""
+    try:
+        from ridgeline.native import Drawer as ThreadedDrawer
+        from ridgeline.native import Team
+    except ImportError:
+        return Drawer()
+    team = Team(min(usable_cores(), _DRAWING_THREADS))
+    until.callback(team.close)
+    return ThreadedDrawer(team, choose_isa())
