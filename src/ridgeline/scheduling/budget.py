@@ -57,14 +57,14 @@ class Budget:
         self.chunks.append((sequence, tokens, rows))
         self.planned.add(sequence.arrival)
 
-    def begin_prefills(self, level: int, kept: int, streams: bool) -> None:
+    def begin_prefills(self, level: int, kept: int) -> None:
         """Prompts of a class come next; `kept` tokens are left for lower ones."""
         self.kept = kept
         self.spent = False
         # However many decodes there are, who asks for many outputs gets on.
         self.outputs = max(self.outputs, PAGE_TOKENS)
         if self.pace is not None:
-            self.pace.begin_prefills(level, streams)
+            self.pace.begin_prefills(level)
 
     @property
     def open(self) -> bool:

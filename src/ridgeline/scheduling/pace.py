@@ -71,7 +71,8 @@ class StepPace:
     """The time of one step as it is planned. `chunks` is the plan so far, which others make grow; `streams`
     are the contexts of decodes that wait for this step without being in it, and the level of the highest.
 
-    Classes come in their order: `begin`, their decodes, `begin_prefills`, the rows of their prompts.
+    Classes come in their order: `begin`, their decodes and `add_streams` where there are any,
+    `begin_prefills` and the rows of their prompts.
     """
 
     def __init__(
@@ -118,11 +119,13 @@ class StepPace:
         )
         return max(fitting, 1)
 
-    def begin_prefills(self, level: int, streams: bool) -> None:
-        """Prompts of a class are planned from here on; `streams`: beside decodes of its own."""
+    def add_streams(self, level: int) -> None:
+        """Decodes of a class are in the step."""
+        self._streaming.add(level)
+
+    def begin_prefills(self, level: int) -> None:
+        """Prompts of a class are planned from here on."""
         self._level = level
-        if streams:
-            self._streaming.add(self._level)
         own = self._level in self._streaming
         self._least = LEAST_ROWS if own and not self._base_s else 1
         if self._base_s and self._limit_s < math.inf:

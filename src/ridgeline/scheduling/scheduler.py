@@ -208,8 +208,10 @@ class Scheduler:
                 count = pace.decodes_that_fit([s.computed + 1 for s in decodes[:count]])
         for sequence in decodes if count == len(decodes) else decodes[:count]:
             budget.decode(sequence)
-        if budget.tokens > 0:
-            budget.begin_prefills(level, self._kept(level, budget), count > 0)
+        if pace is not None and count > 0:
+            pace.add_streams(level)
+        if budget.tokens > 0 and (budget.begun[level] or self.waiting.head(level) is not None):
+            budget.begin_prefills(level, self._kept(level, budget))
             self._plan_prefills(level, budget)
 
     def _kept(self, level: int, budget: Budget) -> int:
