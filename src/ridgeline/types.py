@@ -115,10 +115,10 @@ class StepWork:
     launches: int
     weight_bytes: int = 0
     kv_bytes: int = 0
+    total: Work = field(init=False)  # of both, added up once: every step is asked for it several times
 
-    @property
-    def total(self) -> Work:
-        return self.dense + self.attention
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", self.dense + self.attention)
 
 
 # --------------------------------------------------------------------------------------------- step
