@@ -7,7 +7,7 @@ import shlex
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from tiny_models import TinyModel
 
 from ridgeline.apps.benchmark import Workload
 from ridgeline.apps.explain import answer as answers
-from ridgeline.apps.explain.attach import RequestError, StepSeen, kinds_of, recent_steps
+from ridgeline.apps.explain.attach import RequestError, kinds_of, parse_step, recent_steps
 from ridgeline.apps.explain.run import Case, findings, run_times
 from ridgeline.apps.explain.suggest import MOST, Command, Subject, suggestions
 from ridgeline.apps.operations import bench_config, run
 from ridgeline.apps.plan.host import host_here
 from ridgeline.apps.plan.model import PlannedModel, open_model
+from ridgeline.records import Kind, StepRecord
 from ridgeline.resources.presets import presets
 from ridgeline.types import ConfigError, Work
 
@@ -250,25 +251,34 @@ def test_mistakes_are_one_line(ridgeline: Cli, tiny: Tiny, arguments: tuple[obje
 # ----------------------------------------------------------------------------------------- a server
 
 
-def told(kind: str = "decode", **changes: Any) -> dict[str, Any]:
-    step = {
-        "number": 1,
-        "time_s": 0.0,
-        "kind": kind,
-        "rows": 2,
-        "sequences": 2,
-        "flops": 9,
-        "bytes": 900,
-        "weight_bytes": 800,
-        "kv_bytes": 2 * 100 * 384,
-        "elapsed_s": 0.01,
-        "wall_s": 0.012,
-        "predicted_s": 0.008,
-        "bound": "weights",
-        "mbu": 0.5,
-        "mfu": None,
-    }
-    return step | changes
+DECODE = StepRecord(
+    number=1,
+    time_s=0.0,
+    kind="decode",
+    rows=2,
+    sequences=2,
+    prompt_tokens=0,
+    decoded_tokens=2,
+    running=2,
+    waiting=0,
+    kv_pages=14,
+    kv_usage=0.1,
+    flops=9,
+    attention_flops=1,
+    bytes=900,
+    weight_bytes=800,
+    kv_bytes=2 * 100 * 384,
+    launches=10,
+    elapsed_s=0.01,
+    wall_s=0.012,
+    predicted_s=0.008,
+    bound="weights",
+    mbu=0.5,
+)
+
+
+def told(kind: Kind = "decode", **changes: Any) -> dict[str, Any]:
+    return asdict(replace(DECODE, kind=kind)) | changes
 
 
 @contextmanager
@@ -346,7 +356,7 @@ def test_the_mix_of_a_servers_steps(llama2: PlannedModel) -> None:
     """100 tokens of context at once for each of two, and as many rows of prompts as of answers."""
     model = llama2.in_format("W16A16", "cpu", "KV16")
     held = 2 * 100 * sum(model.kv_bytes_per_token)
-    decode = StepSeen("decode", 2, 2, 1, held, 0.01, 0.01)
+    decode = replace(DECODE, kv_bytes=held)
     prompt = replace(decode, kind="prefill", rows=10)
     served = answers.Served("m", "cpu", {}, (prompt, *[decode] * 5))
     assert answers.mix_of(served, model) == Workload(67, 67, 2)
@@ -379,6 +389,6 @@ def test_a_server_without_steps() -> None:
 
 
 def test_kinds_of_steps() -> None:
-    seen = [StepSeen.parse(json.dumps(told(elapsed_s=s, predicted_s=None)).encode()) for s in (0.1, 0.2, 0.6)]
+    seen = [parse_step(json.dumps(told(elapsed_s=s, predicted_s=None)).encode()) for s in (0.1, 0.2, 0.6)]
     (one,) = kinds_of(seen)
     assert (one.measured_s, one.error, one.share, one.mfu) == (0.2, None, 1.0, None)

@@ -7,52 +7,34 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
+
+import msgspec
 
 from ridgeline.apps.load.connections import Connections
 from ridgeline.apps.load.events import EventParser
 from ridgeline.apps.load.failures import FailureError
+from ridgeline.records import RECENT_STEPS, StepRecord
 from ridgeline.types import RequestError
 
-MOST_STEPS = 1024
 _WAIT_S = 2.0
 """After this long the recent steps have come, also from a server whose stream goes on."""
 _MODELS_BYTES = 1 << 20
 _ENOUGH = "enough"
+_DECODE = msgspec.json.Decoder(StepRecord).decode
 
 
-@dataclass(frozen=True, slots=True)
-class StepSeen:
-    """What a server says of one step, times in seconds; what it does not know is None."""
-
-    kind: str
-    rows: int
-    sequences: int
-    weight_bytes: int
-    kv_bytes: int
-    elapsed_s: float
-    wall_s: float
-    predicted_s: float | None = None
-    bound: str | None = None
-    mbu: float | None = None
-    mfu: float | None = None
-
-    @classmethod
-    def parse(cls, data: bytes) -> StepSeen:
-        """Raises RequestError for what is no step."""
-        try:
-            told = json.loads(data)
-            values = {field.name: told.get(field.name) for field in fields(cls)}
-            step = cls(**values)
-            numbers = [step.rows, step.sequences, step.weight_bytes, step.kv_bytes]
-            sound = all(type(n) is int and n >= 0 for n in numbers) and isinstance(step.kind, str)
-            if sound and step.elapsed_s >= 0 and step.wall_s >= 0:
-                return step
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            pass
+def parse_step(data: bytes) -> StepRecord:
+    """Raises RequestError for what is no step."""
+    try:
+        step = _DECODE(data)
+    except (msgspec.DecodeError, RecursionError):
+        step = None
+    if step is None or min(step.rows, step.sequences, step.weight_bytes, step.kv_bytes, step.elapsed_s) < 0:
         raise RequestError(f"the server's step is {data[:80]!r}; accepted: those of ridgeline's /v1/steps")
+    return step
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +45,7 @@ class Served:
     model: str
     device: str | None
     formats: dict[str, int]
-    steps: tuple[StepSeen, ...]
+    steps: tuple[StepRecord, ...]
 
 
 def recent_steps(url: str, count: int, api_key: str | None = None) -> Served:
@@ -71,8 +53,8 @@ def recent_steps(url: str, count: int, api_key: str | None = None) -> Served:
 
     Raises RequestError with one line for a server that cannot be reached, or is not one of ours.
     """
-    if not 1 <= count <= MOST_STEPS:
-        raise RequestError(f"recent is {count}; accepted: 1 to {MOST_STEPS}")
+    if not 1 <= count <= RECENT_STEPS:
+        raise RequestError(f"recent is {count}; accepted: 1 to {RECENT_STEPS}")
     return asyncio.run(_ask(url, count, api_key))
 
 
@@ -114,15 +96,13 @@ async def _model(connections: Connections) -> dict[str, Any]:
     return found
 
 
-async def _steps(connections: Connections, count: int) -> list[StepSeen]:
-    parser, steps = EventParser(), list[StepSeen]()
+async def _steps(connections: Connections, count: int) -> list[StepRecord]:
+    parser, steps = EventParser(), list[StepRecord]()
 
     def receive(status: int, data: bytes, _: float) -> None:
         if status != 200:
             raise FailureError(str(status), "accepted: a server with /v1/steps, and its key in --api-key")
-        steps.extend(
-            StepSeen.parse(event.data) for event in parser.feed(data) if event.data and not event.name
-        )
+        steps.extend(parse_step(event.data) for event in parser.feed(data) if event.data and not event.name)
         if len(steps) >= count:
             raise FailureError(_ENOUGH, "")
 
@@ -161,7 +141,7 @@ class KindOfStep:
         return max(self.bounds, key=lambda bound: self.bounds[bound]) if self.bounds else None
 
 
-def kinds_of(steps: Sequence[StepSeen]) -> list[KindOfStep]:
+def kinds_of(steps: Sequence[StepRecord]) -> list[KindOfStep]:
     """The steps by kind, those that took most of the time first. `share` is that of all steps' time."""
     whole_s = sum(step.elapsed_s for step in steps) or 1.0
     found = []
