@@ -167,9 +167,11 @@ def load_engine(config: EngineConfig) -> LoadedModel:
         on_failure.callback(executor.close)
         executor.load(weights)
         handle = executor.compile(program)
+        tiers = lower_tiers(config, program, weights, executor)
+        if tiers is not None:
+            on_failure.callback(tiers.ladder.close)
         formats = Counter(fmt.name for fmt in weights.formats.values())
         watched = _watched(config, formats)
-        tiers = lower_tiers(config, program, weights, executor)
         on_failure.pop_all()
     assert config.max_model_len is not None
     windows = tuple(group.window for group in program.groups)
