@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from gpu_checks import Check, worst
 from gpu_models import KV_FORMAT, Model, Ready, Rows, make_ready, make_step, pages_of
+from msgspec import structs
 from torch import Tensor
 
 from ridgeline.execution.base import Limits
@@ -124,7 +125,7 @@ def check_draw(vocabulary: int, device: Device, rows: int) -> Iterator[Check]:
         "top_p 0.95": (Draw(temperature=0.8, top_p=0.95), TOP_P),
     }
     for name, (way, limit) in ways.items():
-        records = [draw_record(replace(way, seed=2**63 + row, position=row)) for row in range(rows)]
+        records = [draw_record(structs.replace(way, seed=2**63 + row, position=row)) for row in range(rows)]
         draws = torch.tensor(records, dtype=torch.int64).to(device.where)
         tokens, expected = (torch.full((rows,), -7, dtype=torch.int32, device=device.where) for _ in range(2))
         draw(logits, draws, tokens)

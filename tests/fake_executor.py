@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from ridgeline.cache.kv import KVCache
 from ridgeline.config import PAGE_TOKENS
@@ -119,7 +120,7 @@ class FakeExecutor:
         for sequence in step.sequences:
             # Where none could be drawn, the sequence is about to end, and any token will do.
             tokens = [max(int(self._drawn[-1 - t]), 0) if t < 0 else t for t in sequence.tokens]
-            sequences.append(replace(sequence, tokens=tokens))
+            sequences.append(structs.replace(sequence, tokens=tokens))
         return replace(step, sequences=tuple(sequences))
 
     def transfer(self, moves: Sequence[Any]) -> None:

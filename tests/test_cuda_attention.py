@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from ridgeline.config import PAGE_TOKENS, pages_for
@@ -271,11 +272,11 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(window: int | None, pool: 
     for index, rows in enumerate(sequences):
         for own in range(len(rows.tokens)):
             last = rows.segments[-1]
-            alone = dataclasses.replace(
+            alone = structs.replace(
                 rows,
                 tokens=[0],
                 start=rows.start + own,
-                segments=(*rows.segments[:-1], dataclasses.replace(last, length=rows.start + own + 1)),
+                segments=(*rows.segments[:-1], structs.replace(last, length=rows.start + own + 1)),
             )
             arrays = StepArrays.of(Step((alone,)), 1)
             begin = int(case.arrays.table_begin[case.arrays.segment_begin[index]])
@@ -290,13 +291,13 @@ def test_a_row_that_sees_nothing_becomes_zeros() -> None:
     """One without a slot, one whose window ends before its segment, one beside a row that sees something."""
     empty = SequenceRows([0], 0, (Segment(([],), 0),), ())
     late = sequence(0, 1, first_position=50)
-    late = dataclasses.replace(late, segments=(Segment(([0] * 2,), 20, 200), Segment(([],), 0, 50)))
+    late = structs.replace(late, segments=(Segment(([0] * 2,), 20, 200), Segment(([],), 0, 50)))
     case = make(Model(window=40), empty, late, sequence(5, 1))
     for limits in (CUT, WHOLE):
         out = run(case, limits)
         assert (out[:2] == 0).all()
         assert_close(out[2:], expected(case)[2:], 1e-5)
-    half = dataclasses.replace(
+    half = structs.replace(
         sequence(0, 2, first_position=50), segments=(Segment(([0] * 2,), 20, 51), Segment(([],), 0, 50))
     )
     case = make(Model(), half)

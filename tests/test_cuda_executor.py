@@ -4,13 +4,13 @@ kernels run in Triton's interpreter, which takes seconds for a step: prompts are
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 from fake_executor import FakeDetokenizer
+from msgspec.structs import replace
 from page_moves import there_and_back
 from running import PAGES, Loaded, load, relative_error
 from tiny_experts import make_sparse

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
+from msgspec import structs
 from running import load_program
 
 from ridgeline.config import PAGE_TOKENS
@@ -207,7 +208,9 @@ def random_step(run: Running, random: np.random.Generator, most_rows: int, spare
         count = int(random.integers((most_rows + 1) // 2, most_rows + 1))
         tokens = random.integers(3, tiny_models.VOCABULARY, count).tolist()
         outputs = [count - 1] if random.random() < 0.8 else []
-        draws += [None if random.random() < 0.4 else replace(SAMPLED, position=tokens[0]) for _ in outputs]
+        draws += [
+            None if random.random() < 0.4 else structs.replace(SAMPLED, position=tokens[0]) for _ in outputs
+        ]
         sequences.append(run.rows(sequence, tokens, outputs, spare_pages))
     return Step(tuple(sequences), tuple(draws))
 
@@ -238,7 +241,7 @@ def decoding(run: Running, waits: bool, steps: int) -> list[list[int]]:
     """Prompts of three sequences, then tokens that are drawn; a step may be launched before the tokens of
     the step before are known. Two sequences change places, so that an output is not its reader's row."""
     prompts = [[5, 9, 200, 31], [77], [3, 4]]
-    draws = tuple(replace(SAMPLED, choice=i) if i else Draw() for i in range(3))
+    draws = tuple(structs.replace(SAMPLED, choice=i) if i else Draw() for i in range(3))
     first = Step(tuple(run.rows(i, p, [len(p) - 1]) for i, p in enumerate(prompts)), draws)
     futures = [run.launch(first)]
     order, found = [0, 1, 2], []
@@ -248,7 +251,9 @@ def decoding(run: Running, waits: bool, steps: int) -> list[list[int]]:
         turned = [order[1], order[0], order[2]]
         tokens = [found[-1][order.index(i)] if waits else drawn_token(order.index(i)) for i in turned]
         rows = tuple(run.rows(i, [token], [0]) for i, token in zip(turned, tokens, strict=True))
-        futures.append(run.launch(Step(rows, tuple(replace(draws[i], position=place) for i in turned))))
+        futures.append(
+            run.launch(Step(rows, tuple(structs.replace(draws[i], position=place) for i in turned)))
+        )
         order = turned
         if not waits:
             found.append(futures[-2].result().tokens.tolist())

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from fake_executor import HIDDEN, FakeExecutor, make_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from running import Loaded, load, relative_error
 from test_server_engine import running
 from tiny_gated import make_gated

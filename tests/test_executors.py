@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from page_moves import there_and_back
 from running import PAGES, Loaded, assert_executors_agree, load, relative_error
 from tiny_experts import make_sparse

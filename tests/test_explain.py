@@ -7,13 +7,14 @@ import shlex
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import Cli, command_line
+from msgspec import structs
 from test_plan import LLAMA_2_7B, TWO_CORES, configured
 from tiny_models import TinyModel
 
@@ -278,7 +279,7 @@ DECODE = StepRecord(
 
 
 def told(kind: Kind = "decode", **changes: Any) -> dict[str, Any]:
-    return asdict(replace(DECODE, kind=kind)) | changes
+    return structs.asdict(structs.replace(DECODE, kind=kind)) | changes
 
 
 @contextmanager
@@ -356,8 +357,8 @@ def test_the_mix_of_a_servers_steps(llama2: PlannedModel) -> None:
     """100 tokens of context at once for each of two, and as many rows of prompts as of answers."""
     model = llama2.in_format("W16A16", "cpu", "KV16")
     held = 2 * 100 * sum(model.kv_bytes_per_token)
-    decode = replace(DECODE, kv_bytes=held)
-    prompt = replace(decode, kind="prefill", rows=10)
+    decode = structs.replace(DECODE, kv_bytes=held)
+    prompt = structs.replace(decode, kind="prefill", rows=10)
     served = answers.Served("m", "cpu", {}, (prompt, *[decode] * 5))
     assert answers.mix_of(served, model) == Workload(67, 67, 2)
     with pytest.raises(ConfigError, match="no decode step"):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from running import Loaded, load, load_program
 from tiny_models import TinyModel
 from torch.utils.flop_counter import FlopCounterMode
@@ -262,7 +263,7 @@ def test_bytes_of_many_rows(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, outputs
     monkeypatch.setattr(cpu_executor, "Tape", Recorder)
     monkeypatch.setattr(cpu_launches, "Part", RecordedPart)
     loaded = load(tiny("llama3").folder, "portable", "W16A16", "KV16", threads=1)
-    rows = replace(loaded.rows(range(2, 14)), outputs=tuple(range(outputs)))
+    rows = structs.replace(loaded.rows(range(2, 14)), outputs=tuple(range(outputs)))
     pools = Pools(loaded)
     step = Step((rows,))
     loaded.executor.run(loaded.handle, step).result()

@@ -152,7 +152,7 @@ def test_it_is_described(tiny_llama: Path) -> None:
         schema = endpoint["responses"]["200"]["content"]["text/event-stream"]["schema"]
         assert schema == {"$ref": "#/components/schemas/Step"}
         step = described["components"]["schemas"]["Step"]
-        assert set(step["required"]) == set(StepRecord.__dataclass_fields__)
+        assert set(step["required"]) == set(StepRecord.__struct_fields__)
         assert "`number` counts" in step["description"]
 
     with_server(tiny_llama, scenario)

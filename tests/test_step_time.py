@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.presets import presets
@@ -170,7 +171,11 @@ def test_what_timings_do_not_tell_stays() -> None:
     """Without attention, its shares are those of the start."""
     start = STEP_COSTS["cpu"]
     alone = [
-        Timed((replace(t.works[0], attention=Work()),), 1.5 * memory_s(t.works[0].dense, LIMITS), LIMITS)
+        Timed(
+            (structs.replace(t.works[0], attention=Work()),),
+            1.5 * memory_s(t.works[0].dense, LIMITS),
+            LIMITS,
+        )
         for t in made(TRUTH, 0.0)
     ]
     fitted = fit(alone, start, "")

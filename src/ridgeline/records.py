@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
+
+import msgspec
 
 T = TypeVar("T")
 
@@ -13,8 +14,7 @@ RECENT_STEPS = 1024
 Kind = Literal["decode", "prefill", "mixed", "embed"]
 
 
-@dataclass(frozen=True, slots=True)
-class StepRecord:
+class StepRecord(msgspec.Struct, frozen=True):
     """One step. Times are in seconds, `time_s` is since 1970: when the step was planned.
 
     `number` counts the engine's steps from 0. `rows` were run, of `sequences`; `prompt_tokens` of them were

@@ -17,7 +17,6 @@ import os
 import stat
 import threading
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import msgspec
@@ -37,7 +36,7 @@ _PAUSE_S = 0.01
 """Without a step for so long, the counters show that nothing runs."""
 _STEPS = 1
 """The track of steps."""
-_FIGURES = [field.name for field in fields(StepRecord)]
+_FIGURES = StepRecord.__struct_fields__
 
 logger = logging.getLogger("ridgeline")
 

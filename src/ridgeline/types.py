@@ -1,7 +1,8 @@
 """What the rooms hand to each other: requests, steps, results, work, errors.
 
 Plain frozen records without behaviour beyond their own consistency. Nothing here reads a file, parses
-an argument or computes with arrays.
+an argument or computes with arrays. What every step makes many of is a Struct, a tenth as dear to make as a
+dataclass.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,8 +50,7 @@ class EngineDeadError(RidgelineError):
 # --------------------------------------------------------------------------------------------- work
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True):
     """Arithmetic and memory traffic of some part of a step; records add up.
 
     A multiply-add counts as two operations. The arithmetic is split by the number format in which the
@@ -98,8 +99,7 @@ class Work:
         return self.read_bytes + self.written_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class StepWork:
+class StepWork(msgspec.Struct, frozen=True):
     """The work of a whole step, by what its time depends on.
 
     `attention` is that of the launches that attend to sequence memory, `dense` that of all others. Of their
@@ -115,17 +115,16 @@ class StepWork:
     launches: int
     weight_bytes: int = 0
     kv_bytes: int = 0
-    total: Work = field(init=False)  # of both, added up once: every step is asked for it several times
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "total", self.dense + self.attention)
+    @property
+    def total(self) -> Work:
+        return self.dense + self.attention
 
 
 # --------------------------------------------------------------------------------------------- step
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True):
     """A run of KV slots that a sequence's rows attend to.
 
     `tables[g]` lists the page ids of memory group g, in slot order; all groups' tables have the same
@@ -147,8 +146,7 @@ def drawn_token(output: int) -> int:
     return -1 - output
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceRows:
+class SequenceRows(msgspec.Struct, frozen=True):
     """The rows of one sequence in a step: tokens to run from slot `start` of its last segment.
 
     A token is an id of the vocabulary, or a `drawn_token` of the step before. Row i is written to slot
@@ -163,8 +161,7 @@ class SequenceRows:
     outputs: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(msgspec.Struct, frozen=True):
     """How the executor draws a token from a row of logits (`execution.draw` has the rule).
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch the filter off. The noise is keyed

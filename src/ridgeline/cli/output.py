@@ -19,8 +19,10 @@ _PIPED_COLUMNS = 80
 
 
 def print_json(value: object) -> None:
-    """One line of JSON on standard output."""
-    print(json.dumps(value, allow_nan=False), flush=True)
+    """One line of JSON on standard output. A Struct is an object of its fields."""
+    from msgspec import structs
+
+    print(json.dumps(value, allow_nan=False, default=structs.asdict), flush=True)
 
 
 def console() -> Console:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
+
 from ridgeline.config import PAGE_TOKENS
 from ridgeline.execution.draw import RowDrawer
 from ridgeline.model.program import MemoryGroup, Program
@@ -92,8 +94,7 @@ class Executor(Protocol):
         """Give back memory and threads. Idempotent."""
 
 
-@dataclass(frozen=True, slots=True)
-class FinishedStep:
+class FinishedStep(msgspec.Struct, frozen=True):
     """The future of an executor that has already run the step."""
 
     step_result: StepResult

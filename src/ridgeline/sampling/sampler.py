@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from ridgeline.execution.draw import (
@@ -31,8 +32,7 @@ GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing by them leaves nothing but the largest logit."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(msgspec.Struct, frozen=True):
     """The token chosen for one row, or the prompt's own with its score, or why there is none.
 
     `hidden` is the row's hidden state where that was asked for: memory of the step's result.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from ridgeline.scheduling.sequence import Sequence
 from ridgeline.types import Draw, Move, Segment, SequenceRows, Step
@@ -12,8 +13,7 @@ Chunk = tuple[Sequence, int, list[int]]
 """A sequence, how many of its next rows run, and which have an output."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """A step and the sequences whose rows it holds, in its order. For each output, `sampled` has its sequence
     and `positions` the position of the token behind its row: one that is to be sampled, or one of the prompt.
 
