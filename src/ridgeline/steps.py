@@ -92,9 +92,8 @@ class StepLog:
         total = work.total
         predicted_s = bound = reached_mbu = reached_mfu = None
         if model is not None:
-            prediction = model.predict(work)
-            model.observe(work, elapsed_s)
-            predicted_s, bound = prediction.seconds, prediction.bound
+            expected = model.observe(work, elapsed_s)
+            predicted_s, bound = expected.seconds, expected.bound
             reached_mbu, reached_mfu = (
                 mbu(total, elapsed_s, model.limits),
                 mfu(total, elapsed_s, model.limits),

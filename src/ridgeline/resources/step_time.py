@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
 from statistics import median
 from typing import Literal
+
+import msgspec
 
 from ridgeline.resources.roofline import Limits
 from ridgeline.resources.step_costs import StepCosts
@@ -22,8 +23,7 @@ from ridgeline.types import StepWork, Work
 Bound = Literal["weights", "KV cache", "activations", "arithmetic", "overhead"]
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(msgspec.Struct, frozen=True):
     """The seconds that a step will likely take, and what takes most of them."""
 
     seconds: float
@@ -55,11 +55,15 @@ class StepTimeModel:
         seconds, bound = self._uncorrected(work)
         return Prediction(seconds * self._regime(work).factor, bound)
 
-    def observe(self, work: StepWork, elapsed_s: float) -> None:
-        """Take in what a step took. Times that are no positive number are passed over."""
+    def observe(self, work: StepWork, elapsed_s: float) -> Prediction:
+        """Take in what a step took, and say what was to be expected. Times that are no positive number are
+        passed over."""
+        seconds, bound = self._uncorrected(work)
+        regime = self._regime(work)
+        expected = Prediction(seconds * regime.factor, bound)
         if 0 < elapsed_s < math.inf:
-            ratio = elapsed_s / self._uncorrected(work)[0]
-            self._regime(work).observe(min(max(ratio, 1e-6), 1e6))
+            regime.observe(min(max(elapsed_s / seconds, 1e-6), 1e6))
+        return expected
 
     @property
     def error(self) -> float:
