@@ -6,13 +6,11 @@ that it covers, and the values that cross its border. Values that live inside on
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ridgeline.model.program import (
     Attention,
@@ -26,8 +24,6 @@ from ridgeline.model.program import (
     Value,
 )
 from ridgeline.types import StepWork, Work
-
-Int64Array = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +130,12 @@ class WorkModel:
     experts, and those of the final norm and the head, which are only read when a step wants outputs at all.
     Only launches over selected rows depend on outputs, and only attention on pairs and slots.
 
-    `coefficients` is int64, (counts, figures): a step's counts, 1, rows, whether it wants outputs, outputs,
-    and each group's pairs and slots, times it are the figures of its `StepWork`.
+    `figures` has a line for each figure of a `StepWork`: what each of the step's counts adds to it, which are
+    1, rows, whether it wants outputs, outputs, and each group's pairs and slots. None where nothing does.
     """
 
-    coefficients: Int64Array
+    figures: tuple[tuple[int, ...] | None, ...]
     experts: tuple[tuple[ExpertWeights, int], ...]  # each with how often it occurs
-    exact_to: int  # counts up to which no figure exceeds 64 bits
 
     @classmethod
     def of(cls, program: Program, launches: Sequence[Launch], footprint: Footprint) -> WorkModel:
@@ -157,17 +152,16 @@ class WorkModel:
         selecting = sum(map(_selects, launches))
         calls = [len(launches) - selecting, 0, selecting, 0, *nothing, *nothing]
         rows = zip(dense, attention, weights, kv, calls, strict=True)
-        coefficients = np.array([[*d.numbers, *a.numbers, *rest] for d, a, *rest in rows], np.int64)
+        figures = zip(*([*d.numbers, *a.numbers, *rest] for d, a, *rest in rows), strict=True)
         experts = Counter(held for launch in launches for held in _expert_weights(launch, footprint))
-        exact_to = 2**62 // int(np.abs(coefficients).sum(axis=0).max())
-        return cls(coefficients, tuple(experts.items()), exact_to)
+        return cls(tuple(line if any(line) else None for line in figures), tuple(experts.items()))
 
     def parts(self, load: StepLoad) -> StepWork:
         """The work of a step; a few microseconds, so that every step can be told its own."""
         rows, outputs = load.rows, load.outputs
         counts = (1, rows, min(outputs, 1), outputs, *load.pairs, *load.slots)
-        kind = np.int64 if max(counts) <= self.exact_to else object
-        figures = (np.array(counts, kind) @ self.coefficients).tolist()
+        # Not NumPy: a product this small costs less than the way to it, and Python's numbers are exact.
+        figures = [0 if line is None else sum(map(operator.mul, line, counts)) for line in self.figures]
         for held, times in self.experts:
             read = times * held.read_bytes(load)
             figures[_DENSE_READ] += read
@@ -180,7 +174,7 @@ class WorkModel:
 
 
 _DENSE_READ, _WEIGHTS = 3, 10
-"""Columns of the coefficients: those of the work of dense launches, then of attention, then `weight_bytes`,
+"""Places among the figures: those of the work of dense launches, then of attention, then `weight_bytes`,
 `kv_bytes` and `launches`."""
 
 
