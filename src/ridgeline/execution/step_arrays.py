@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import operator
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,8 @@ class StepArrays:
     def of(cls, step: Step, groups: int, drawn: Int32Array | None = None) -> StepArrays:
         """`drawn` holds the tokens of the step before, for those that this step leaves open; without it
         they stay as they are, below 0."""
+        if all([len(s.tokens) == len(s.outputs) == len(s.segments) == 1 for s in step.sequences]):
+            return cls._of_decodes(step, groups, drawn)
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -84,6 +87,41 @@ class StepArrays:
         tables = _tables([s.tables for s in segments], groups)
         return cls(*chain(integers, (biases, causal, tables)))
 
+    @classmethod
+    def _of_decodes(cls, step: Step, groups: int, drawn: Int32Array | None) -> StepArrays:
+        """Where every sequence has one row, one segment and one output, most of it is the same in all steps."""
+        sequences = step.sequences
+        segments = [rows.segments[0] for rows in sequences]
+        starts = [rows.start for rows in sequences]
+        firsts = [s.first_position for s in segments]
+        biases = [s.bias for s in segments]
+        causal = [s.causal for s in segments]
+        moved = any(firsts)
+        tokens, slots, lengths, positions, tables_end = _side_by_side(
+            _known([rows.tokens[0] for rows in sequences], drawn),
+            starts,
+            [s.length for s in segments],
+            list(map(operator.add, starts, firsts)) if moved else [],
+            [*accumulate([len(s.tables[0]) for s in segments], initial=0)],
+        )
+        usual = _Usual.of(len(sequences))
+        count = usual.count
+        return cls(
+            tokens=tokens,
+            positions=positions if moved else slots,
+            slots=slots,
+            row_sequence=count[:-1],
+            sequence_row_begin=count,
+            output_rows=count[:-1],
+            segment_begin=count,
+            segment_length=lengths,
+            segment_first_position=np.array(firsts, np.int32) if moved else usual.zeros,
+            table_begin=tables_end,
+            segment_bias=np.array(biases, np.float32) if any(biases) else usual.no_bias,
+            segment_causal=usual.causal if all(causal) else np.array(causal, np.uint8),
+            tables=_tables([s.tables for s in segments], groups),
+        )
+
     def row_pages(self, group: int) -> Int32Array:
         """The page of a memory group that each row's keys and values are written to."""
         last = self.segment_begin[1:][self.row_sequence] - 1
@@ -91,9 +129,29 @@ class StepArrays:
         return pages
 
 
+class _Usual(NamedTuple):
+    """What steps of so many sequences share where each has one row, `count` from 0 to their number. Nobody may
+    write to it."""
+
+    count: Int32Array
+    zeros: Int32Array
+    no_bias: Float32Array
+    causal: NDArray[np.uint8]
+
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def of(size: int) -> _Usual:
+        count = np.arange(size + 1, dtype=np.int32)
+        zeros, no_bias = np.zeros(size, np.int32), np.zeros(size, np.float32)
+        usual = _Usual(count, zeros, no_bias, np.ones(size, np.uint8))
+        for array_ in usual:
+            array_.setflags(write=False)
+        return usual
+
+
 def _side_by_side(*columns: list[int]) -> Iterator[Any]:
     """Each column as an int32 array. They lie in one: a step has many, and they are short."""
-    everything = np.array([*chain.from_iterable(columns)], np.int32)
+    everything = np.frombuffer(array("i", chain.from_iterable(columns)), np.int32)
     begin = 0
     for column in columns:
         yield everything[begin : begin + len(column)]

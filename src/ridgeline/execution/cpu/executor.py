@@ -21,7 +21,8 @@ from ridgeline.execution.cpu.lower import lower
 from ridgeline.execution.draw import undrawn
 from ridgeline.execution.lowering import Footprint, WorkModel
 from ridgeline.execution.profiling import LaunchTime, label_of, launch_works
-from ridgeline.execution.step_arrays import StepArrays, rope_tables
+from ridgeline.execution.rope_cache import RopeCache
+from ridgeline.execution.step_arrays import StepArrays
 from ridgeline.model.program import MemoryGroup, Program, Rope, StepLoad, Value, Weight
 from ridgeline.model.spec import RopeSpec
 from ridgeline.model.weights import Weights
@@ -73,6 +74,7 @@ class CpuExecutor:
         self._vectors: dict[str, Float32Array] = {}
         self._pools: dict[int, _Pool] = {}
         self._groups: dict[int, MemoryGroup] = {}
+        self._rotations: dict[RopeSpec, RopeCache] = {}
         self.drawer = Drawer(self._team, self.isa)
         self._drawn = np.empty(0, np.int32)
         # Results stay valid during one more run, so runs take turns with two arrays.
@@ -92,6 +94,8 @@ class CpuExecutor:
         buffers = assign_buffers(program, launches, lambda values: [new_buffer(v, rows) for v in values])
         specs = {op.spec for op in program.operations if isinstance(op, Rope)}
         ropes = {spec: _rope_buffers(spec, rows) for spec in specs}
+        for spec in specs:
+            self._rotations.setdefault(spec, RopeCache(spec))
         tape = Tape(self._team, self.isa, rows)
         binding = Binding(
             tape=tape,
@@ -139,8 +143,7 @@ class CpuExecutor:
         """What the tape reads in a step, and the logits that it will write."""
         arrays = StepArrays.of(step, len(handle.program.groups), self._drawn)
         for spec, buffers in handle.ropes.items():
-            for buffer, table in zip(buffers, rope_tables(spec, arrays.positions), strict=True):
-                buffer[: len(table)] = table
+            self._rotations[spec].write(arrays.positions, buffers)
         outputs = len(arrays.output_rows)
         logits = self._logits_for(outputs, handle.program.output) if handle.hidden is None else _NO_LOGITS
         return _inputs(arrays, logits), logits
