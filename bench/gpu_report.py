@@ -16,6 +16,7 @@ from typing import Any
 from gpu_checks import Check
 from gpu_engine import EngineLine, Identity
 from gpu_kernels import KernelLine
+from msgspec import structs
 
 from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.machine import machine, usable_cores
@@ -170,7 +171,9 @@ class Report:
 
     def write_json(self, path: Path, **more: object) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(**more), indent=1) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps(self.to_json(**more), indent=1, default=structs.asdict) + "\n", encoding="utf-8"
+        )
         self.say(f"figures: {path}")
 
     def write_plot(self, path: Path) -> None:

@@ -7,7 +7,8 @@ and its lowering count them.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+
+from msgspec.structs import asdict
 
 from bench.peers.protocol import Answer, Options, main
 
