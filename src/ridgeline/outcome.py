@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from ridgeline.sampling.pooling import Pooler
 from ridgeline.sampling.sampler import Sampled
@@ -60,7 +61,7 @@ class Outcome:
 class Choice(Outcome):
     """One of a request's continuations: its sequence, its text so far, and when it ends."""
 
-    __slots__ = ("_scores", "detokenizer", "ends", "limit", "logprobs", "params", "stops", "text")
+    __slots__ = ("_scores", "_tokens", "detokenizer", "ends", "limit", "logprobs", "params", "stops", "text")
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class Choice(Outcome):
             StopMatcher(tuple(params.stop), params.include_stop_str_in_output) if params.stop else None
         )
         self.text = ""
+        self._tokens: tuple[int, ...] = ()  # the tokens of the last output
         self.logprobs: list[TokenLogprobs] = []
         self._scores: list[TokenLogprobs | None] = [None]  # of the prompt's tokens so far
         self._note_scores()
@@ -91,10 +93,11 @@ class Choice(Outcome):
         What has been taken already, before an interrupt or a preemption, is passed over. A token that could
         not be sampled or shown ends the choice with "error", and the cause as `stop_reason`.
         """
+        sequence = self.sequence
         try:
-            if position < self.sequence.prompt_length:
+            if position < sequence.prompt_length:
                 self._score(sample, position)
-            elif position == len(self.sequence.token_ids):
+            elif position == len(sequence.token_ids):
                 self._take(sample)
         except Exception as error:  # what is wrong with one request must not end the others
             self._fail("text", error)
@@ -170,7 +173,9 @@ class Choice(Outcome):
         return math.fsum(each.logprob for each in self.logprobs) / len(self.logprobs)
 
     def output(self) -> CompletionOutput:
-        tokens = tuple(self.sequence.token_ids[self.sequence.prompt_length :])
+        known, told = self.sequence.token_ids, self._tokens
+        # Most are those of last time: a tuple is copied faster than a list is made one.
+        tokens = self._tokens = told + tuple(known[self.sequence.prompt_length + len(told) :])
         logprobs = tuple(self.logprobs) if self.params.logprobs is not None else None
         return CompletionOutput(self.index, self.text, tokens, self.finish_reason, self.stop_reason, logprobs)
 

@@ -109,7 +109,7 @@ class StepLog:
             decoded_tokens=decoded,
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
-            kv_pages=sum(pool.used_pages for pool in cache.pools),
+            kv_pages=sum([pool.used_pages for pool in cache.pools]),
             kv_usage=cache.usage,
             flops=total.ops,
             attention_flops=work.attention.ops,

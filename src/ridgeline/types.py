@@ -195,11 +195,11 @@ class Step:
 
     @property
     def rows(self) -> int:
-        return sum(len(s.tokens) for s in self.sequences)
+        return sum([len(s.tokens) for s in self.sequences])
 
     @property
     def outputs(self) -> int:
-        return sum(len(s.outputs) for s in self.sequences)
+        return sum([len(s.outputs) for s in self.sequences])
 
 
 @dataclass(frozen=True, slots=True)
@@ -558,8 +558,7 @@ class TokenLogprobs:
     rank: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class CompletionOutput:
+class CompletionOutput(msgspec.Struct, frozen=True):
     """One of the n continuations of a request; `finish_reason` is None while it is still growing.
 
     `stop_reason` is the stop string or the stop token id that ended it, None for the model's own end token;
@@ -574,8 +573,7 @@ class CompletionOutput:
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RequestMetrics:
+class RequestMetrics(msgspec.Struct, frozen=True):
     """Times on `time.perf_counter`'s clock, in seconds."""
 
     arrived_s: float
@@ -583,8 +581,7 @@ class RequestMetrics:
     finished_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
+class RequestOutput(msgspec.Struct, frozen=True):
     """A request's continuations so far; `outputs` is ordered by their index.
 
     `prompt_logprobs` has an entry for each token of the prompt, None for the first, once all are known. A

@@ -78,7 +78,7 @@ class KVCache:
     @property
     def usage(self) -> float:
         """Share of the fullest pool that is in use, 0 to 1; what is kept for nobody in particular is not."""
-        return max((pool.used_pages / pool.pages for pool in self.pools if pool.pages), default=0.0)
+        return max([pool.used_pages / pool.pages for pool in self.pools if pool.pages], default=0.0)
 
     # ------------------------------------------------------------------------------------- beginning
 

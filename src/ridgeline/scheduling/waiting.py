@@ -112,7 +112,7 @@ class WaitingLine:
         self._overdue: list[Sequence] = []
 
     def __len__(self) -> int:
-        return sum(each.waiting for each in self._classes) + len(self._overdue)
+        return sum([each.waiting for each in self._classes]) + len(self._overdue)
 
     def __iter__(self) -> Iterator[Sequence]:
         """By rank."""
