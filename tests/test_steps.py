@@ -17,9 +17,9 @@ from ridgeline.resources import probe
 from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.energy import PowerModel
 from ridgeline.resources.roofline import mbu, mfu
-from ridgeline.resources.step_time import StepTimeModel
+from ridgeline.resources.step_time import Prediction, StepTimeModel
 from ridgeline.steps import StepLog
-from ridgeline.types import PoolingParams, Request, SamplingParams, StepResult
+from ridgeline.types import PoolingParams, Request, SamplingParams, StepResult, StepWork
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 CEILINGS = Ceilings(20e9, 500e9, 300e9, 200e9, 1, "portable", "made up", "2026-01-01T00:00:00+00:00")
@@ -106,21 +106,17 @@ def test_records_are_what_the_executor_said(tiny_llama: Path) -> None:
 def test_each_step_is_predicted_before_it_is_observed(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order: list[str] = []
-    for name in ("predict", "observe"):
-        real = getattr(StepTimeModel, name)
+    expected: list[float] = []
+    real = StepTimeModel.observe
 
-        def noted(*arguments: object, name: str = name, real: object = real) -> object:
-            order.append(name)
-            return real(*arguments)  # type: ignore[operator]
+    def noted(model: StepTimeModel, work: StepWork, elapsed_s: float) -> Prediction:
+        expected.append(model.predict(work).seconds)
+        return real(model, work, elapsed_s)
 
-        monkeypatch.setattr(StepTimeModel, name, noted)
+    monkeypatch.setattr(StepTimeModel, "observe", noted)
     engine = load(tiny_llama).engine
     engine.add(Request("a", (3, 4, 5), GREEDY))
-    records = finish(engine)
-    # The scheduler, too, asks what steps would take.
-    assert order.count("observe") == len(records)
-    assert all(order[place - 1] == "predict" for place, what in enumerate(order) if what == "observe")
+    assert [record.predicted_s for record in finish(engine)] == expected
     engine.close()
 
 

@@ -24,11 +24,10 @@ class RopeCache:
         self._made = 0
 
     def write(self, positions: Int32Array, buffers: tuple[Float32Array, Float32Array]) -> None:
-        """Write cos and sin of each position's angles, (positions, dim / 2), to the first rows of two buffers."""
-        rows = len(positions)
-        # A negative one is beyond all others here.
-        end = int(positions.view(np.uint32).max(initial=0)) + 1
-        if end > KEPT_POSITIONS:
+        """Write cos and sin of the positions' angles, (positions, dim / 2), to two buffers' first rows."""
+        places = positions.tolist()  # of a few rows, NumPy's minimum would take longer than all else here
+        rows, end = len(places), max(places, default=-1) + 1
+        if end > KEPT_POSITIONS or min(places, default=0) < 0:
             for buffer, made in zip(buffers, rope_tables(self._spec, positions), strict=True):
                 buffer[:rows] = made
             return

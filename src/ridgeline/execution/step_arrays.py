@@ -6,10 +6,10 @@ import functools
 import operator
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, chain, repeat
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,8 +18,7 @@ from ridgeline.model.spec import RopeSpec
 from ridgeline.types import Float32Array, Int32Array, Segment, Step
 
 
-@dataclass(frozen=True, slots=True)
-class StepArrays:
+class StepArrays(msgspec.Struct, frozen=True, eq=False):
     """Rows in order, grouped by sequence; segments in order, grouped by sequence.
 
     int32 unless noted. Per row: tokens, positions (rotary), slots (in the sequence's last segment) and
@@ -47,7 +46,7 @@ class StepArrays:
     def of(cls, step: Step, groups: int, drawn: Int32Array | None = None) -> StepArrays:
         """`drawn` holds the tokens of the step before, for those that this step leaves open; without it
         they stay as they are, below 0."""
-        if all([len(s.tokens) == len(s.outputs) == len(s.segments) == 1 for s in step.sequences]):
+        if {len(s.tokens) == len(s.outputs) == len(s.segments) == 1 for s in step.sequences} == {True}:
             return cls._of_decodes(step, groups, drawn)
         tokens: list[int] = []
         positions: list[int] = []
@@ -89,7 +88,7 @@ class StepArrays:
 
     @classmethod
     def _of_decodes(cls, step: Step, groups: int, drawn: Int32Array | None) -> StepArrays:
-        """Where every sequence has one row, one segment and one output, most of it is the same in all steps."""
+        """Where every sequence has one row, one segment and one output, most of it is as in other steps."""
         sequences = step.sequences
         segments = [rows.segments[0] for rows in sequences]
         starts = [rows.start for rows in sequences]
@@ -105,15 +104,15 @@ class StepArrays:
             [*accumulate([len(s.tables[0]) for s in segments], initial=0)],
         )
         usual = _Usual.of(len(sequences))
-        count = usual.count
+        numbers = usual.numbers
         return cls(
             tokens=tokens,
             positions=positions if moved else slots,
             slots=slots,
-            row_sequence=count[:-1],
-            sequence_row_begin=count,
-            output_rows=count[:-1],
-            segment_begin=count,
+            row_sequence=numbers[:-1],
+            sequence_row_begin=numbers,
+            output_rows=numbers[:-1],
+            segment_begin=numbers,
             segment_length=lengths,
             segment_first_position=np.array(firsts, np.int32) if moved else usual.zeros,
             table_begin=tables_end,
@@ -130,10 +129,10 @@ class StepArrays:
 
 
 class _Usual(NamedTuple):
-    """What steps of so many sequences share where each has one row, `count` from 0 to their number. Nobody may
-    write to it."""
+    """What steps of so many sequences share where each has one row; `numbers` are 0 to theirs.
+    Nobody may write to it."""
 
-    count: Int32Array
+    numbers: Int32Array
     zeros: Int32Array
     no_bias: Float32Array
     causal: NDArray[np.uint8]
@@ -141,9 +140,9 @@ class _Usual(NamedTuple):
     @staticmethod
     @functools.lru_cache(maxsize=64)
     def of(size: int) -> _Usual:
-        count = np.arange(size + 1, dtype=np.int32)
+        numbers = np.arange(size + 1, dtype=np.int32)
         zeros, no_bias = np.zeros(size, np.int32), np.zeros(size, np.float32)
-        usual = _Usual(count, zeros, no_bias, np.ones(size, np.uint8))
+        usual = _Usual(numbers, zeros, no_bias, np.ones(size, np.uint8))
         for array_ in usual:
             array_.setflags(write=False)
         return usual
