@@ -14,7 +14,7 @@ RECENT_STEPS = 1024
 Kind = Literal["decode", "prefill", "mixed", "embed"]
 
 
-class StepRecord(msgspec.Struct, frozen=True):
+class StepRecord(msgspec.Struct, frozen=True, gc=False):
     """One step. Times are in seconds, `time_s` is since 1970: when the step was planned.
 
     `number` counts the engine's steps from 0. `rows` were run, of `sequences`; `prompt_tokens` of them were

@@ -2,7 +2,7 @@
 
 Plain frozen records without behaviour beyond their own consistency. Nothing here reads a file, parses
 an argument or computes with arrays. What every step makes many of is a Struct, a tenth as dear to make as a
-dataclass.
+dataclass; those that can be part of no cycle are kept from the garbage collector.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class EngineDeadError(RidgelineError):
 # --------------------------------------------------------------------------------------------- work
 
 
-class Work(msgspec.Struct, frozen=True):
+class Work(msgspec.Struct, frozen=True, gc=False):
     """Arithmetic and memory traffic of some part of a step; records add up.
 
     A multiply-add counts as two operations. The arithmetic is split by the number format in which the
@@ -99,7 +99,7 @@ class Work(msgspec.Struct, frozen=True):
         return self.read_bytes + self.written_bytes
 
 
-class StepWork(msgspec.Struct, frozen=True):
+class StepWork(msgspec.Struct, frozen=True, gc=False):
     """The work of a whole step, by what its time depends on.
 
     `attention` is that of the launches that attend to sequence memory, `dense` that of all others. Of their
@@ -124,7 +124,7 @@ class StepWork(msgspec.Struct, frozen=True):
 # --------------------------------------------------------------------------------------------- step
 
 
-class Segment(msgspec.Struct, frozen=True):
+class Segment(msgspec.Struct, frozen=True, gc=False):
     """A run of KV slots that a sequence's rows attend to.
 
     `tables[g]` lists the page ids of memory group g, in slot order; all groups' tables have the same
@@ -146,7 +146,7 @@ def drawn_token(output: int) -> int:
     return -1 - output
 
 
-class SequenceRows(msgspec.Struct, frozen=True):
+class SequenceRows(msgspec.Struct, frozen=True, gc=False):
     """The rows of one sequence in a step: tokens to run from slot `start` of its last segment.
 
     A token is an id of the vocabulary, or a `drawn_token` of the step before. Row i is written to slot
@@ -161,7 +161,7 @@ class SequenceRows(msgspec.Struct, frozen=True):
     outputs: Sequence[int]
 
 
-class Draw(msgspec.Struct, frozen=True):
+class Draw(msgspec.Struct, frozen=True, gc=False):
     """How the executor draws a token from a row of logits (`execution.draw` has the rule).
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch the filter off. The noise is keyed
@@ -558,7 +558,7 @@ class TokenLogprobs:
     rank: int | None = None
 
 
-class CompletionOutput(msgspec.Struct, frozen=True):
+class CompletionOutput(msgspec.Struct, frozen=True, gc=False):
     """One of the n continuations of a request; `finish_reason` is None while it is still growing.
 
     `stop_reason` is the stop string or the stop token id that ended it, None for the model's own end token;
@@ -573,7 +573,7 @@ class CompletionOutput(msgspec.Struct, frozen=True):
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
-class RequestMetrics(msgspec.Struct, frozen=True):
+class RequestMetrics(msgspec.Struct, frozen=True, gc=False):
     """Times on `time.perf_counter`'s clock, in seconds."""
 
     arrived_s: float

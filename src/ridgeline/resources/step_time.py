@@ -23,7 +23,7 @@ from ridgeline.types import StepWork, Work
 Bound = Literal["weights", "KV cache", "activations", "arithmetic", "overhead"]
 
 
-class Prediction(msgspec.Struct, frozen=True):
+class Prediction(msgspec.Struct, frozen=True, gc=False):
     """The seconds that a step will likely take, and what takes most of them."""
 
     seconds: float

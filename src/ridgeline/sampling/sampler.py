@@ -32,7 +32,7 @@ GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing by them leaves nothing but the largest logit."""
 
 
-class Sampled(msgspec.Struct, frozen=True):
+class Sampled(msgspec.Struct, frozen=True, gc=False):
     """The token chosen for one row, or the prompt's own with its score, or why there is none.
 
     `hidden` is the row's hidden state where that was asked for: memory of the step's result.
