@@ -293,6 +293,10 @@ _RANGES = (
 MAX_FORM = 2**17
 """Characters of a schema, an expression, a grammar or a list of choices."""
 
+DRAFTERS = ("auto", "ngram", "suffix")
+MAX_DRAFT_TOKENS = 64
+"""Tokens of one sequence that are guessed at once."""
+
 
 def _check(ok: bool, name: str, seen: object, accepted: str) -> None:
     if not ok:
@@ -365,6 +369,26 @@ class StructuredOutputsParams:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationParams:
+    """How tokens of an answer are guessed, to verify several in one pass; no token depends on it. `drafter`
+    is how: "ngram" looks them up in the request, "suffix" also in its tenant's past outputs, "auto" chooses.
+    At most `max_tokens` are guessed at once; None leaves it to what is measured.
+
+    Raises RequestError when a value is out of range.
+    """
+
+    drafter: str = "auto"
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        known = ", ".join(DRAFTERS)
+        _check(self.drafter in DRAFTERS, "speculation drafter", self.drafter, known)
+        most = self.max_tokens
+        ok = most is None or _is_int(most, 1, MAX_DRAFT_TOKENS)
+        _check(ok, "speculation max_tokens", most, f"1 to {MAX_DRAFT_TOKENS}, or none")
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose the tokens of a request. Names and meanings follow vLLM and the OpenAI API.
 
@@ -375,6 +399,7 @@ class SamplingParams:
     `structured_outputs` constrains the form of the answer. With `best_of` so many answers are generated, and
     the n of the highest mean log-probability are given, at the end. `typical_p` 1, `top_n_sigma` ≤ 0,
     `xtc_probability` 0, `mirostat` 0 and `dry_multiplier` 0 are off; `sampling.processors` has the order.
+    `speculation` False guesses no tokens; None is as the engine does, True as SpeculationParams() says.
 
     Raises RequestError when a value is out of range; whether token ids exist in the vocabulary is checked
     where the vocabulary is known.
@@ -414,6 +439,7 @@ class SamplingParams:
     dry_penalty_last_n: int = -1
     dry_sequence_breakers: Sequence[str] = ("\n", ":", '"', "*")
     bad_words: Sequence[str] = ()
+    speculation: SpeculationParams | bool | None = None
 
     @property
     def is_best_of(self) -> bool:
@@ -448,6 +474,9 @@ class SamplingParams:
         _check(given, "structured_outputs", form, "StructuredOutputsParams, or none")
         self._check_lists()
         self._check_rarer()
+        drafts = self.speculation
+        given = drafts is None or isinstance(drafts, SpeculationParams | bool)
+        _check(given, "speculation", drafts, "SpeculationParams, true, false or none")
 
     def _check_rarer(self) -> None:
         best = self.best_of

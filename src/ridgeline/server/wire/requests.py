@@ -179,7 +179,7 @@ class Sampled(Queued):
     def sampling(self, defaults: SamplingParams, **fixed: Any) -> SamplingParams:
         """Parameters for the engine: the model's own, changed by what was sent and by `fixed`. Raises
         RequestError for a value out of range."""
-        own = {"best_of", "logit_bias", "logprobs", "max_tokens", "structured_outputs"}
+        own = {"best_of", "logit_bias", "logprobs", "max_tokens", "speculation", "structured_outputs"}
         names = set(SamplingParams.__dataclass_fields__) - own
         sent = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.logit_bias:

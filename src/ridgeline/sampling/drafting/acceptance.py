@@ -1,0 +1,92 @@
+"""How often the target says what was guessed, by drafter and length of the match: decayed estimates, which
+begin with what is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ridgeline.sampling.drafting.tree import ROOT, DraftTree
+
+Kind = tuple[str, int]
+"""A drafter, and the length of a match: 0 for none, else 1 + its whole binary logarithm."""
+
+MOST = 0.98
+"""The highest estimate: nothing is certain, and of two tokens on a path the first is the more probable."""
+_LEAST = 0.01
+_PRIOR = (0.7, 0.4, 0.55, 0.7, 0.8, 0.9, 0.95)
+"""Expected acceptance by length of match: optimistic, so that it is tried."""
+_PRIOR_TRIALS = 4.0
+_COMMON_TRIALS = 2.0
+"""What has been seen of all sequences weighs as much in one's estimate as so many trials of its own."""
+_COMMON_DECAY = 0.99
+_DECAY = 0.9
+
+
+def kind_of(tree: DraftTree) -> Kind:
+    """By what a tree's acceptance is estimated."""
+    return tree.drafter, tree.match.bit_length()
+
+
+def trials(tree: DraftTree, nodes: Sequence[int]) -> tuple[float, int]:
+    """What following a tree as far as `nodes` has shown: how many of its tokens were expected to be accepted,
+    by its own probabilities, at the places that were reached; and how many were."""
+    if tree.is_chain:
+        expected, above = 0.0, 1.0
+        for probability in tree.probabilities[: len(nodes) + 1]:
+            expected += probability / above
+            above = probability
+        return expected, len(nodes)
+    places = {ROOT: 1.0, **{node: tree.probabilities[node] for node in nodes}}
+    expected = sum(
+        probability / places[parent]
+        for parent, probability in zip(tree.parents, tree.probabilities, strict=True)
+        if parent in places
+    )
+    return expected, len(nodes)
+
+
+@dataclass(slots=True)
+class _Evidence:
+    """Decayed sums over trials."""
+
+    expected: float = 0.0
+    accepted: float = 0.0
+
+    def add(self, expected: float, accepted: int, decay: float) -> None:
+        kept = decay**expected
+        self.expected = kept * self.expected + expected
+        self.accepted = kept * self.accepted + accepted
+
+    def estimate(self, prior: float, weight: float) -> float:
+        share = (self.accepted + weight * prior) / (self.expected + weight)
+        return min(max(share, _LEAST), MOST)
+
+
+class Acceptance:
+    """Estimates of one sequence, which fall back on those of all sequences in `common`, and these on what is
+    expected."""
+
+    __slots__ = ("_common", "_seen")
+
+    def __init__(self, common: Acceptance | None = None) -> None:
+        self._common = common
+        self._seen: dict[Kind, _Evidence] = {}
+
+    def of(self, kind: Kind) -> float:
+        """The estimated share of the drafter's own probability with which a node is accepted."""
+        seen = self._seen.get(kind)
+        if self._common is None:
+            prior = _PRIOR[min(kind[1], len(_PRIOR) - 1)]
+            return prior if seen is None else seen.estimate(prior, _PRIOR_TRIALS)
+        prior = self._common.of(kind)
+        return prior if seen is None else seen.estimate(prior, _COMMON_TRIALS)
+
+    def add(self, kind: Kind, expected: float, accepted: int) -> None:
+        """Take trials in."""
+        decay = _DECAY
+        if self._common is None:
+            decay = _COMMON_DECAY
+        else:
+            self._common.add(kind, expected, accepted)
+        self._seen.setdefault(kind, _Evidence()).add(expected, accepted, decay)
