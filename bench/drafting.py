@@ -4,9 +4,9 @@
 
 Texts of each kind are replayed token by token through the drafters, and every step drafts for a batch of
 sequences: copy (a file repeated with small changes), template (records with the same keys), prose (words by
-frequency, Zipf's law, that repeat only by chance) and loop (one phrase over and over). Prints, for each kind and
-drafter, the processor time of a sequence's step: that of taking on a token and proposing alone, and that with the
-controller's decision; the part of the proposed tokens that the text then had; and a last line of JSON. Times
+frequency, Zipf's law, that repeat only by chance) and loop (one phrase over and over). Prints, for each kind
+and drafter, the processor time of a sequence's step: of taking on a token and proposing, and that with the
+controller's decision; how much was proposed and what the text then had of it; and a last line of JSON. Times
 of one run are for comparison with each other only.
 """
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ridgeline.sampling.drafting.tree import ROOT, DraftTree
+from ridgeline.types import MAX_DRAFT_TOKENS
 
 Kind = tuple[str, int]
 """A drafter, and the length of a match: 0 for none, else 1 + its whole binary logarithm."""
@@ -21,6 +22,9 @@ _COMMON_TRIALS = 2.0
 """What has been seen of all sequences weighs as much in one's estimate as so many trials of its own."""
 _COMMON_DECAY = 0.99
 _DECAY = 0.9
+_SHARES = 100
+_POWERS = [[(share / _SHARES) ** depth for depth in range(MAX_DRAFT_TOKENS + 1)] for share in range(_SHARES)]
+"""Powers of an estimate in per cent."""
 
 
 def kind_of(tree: DraftTree) -> Kind:
@@ -81,6 +85,14 @@ class Acceptance:
             return prior if seen is None else seen.estimate(prior, _PRIOR_TRIALS)
         prior = self._common.of(kind)
         return prior if seen is None else seen.estimate(prior, _COMMON_TRIALS)
+
+    def values(self, tree: DraftTree) -> list[float]:
+        """The estimated probability with which each node is accepted: less than its parent's."""
+        powers = _POWERS[round(self.of(kind_of(tree)) * _SHARES)]
+        depths = powers[1 : len(tree.tokens) + 1] if tree.is_chain else [powers[i] for i in tree.depths()]
+        if tree.probabilities[-1] == 1:  # and so are all before it
+            return depths
+        return [p * power for p, power in zip(tree.probabilities, depths, strict=True)]
 
     def add(self, kind: Kind, expected: float, accepted: int) -> None:
         """Take trials in."""

@@ -13,7 +13,6 @@ still tried now and then, from an allowance: a share of the time of the steps, w
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -61,17 +60,20 @@ class _Record:
 
 @dataclass(slots=True)
 class _Choice:
-    """The values of the trees' nodes, and how much of them a step takes: those above `least`, and of those
-    equal to it `equals`, in the order of the sequences; `rows` in all."""
+    """How much of the trees a step takes: `rows` nodes in all, those of a value above `least`, and of those
+    equal to it `equals`, in the order of the sequences."""
 
-    values: list[list[float]]
+    rows: int = 0
     least: float = 2.0
     equals: int = 0
-    rows: int = 0
 
-    def take(self, i: int, tree: DraftTree) -> DraftTree:
-        """The part of tree i that is taken."""
-        kept = [node for node, value in enumerate(self.values[i]) if self._takes(value)]
+    def take(self, tree: DraftTree, values: list[float]) -> DraftTree:
+        """The part that is taken of a tree whose nodes have these values."""
+        if max(values) < self.least:
+            return NO_DRAFT
+        if min(values) > self.least:
+            return tree
+        kept = [node for node, value in enumerate(values) if self._takes(value)]
         return tree.subtree(kept) if kept else NO_DRAFT
 
     def _takes(self, value: float) -> bool:
@@ -162,9 +164,14 @@ class Controller:
     ) -> list[DraftTree]:
         """The parts of the proposed trees that the step is to verify."""
         curve = self._curves.of(cost)
-        choice = self._choose(sequences, trees, curve, cost)
+        values = [
+            self._record(sequence).acceptance.values(tree) if len(tree) else []
+            for sequence, tree in zip(sequences, trees, strict=True)
+        ]
+        choice = self._choose(values, curve, cost)
         chosen = [
-            choice.take(i, tree) if choice.rows and len(tree) else NO_DRAFT for i, tree in enumerate(trees)
+            choice.take(tree, value) if value and choice.rows else NO_DRAFT
+            for tree, value in zip(trees, values, strict=True)
         ]
         self._probe(trees, chosen, choice.rows, curve)
         for sequence, limit, tree in zip(sequences, limits, chosen, strict=True):
@@ -172,40 +179,24 @@ class Controller:
                 self._record(sequence).gained(0)
         return chosen
 
-    def _choose(
-        self,
-        sequences: Sequence[DraftedSequence],
-        trees: Sequence[DraftTree],
-        curve: Curve,
-        cost: StepCost,
-    ) -> _Choice:
-        values = [
-            self._values(sequence, tree) if len(tree) else []
-            for sequence, tree in zip(sequences, trees, strict=True)
-        ]
-        best_values = sorted((value for each in values for value in each), reverse=True)
-        choice = _Choice(values)
+    def _choose(self, values: Sequence[list[float]], curve: Curve, cost: StepCost) -> _Choice:
+        best_values: list[float] = []
+        for each in values:
+            best_values += each
+        best_values.sort(reverse=True)
+        choice = _Choice()
         # Rows of prompts are worth what their part of the step takes.
         tokens = curve.at(0) / curve.token_s
-        best_rate, most = tokens / curve.at(0), min(len(best_values), cost.room)
+        best_rate = tokens / curve.at(0)
         sums = list(accumulate(best_values))
-        for rows in curve.sizes(most):
-            rate = (tokens + sums[rows - 1]) / curve.at(rows)
+        for rows, seconds in curve.sizes(min(len(best_values), cost.room)):
+            rate = (tokens + sums[rows - 1]) / seconds
             if rate > best_rate:
                 best_rate, choice.rows = rate, rows
         if choice.rows:
             choice.least = best_values[choice.rows - 1]
-            above = bisect_left(best_values, -choice.least, key=lambda value: -value)
-            choice.equals = choice.rows - above
+            choice.equals = choice.rows - best_values.index(choice.least)
         return choice
-
-    def _values(self, sequence: DraftedSequence, tree: DraftTree) -> list[float]:
-        """The estimated probability with which each node is accepted; less than its parent's."""
-        share = self._record(sequence).acceptance.of(kind_of(tree))
-        if tree.is_chain:
-            powers = accumulate([share] * len(tree), lambda power, _: power * share)
-            return [p * power for p, power in zip(tree.probabilities, powers, strict=True)]
-        return [p * share**depth for p, depth in zip(tree.probabilities, tree.depths(), strict=True)]
 
     def _probe(self, trees: Sequence[DraftTree], chosen: list[DraftTree], rows: int, curve: Curve) -> None:
         """Take the beginnings of some trees that do not seem to pay, in turn, while the allowance is enough:

@@ -79,10 +79,13 @@ class Curve:
         below, faster = self.extras[place - 1], self.seconds[place - 1]
         return faster + (slower - faster) * (extra - below) / (above - below)
 
-    def sizes(self, most: int) -> list[int]:
-        """The numbers of rows more, up to `most`, at which the time was asked for; and `most`."""
+    def sizes(self, most: int) -> list[tuple[int, float]]:
+        """The numbers of rows more, up to `most`, that were asked for, and `most`; their times."""
+        if most < 1:
+            return []
         self._reach(most)
-        return [*self.extras[1 : bisect_left(self.extras, most)], most] if most > 0 else []
+        end = bisect_left(self.extras, most)
+        return [*zip(self.extras[1:end], self.seconds[1:end], strict=True), (most, self.at(most))]
 
 
 class Curves:

@@ -29,7 +29,6 @@ class History:
         self._latest: dict[int, int] = {}
         self.alone = -1
         """The position after the last token's previous occurrence, or -1."""
-        self._note(0)
 
     def _note(self, start: int) -> None:
         """Remember where each token from `start` on stood last."""
@@ -37,29 +36,30 @@ class History:
         last = len(tokens) - 1
         if last < start:
             return
-        if start < last:
-            latest.update(zip(tokens[start:last], range(start, last), strict=True))
+        latest.update(zip(tokens[start:last], range(start, last), strict=True))
         self.alone = latest.get(tokens[last], -2) + 1
         latest[tokens[last]] = last
 
     def take(self, sequence: DraftedSequence) -> None:
         """Take on what the sequence has said since."""
-        count = len(sequence.token_ids)
-        new, index = count - self.length, self.index
-        if new < 1:
-            return
-        start = len(index)
-        if new == 1:
-            index.append(sequence.token_ids[-1])
-        else:
-            index.extend(sequence.token_ids[count - min(new, 2 * self._window) :])
+        said, index = sequence.token_ids, self.index
+        count = len(said)
+        new, start = count - self.length, len(index.tokens)
         self.length = count
-        if len(index) > 2 * self._window:
+        if new == 1:
+            token = said[-1]
+            index.append(token)
+            self.alone = self._latest.get(token, -2) + 1
+            self._latest[token] = start
+        else:
+            index.extend(said[count - min(new, 2 * self._window) :])
+            self._note(start)
+        if start + new > 2 * self._window:
             index.keep_last(self._window)
             self._begin(index)
-        else:
-            self._note(start)
-        self.trail.follow(index.tokens, len(index), len(index) - start if start < len(index) else 0)
+            self._note(0)
+            new = 0
+        self.trail.follow(index.tokens, len(index.tokens), new)
 
 
 class Histories:

@@ -143,27 +143,24 @@ class TokenIndex:
         else:
             at = self._heads[(before * _BEFORE + last * _LAST & _WORD) >> self._shift]
         found: list[tuple[int, int]] = []
-        ending = 0
+        length = min(len(text), LONGEST_MATCH)
         for _ in range(2 * most):  # some are other tokens of the same slot
             if at < 1:  # at 0 no two tokens end
                 break
             if tokens[at] == last and tokens[at - 1] == before:
                 if not found:
-                    ending = _number(text[-LONGEST_MATCH:])
-                found.append((at + 1, self._alike(at + 1, ending, min(len(text), LONGEST_MATCH))))
+                    ending = _number(text[-length:])
+                if at + 1 >= length:
+                    compared, wanted = length, ending
+                else:
+                    compared, wanted = at + 1, ending >> (length - at - 1) * _WORD_BITS
+                # The last tokens are the highest bits, so the highest that differs says how many agree.
+                differing = (_number(tokens[at + 1 - compared : at + 1]) ^ wanted).bit_length()
+                found.append((at + 1, compared - (differing + _WORD_BITS - 1) // _WORD_BITS))
                 if len(found) == most:
                     break
             at = chain[at]
         return found
-
-    def _alike(self, end: int, ending: int, length: int) -> int:
-        """How many tokens before `end` are the same as the last of the `length` that `ending` has."""
-        if end < length:
-            ending >>= (length - end) * _WORD_BITS
-            length = end
-        # The last tokens are the highest bits, so the highest that differs says how many agree.
-        differing = (_number(self.tokens[end - length : end]) ^ ending).bit_length()
-        return length - (differing + _WORD_BITS - 1) // _WORD_BITS
 
     def following(self, position: int, count: int) -> list[int]:
         """Up to `count` tokens from `position` on, until a BREAK. Beyond the end of the text it goes on as it
@@ -175,6 +172,7 @@ class TokenIndex:
 
 
 def _number(tokens: array[int]) -> int:
+    """Tokens as one number, the last in its highest bits, whatever the machine's order of bytes."""
     return int.from_bytes(tokens, "little")
 
 

@@ -8,57 +8,91 @@ counts is grown from the most recent occurrences that an index finds, and none i
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
 
 from ridgeline.sampling.drafting.drafter import DraftedSequence
 from ridgeline.sampling.drafting.histories import MOST_OCCURRENCES, Histories, History
 from ridgeline.sampling.drafting.index import TokenIndex, Trail
 from ridgeline.sampling.drafting.outputs import LEAD_TOKENS, PastOutputs
-from ridgeline.sampling.drafting.shape import best_first
-from ridgeline.sampling.drafting.tree import NO_DRAFT, DraftTree
-
-_Place = tuple[int, Sequence[list[int]]]
-"""A depth, and the continuations that are alike up to it."""
+from ridgeline.sampling.drafting.tree import NO_DRAFT, ROOT, DraftTree
 
 
-def grow(continuations: Sequence[list[int]], budget: int, least: float) -> DraftTree:
-    """The most probable up to `budget` nodes of what followed, of a path probability of at least `least`. A
-    node's own is the share of its parent's occurrences that went on with its token."""
-    first = continuations[0]
-    if len(continuations) == 1 or all(other == first for other in continuations):
-        return DraftTree.chain(first[:budget])
-    return best_first((0, continuations), _split, budget, budget, least)
+def grow(
+    continuations: Sequence[list[int]], budget: int, least: float, drafter: str = "", match: int = 0
+) -> DraftTree:
+    """The most probable up to `budget` nodes of what followed, of a path probability of at least `least`; of
+    equals the shallower. A node's own probability is the share of its parent's occurrences that went on with
+    its token."""
+    if len(continuations) == 1:
+        return DraftTree.chain(continuations[0][:budget], 1.0, drafter, match)
+    tokens: list[int] = []
+    parents: list[int] = []
+    probabilities: list[float] = []
+    # Of a group of continuations that are alike up to a depth: that, the node there, and its probability.
+    groups = [(-1.0, 0, 0, ROOT, continuations)]
+    met = 1
+    while groups:
+        negated, depth, _, node, members = heappop(groups)
+        run = members[0][depth : _alike(members, depth)][: budget - len(tokens)]
+        if groups and groups[0][0] == negated:
+            del run[1:]  # others that are as probable have their turn
+        if run:
+            first = len(tokens)
+            tokens += run
+            parents += [node, *range(first, first + len(run) - 1)]
+            probabilities += [-negated] * len(run)
+            depth, node = depth + len(run), len(tokens) - 1
+        if len(tokens) == budget:
+            break
+        for group in _split(members, depth):
+            probability = -negated * len(group) / len(members)
+            if probability >= least:
+                heappush(groups, (-probability, depth, met, node, group))
+                met += 1  # also keeps groups from being compared
+    return DraftTree(tokens, parents, probabilities, drafter, match)
 
 
-def _split(place: _Place) -> Iterable[tuple[int, float, _Place]]:
-    depth, members = place
-    if len(members) == 1:  # a branch of its own
-        only = members[0]
-        return ((only[depth], 1.0, (depth + 1, members)),) if depth < len(only) else ()
+def _alike(members: Sequence[list[int]], depth: int) -> int:
+    """The depth up to which continuations that are alike up to `depth` go on alike."""
+    if len(members) == 1:
+        return len(members[0])
+    first, last = min(members), max(members)  # what these two have in common, all between them have
+    most = min(len(first), len(last))
+    while depth < most and first[depth] == last[depth]:
+        depth += 1
+    return depth
+
+
+def _split(members: Sequence[list[int]], depth: int) -> Iterable[list[list[int]]]:
+    """The members that go on beyond a depth, by their token there."""
     groups: dict[int, list[list[int]]] = {}
     for member in members:
         if depth < len(member):
             groups.setdefault(member[depth], []).append(member)
-    count = len(members)
-    return [(token, len(group) / count, (depth + 1, group)) for token, group in groups.items()]
+    return groups.values()
 
 
 class _Past:
     """Where a sequence's end stands in its tenant's past outputs."""
 
-    __slots__ = ("_length", "indices", "trails")
+    __slots__ = ("_lengths", "_trails", "indices")
 
     def __init__(self, indices: tuple[TokenIndex, ...]) -> None:
         self.indices = indices
-        self.trails = [Trail(index, MOST_OCCURRENCES) for index in indices]
-        self._length = 0
+        self._trails = [Trail(index, MOST_OCCURRENCES) for index in indices]
+        self._lengths = [0] * len(indices)  # of the sequence, when each was asked last
 
-    def follow(self, history: History) -> None:
-        """Come to the history's end."""
+    def find(self, history: History) -> tuple[TokenIndex, list[tuple[int, int]]] | None:
+        """The newest index in which the history's end stands, and where."""
         length = history.length
-        new = min(length - self._length, len(history.index))
-        for trail in self.trails:
+        for i, trail in enumerate(self._trails):
+            new = min(length - self._lengths[i], len(history.index.tokens))
             trail.follow(history.index.tokens, length, new)
-        self._length = length
+            self._lengths[i] = length
+            found = trail.matches(length)
+            if found:
+                return trail.index, found
+        return None
 
 
 class SuffixDrafter:
@@ -94,34 +128,33 @@ class SuffixDrafter:
 
     def _propose(self, sequence: DraftedSequence, budget: int) -> DraftTree:
         history = self._histories.of(sequence)
-        best = self._best(history.trail, len(history.index), budget, NO_DRAFT, 0.0)
+        found = history.trail.matches(len(history.index.tokens))
+        best, score = self._best(history.index, found, budget, NO_DRAFT, 0.0) if found else (NO_DRAFT, 0.0)
         indices = self._outputs.of(sequence.tenant)
-        if not indices:
-            return best
+        if not indices or score >= budget:
+            return best  # no other tree has more nodes, and none is more than certain
         past = self._pasts.get(sequence.arrival)
         if past is None or past.indices is not indices:
             past = self._pasts[sequence.arrival] = _Past(indices)
-        past.follow(history)
-        for trail in past.trails:
-            best = self._best(trail, history.length, budget, best, sum(best.probabilities))
-        return best
+        elsewhere = past.find(history)
+        return best if elsewhere is None else self._best(*elsewhere, budget, best, score)[0]
 
-    def _best(self, trail: Trail, length: int, budget: int, best: DraftTree, best_score: float) -> DraftTree:
-        """The best tree from the matches of one trail, or the one before."""
-        matches = trail.matches(length)
-        for match in sorted({match for _, match in matches}, reverse=True):
+    def _best(
+        self, index: TokenIndex, found: list[tuple[int, int]], budget: int, best: DraftTree, score: float
+    ) -> tuple[DraftTree, float]:
+        """The best tree from matches in one index, or the best one before, and its summed probability."""
+        for match in (
+            sorted({match for _, match in found}, reverse=True) if len(found) > 1 else (found[0][1],)
+        ):
             cap = min(budget, int(self._factor * match + self._offset))
-            if cap < best_score or (cap == best_score and match <= best.match):
-                break  # a shorter match has no more nodes, and none is more than certain
-            continuations = [
-                trail.index.following(position, cap) for position, alike in matches if alike >= match
-            ]
-            tree = grow(continuations, cap, self._least)
-            score = sum(tree.probabilities)
-            if score > best_score or (score == best_score and match > best.match and score):
-                best_score = score
-                best = DraftTree(tree.tokens, tree.parents, tree.probabilities, self.name, match)
-        return best
+            if cap < score or (cap == score and match <= best.match):
+                break  # a shorter match has no more nodes
+            continuations = [index.following(at, cap) for at, alike in found if alike >= match]
+            tree = grow(continuations, cap, self._least, self.name, match)
+            total = sum(tree.probabilities)
+            if total > score or (total == score > 0 and match > best.match):
+                best, score = tree, total
+        return best, score
 
     def accepted(self, sequence: DraftedSequence, tree: DraftTree, nodes: Sequence[int]) -> None:
         """Nothing to note: what was accepted is in the sequence's tokens."""

@@ -43,9 +43,8 @@ class DraftTree:
 
     @property
     def is_chain(self) -> bool:
-        """Whether it is one branch."""
-        parents = self.parents
-        return type(parents) is range or all(parent == i - 1 for i, parent in enumerate(parents))
+        """Whether it is known to be one branch."""
+        return type(self.parents) is range
 
     def depths(self) -> list[int]:
         """How many tokens after the root's each node stands, from 1."""
