@@ -23,7 +23,7 @@ def grow(
     """The most probable up to `budget` nodes of what followed, of a path probability of at least `least`; of
     equals the shallower. A node's own probability is the share of its parent's occurrences that went on with
     its token."""
-    if len(continuations) == 1:
+    if min(continuations) == max(continuations):  # all are the same
         return DraftTree.chain(continuations[0][:budget], 1.0, drafter, match)
     tokens: list[int] = []
     parents: list[int] = []
