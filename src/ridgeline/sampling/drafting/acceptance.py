@@ -17,11 +17,9 @@ MOST = 0.98
 _LEAST = 0.01
 _PRIOR = (0.7, 0.4, 0.55, 0.7, 0.8, 0.9, 0.95)
 """Expected acceptance by length of match: optimistic, so that it is tried."""
-_PRIOR_TRIALS = 4.0
-_COMMON_TRIALS = 2.0
-"""What has been seen of all sequences weighs as much in one's estimate as so many trials of its own."""
-_COMMON_DECAY = 0.99
-_DECAY = 0.9
+_PRIOR_TRIALS = 3.0
+_COMMON_DECAY = 0.98
+_DECAY = 0.94
 _SHARES = 100
 _POWERS = [[(share / _SHARES) ** depth for depth in range(MAX_DRAFT_TOKENS + 1)] for share in range(_SHARES)]
 """Powers of an estimate in per cent."""
@@ -52,24 +50,26 @@ def trials(tree: DraftTree, nodes: Sequence[int]) -> tuple[float, int]:
 
 @dataclass(slots=True)
 class _Evidence:
-    """Decayed sums over trials."""
+    """Decayed sums over trials, before which so many are made up that went as expected."""
 
     expected: float = 0.0
     accepted: float = 0.0
+    made_up: float = _PRIOR_TRIALS
 
     def add(self, expected: float, accepted: int, decay: float) -> None:
         kept = decay**expected
         self.expected = kept * self.expected + expected
         self.accepted = kept * self.accepted + accepted
+        self.made_up *= kept
 
-    def estimate(self, prior: float, weight: float) -> float:
-        share = (self.accepted + weight * prior) / (self.expected + weight)
+    def estimate(self, prior: float) -> float:
+        share = (self.accepted + self.made_up * prior) / (self.expected + self.made_up)
         return min(max(share, _LEAST), MOST)
 
 
 class Acceptance:
-    """Estimates of one sequence, which fall back on those of all sequences in `common`, and these on what is
-    expected."""
+    """Estimates of one sequence. Where little was seen of it they fall back on the middle of what is expected
+    and of those of all sequences, in `common`: that others' guesses fail is no more than a hint."""
 
     __slots__ = ("_common", "_seen")
 
@@ -79,12 +79,11 @@ class Acceptance:
 
     def of(self, kind: Kind) -> float:
         """The estimated share of the drafter's own probability with which a node is accepted."""
+        prior = _PRIOR[min(kind[1], len(_PRIOR) - 1)]
+        if self._common is not None:
+            prior = (prior + self._common.of(kind)) / 2
         seen = self._seen.get(kind)
-        if self._common is None:
-            prior = _PRIOR[min(kind[1], len(_PRIOR) - 1)]
-            return prior if seen is None else seen.estimate(prior, _PRIOR_TRIALS)
-        prior = self._common.of(kind)
-        return prior if seen is None else seen.estimate(prior, _COMMON_TRIALS)
+        return prior if seen is None else seen.estimate(prior)
 
     def values(self, tree: DraftTree) -> list[float]:
         """The estimated probability with which each node is accepted: less than its parent's."""

@@ -173,7 +173,7 @@ class Controller:
             choice.take(tree, value) if value and choice.rows else NO_DRAFT
             for tree, value in zip(trees, values, strict=True)
         ]
-        self._probe(trees, chosen, choice.rows, curve)
+        self._probe(trees, values, chosen, curve)
         for sequence, limit, tree in zip(sequences, limits, chosen, strict=True):
             if limit and not len(tree):
                 self._record(sequence).gained(0)
@@ -198,20 +198,30 @@ class Controller:
             choice.equals = choice.rows - best_values.index(choice.least)
         return choice
 
-    def _probe(self, trees: Sequence[DraftTree], chosen: list[DraftTree], rows: int, curve: Curve) -> None:
-        """Take the beginnings of some trees that do not seem to pay, in turn, while the allowance is enough:
-        so they can show that they do."""
+    def _probe(
+        self,
+        trees: Sequence[DraftTree],
+        values: Sequence[list[float]],
+        chosen: list[DraftTree],
+        curve: Curve,
+    ) -> None:
+        """Take the beginnings of some trees that do not seem to pay, while the allowance is enough, so that
+        they can show that they do: by turns the one that seems the best, and the one whose turn it is."""
         left_out = [i for i, tree in enumerate(trees) if len(tree) and not len(chosen[i])]
-        if not left_out:
-            return
-        first = self._turn % len(left_out)
-        for i in (*left_out[first:], *left_out[:first]):
+        rows = sum(map(len, chosen))
+        while left_out:
+            self._turn += 1
+            if self._turn % 2:
+                i = max(left_out, key=lambda i: values[i][0])
+            else:
+                i = left_out[self._turn // 2 % len(left_out)]
             probe = trees[i].head(_PROBE_NODES)
             cost_s = curve.at(rows + len(probe)) - curve.at(rows)
             if rows + len(probe) > curve.room or cost_s > self._allowance_s:
+                self._turn -= 1  # as soon as there is enough
                 return
             self._allowance_s -= cost_s
-            self._turn += 1
+            left_out.remove(i)
             rows += len(probe)
             chosen[i] = probe
 
