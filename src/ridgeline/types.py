@@ -442,6 +442,13 @@ class SamplingParams:
     speculation: SpeculationParams | bool | None = None
 
     @property
+    def drafts(self) -> SpeculationParams | None:
+        """How tokens are guessed, None: not at all. The engine's way is that of SpeculationParams()."""
+        if isinstance(self.speculation, SpeculationParams):
+            return self.speculation
+        return None if self.speculation is False else SpeculationParams()
+
+    @property
     def is_best_of(self) -> bool:
         """Whether more is generated than is told."""
         return self.best_of is not None and self.best_of > self.n

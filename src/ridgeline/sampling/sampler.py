@@ -56,7 +56,7 @@ class Chooser:
 
     __slots__ = (
         "_draw", "_editors", "_filters", "_greedy", "_mirostat", "_sigma", "constraint", "history",
-        "logprobs", "needs_logits", "prompt_logprobs",
+        "logprobs", "needs_logits", "prompt_logprobs", "speculation",
     )  # fmt: skip
 
     def __init__(
@@ -84,6 +84,7 @@ class Chooser:
         self.constraint = constraint
         told = self.logprobs is not None or constraint is not None
         self.needs_logits = told or bool(self._editors) or self.narrows_rows
+        self.speculation = params.drafts
 
     @property
     def narrows_rows(self) -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ridgeline.cache.table import SequencePages
 from ridgeline.sampling.sampler import Chooser
+from ridgeline.types import SpeculationParams
 
 if TYPE_CHECKING:
     from ridgeline.scheduling.waiting import Account
@@ -92,6 +93,21 @@ class Sequence:
         self.queued = self.running = False  # whether the scheduler has it, and whether it has a seat
         self.served = -1
         self.yields = self.yielded_length = 0
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is: what was computed or said for one is not used for another."""
+        return self.pages.scope.salt
+
+    @property
+    def speculation(self) -> SpeculationParams | None:
+        """How its tokens may be guessed, None: not at all."""
+        return self.chooser.speculation
+
+    @property
+    def length(self) -> int:
+        """Tokens that the sequence has, one that only the executor knows included."""
+        return len(self.token_ids) + (self.drawn is not None)
 
     @property
     def remaining(self) -> int:

@@ -18,6 +18,8 @@ _LEAST = 0.01
 _PRIOR = (0.7, 0.4, 0.55, 0.7, 0.8, 0.9, 0.95)
 """Expected acceptance by length of match: optimistic, so that it is tried."""
 _PRIOR_TRIALS = 3.0
+_FADING = 0.3
+"""Made-up trials are forgotten more slowly than others, so that bad luck at first is no verdict."""
 _COMMON_DECAY = 0.98
 _DECAY = 0.94
 _SHARES = 100
@@ -60,7 +62,7 @@ class _Evidence:
         kept = decay**expected
         self.expected = kept * self.expected + expected
         self.accepted = kept * self.accepted + accepted
-        self.made_up *= kept
+        self.made_up *= kept**_FADING
 
     def estimate(self, prior: float) -> float:
         share = (self.accepted + self.made_up * prior) / (self.expected + self.made_up)
