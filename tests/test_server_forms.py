@@ -17,7 +17,13 @@ from worded_models import make_worded
 
 from ridgeline.server.messages import COMMANDS, Add, frame
 from ridgeline.server.parsers import ForcedCalls, PlainParser, thinking_marks
-from ridgeline.types import RequestError, SamplingParams, StructuredOutputsParams, Thinking
+from ridgeline.types import (
+    RequestError,
+    SamplingParams,
+    SpeculationParams,
+    StructuredOutputsParams,
+    Thinking,
+)
 
 ASKED = [{"role": "user", "content": "Who?"}]
 POINT: dict[str, Any] = {
@@ -261,7 +267,9 @@ def test_marks_of_reasoning_are_found_in_the_template_and_the_prompt() -> None:
 
 def test_forms_reach_the_engine_as_they_are() -> None:
     form = StructuredOutputsParams(json={"type": "null"}, thinking=Thinking(5, 6, True))
-    add = Add(1, (1,), SamplingParams(structured_outputs=form, bad_words=["x"], best_of=3))
+    speculation = SpeculationParams("ngram", 4)
+    params = SamplingParams(structured_outputs=form, bad_words=["x"], best_of=3, speculation=speculation)
+    add = Add(1, (1,), params)
     assert COMMANDS.decode(frame(add)[4:]) == add
 
 
