@@ -33,7 +33,8 @@ class Prediction(msgspec.Struct, frozen=True, gc=False):
 class StepTimeModel:
     """Predicts steps on one machine, and corrects itself by those that were measured.
 
-    Steps with one row per sequence and others are corrected apart. Not safe for concurrent use.
+    Steps with one row per sequence, those with guesses behind them, and others are corrected apart. Not safe
+    for concurrent use.
     """
 
     def __init__(self, limits: Limits, costs: StepCosts) -> None:
@@ -43,7 +44,7 @@ class StepTimeModel:
         self._bf16_s = 1 / (limits.bf16_flops_per_s or fp32)
         self._fp32_s = 1 / fp32
         self._byte_s = 1 / limits.read_bytes_per_s
-        self._regimes = (_Regime(), _Regime())
+        self._decodes, self._guesses, self._prompts = self._regimes = (_Regime(), _Regime(), _Regime())
 
     @classmethod
     def of(cls, limits: Limits, costs: StepCosts) -> StepTimeModel:
@@ -53,7 +54,10 @@ class StepTimeModel:
     def predict(self, work: StepWork) -> Prediction:
         """What to expect of a step, corrected by the steps that were observed."""
         seconds, bound = self._uncorrected(work)
-        return Prediction(seconds * self._regime(work).factor, bound)
+        regime = self._regime(work)
+        if regime is self._guesses and not regime.errors:
+            regime = self._decodes  # the nearest that is known
+        return Prediction(seconds * regime.factor, bound)
 
     def observe(self, work: StepWork, elapsed_s: float) -> Prediction:
         """Take in what a step took, and say what was to be expected. Times that are no positive number are
@@ -73,7 +77,9 @@ class StepTimeModel:
         return median(errors) if errors else 0.0
 
     def _regime(self, work: StepWork) -> _Regime:
-        return self._regimes[work.rows > work.sequences]
+        if work.rows <= work.sequences:
+            return self._decodes
+        return self._guesses if work.outputs > work.sequences else self._prompts
 
     def _uncorrected(self, work: StepWork) -> tuple[float, Bound]:
         costs, dense, attention = self.costs, work.dense, work.attention
