@@ -28,7 +28,7 @@ from ridgeline.sampling.drafting.ngram import NgramDrafter
 from ridgeline.sampling.drafting.outputs import PastOutputs
 from ridgeline.sampling.drafting.speculator import Speculator
 from ridgeline.sampling.drafting.suffix import SuffixDrafter
-from ridgeline.sampling.drafting.tree import follow
+from ridgeline.sampling.drafting.tree import Descent, DraftTree
 from ridgeline.types import SpeculationParams
 
 VOCABULARY = 49_152
@@ -54,6 +54,13 @@ class Replayed:
     def token_after(self, ahead: int) -> int:
         """What the text has so many tokens beyond the next one."""
         return self.text[(len(self.token_ids) + ahead) % len(self.text)]
+
+    def follow(self, tree: DraftTree) -> list[int]:
+        """The nodes of a tree that the text goes along."""
+        descent = Descent(tree)
+        while descent.go(self.token_after(len(descent.nodes))) is not None:
+            pass
+        return descent.nodes
 
 
 # -------------------------------------------------------------------------------------------- texts
@@ -141,9 +148,7 @@ def propose(drafter: Drafter, sequences: list[Replayed], steps: int) -> dict[str
         trees = drafter.propose(sequences, budgets)
         spent_s += time.process_time() - began_s
         for sequence, tree in zip(sequences, trees, strict=True):
-            depths = [0, *tree.depths()]
-            nodes = follow(tree, lambda node, s=sequence, d=depths: s.token_after(d[node + 1])).nodes
-            drafted, right = drafted + len(tree), right + len(nodes)
+            drafted, right = drafted + len(tree), right + len(sequence.follow(tree))
     calls = steps * len(sequences)
     return {"us": 1e6 * spent_s / calls, "drafted": drafted / calls, "accepted": right / calls}
 
@@ -160,10 +165,9 @@ def decide(speculator: Speculator, sequences: list[Replayed], steps: int) -> dic
         spent_s += time.process_time() - began_s
         for sequence, tree in zip(sequences, trees, strict=True):
             if len(tree):
-                depths = [0, *tree.depths()]
-                found = follow(tree, lambda node, s=sequence, d=depths: s.token_after(d[node + 1]))
+                nodes = sequence.follow(tree)
                 began_s = time.process_time()
-                speculator.verified(sequence, tree, found, 1)
+                speculator.verified(sequence, tree, nodes)
                 spent_s += time.process_time() - began_s
                 drafted += len(tree)
     calls = steps * len(sequences)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ridgeline.sampling.drafting.tree import ROOT, DraftTree, Followed, follow
+from ridgeline.sampling.drafting.tree import ROOT, Descent, DraftTree
 from ridgeline.types import SpeculationParams
 
 
@@ -29,10 +29,13 @@ def root_paths(tree: DraftTree) -> list[tuple[int, ...]]:
     return paths
 
 
-def follow_text(tree: DraftTree, says: Callable[[int], int]) -> Followed:
-    """Follow a target that says `says(i)` as the i-th token from the root, whatever the path."""
-    depths = tree.depths()
-    return follow(tree, lambda node: says(0 if node == ROOT else depths[node]))
+def follow_text(tree: DraftTree, says: Callable[[int], int]) -> list[int]:
+    """The nodes that a target goes along which says `says(i)` as the i-th token from the root, whatever the
+    path."""
+    descent = Descent(tree)
+    while descent.go(says(len(descent.nodes))) is not None:
+        pass
+    return descent.nodes
 
 
 def tree_of(paths: Sequence[Sequence[int]]) -> DraftTree:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ridgeline.sampling.drafting.shape import best_first, ranked_tree
-from ridgeline.sampling.drafting.tree import NO_DRAFT, ROOT, DraftTree, cut, follow, merge
+from ridgeline.sampling.drafting.tree import NO_DRAFT, ROOT, Descent, DraftTree, cut, merge
 
 PATHS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=5)
 RATIOS = st.sampled_from([0.1, 0.25, 0.5, 0.7, 1.0])
@@ -98,24 +98,17 @@ def test_following_is_a_naive_walk(tree: DraftTree, noise: list[int]) -> None:
     def target(path: tuple[int, ...]) -> int:
         return (noise[len(path)] + sum(path)) % 4
 
-    asked: list[int] = []
-
-    def token_after(node: int) -> int:
-        asked.append(node)
-        return target(() if node == ROOT else paths[node])
-
-    followed = follow(tree, token_after)
+    descent, said = Descent(tree), ()
+    while (node := descent.go(target(said))) is not None:
+        said = paths[node]
     walked: tuple[int, ...] = ()
     while (*walked, target(walked)) in paths:
         walked = (*walked, target(walked))
-    assert [paths[node] for node in followed.nodes] == [walked[:i] for i in range(1, len(walked) + 1)]
-    assert followed.bonus == target(walked)
-    assert asked == [ROOT, *followed.nodes]  # once each, in order
+    assert [paths[node] for node in descent.nodes] == [walked[:i] for i in range(1, len(walked) + 1)]
 
 
-def test_no_draft_gives_the_next_token() -> None:
-    followed = follow(NO_DRAFT, lambda node: 7 + node)
-    assert (followed.nodes, followed.bonus) == ((), 6)
+def test_no_draft_leads_nowhere() -> None:
+    assert Descent(NO_DRAFT).go(7) is None
 
 
 def test_broken_trees_are_noticed() -> None:

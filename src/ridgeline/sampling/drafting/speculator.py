@@ -13,7 +13,7 @@ from ridgeline.sampling.drafting.histories import Histories
 from ridgeline.sampling.drafting.ngram import NgramDrafter
 from ridgeline.sampling.drafting.outputs import PastOutputs
 from ridgeline.sampling.drafting.suffix import SuffixDrafter
-from ridgeline.sampling.drafting.tree import NO_DRAFT, DraftTree, Followed
+from ridgeline.sampling.drafting.tree import NO_DRAFT, DraftTree
 
 AUTO = "auto"
 
@@ -104,12 +104,11 @@ class Speculator:
         source.totals.elapsed_s += elapsed_s
         source.time.observe(len(places), sum(map(len, proposed)), elapsed_s)
 
-    def verified(self, sequence: DraftedSequence, tree: DraftTree, followed: Followed, emitted: int) -> None:
-        """Take in how far the target went along a draft. The sequence took on `emitted` tokens: fewer than
-        were accepted and the one after them where it ended before."""
-        source, nodes = self._sources[tree.drafter], followed.nodes
+    def verified(self, sequence: DraftedSequence, tree: DraftTree, nodes: Sequence[int]) -> None:
+        """Take in which nodes of a draft the target said the same as, all of them taken on."""
+        source = self._sources[tree.drafter]
         source.totals.drafted += len(tree)
-        source.totals.accepted += min(len(nodes), emitted)
+        source.totals.accepted += len(nodes)
         source.totals.passes += 1
         source.drafter.accepted(sequence, tree, nodes)
         self._controller.observe(sequence, tree, nodes)

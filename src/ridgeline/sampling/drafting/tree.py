@@ -7,7 +7,7 @@ without a draft, and the draft is followed while it says the same. So a draft ch
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 ROOT = -1
@@ -127,27 +127,19 @@ def cut(tree: DraftTree, budget: int, discount: float = 1.0) -> DraftTree:
     return tree.subtree(sorted(best))
 
 
-@dataclass(frozen=True, slots=True)
-class Followed:
-    """How far the target went along a draft: the accepted nodes, in order of depth, and the token that the
-    target gave after the last of them, which is no draft's."""
+class Descent:
+    """How far the target has gone down a tree: `nodes` are those that it said the same as, from the root."""
 
-    nodes: tuple[int, ...]
-    bonus: int
+    __slots__ = ("_children", "nodes")
 
+    def __init__(self, tree: DraftTree) -> None:
+        edges = zip(tree.parents, tree.tokens, strict=True)
+        self._children = {(max(parent, ROOT), token): node for node, (parent, token) in enumerate(edges)}
+        self.nodes: list[int] = []
 
-def follow(tree: DraftTree, token_after: Callable[[int], int]) -> Followed:
-    """Go down the tree while the target says what the draft says.
-
-    `token_after(node)` is the token that the target gives behind a node's row; it is asked once for each node
-    on the path, first for ROOT, so that it may note the token before the next one is chosen.
-    """
-    children = {edge: node for node, edge in enumerate(zip(tree.parents, tree.tokens, strict=True))}
-    nodes: list[int] = []
-    place = ROOT
-    while True:
-        token = token_after(place)
-        if (place, token) not in children:
-            return Followed(tuple(nodes), token)
-        place = children[place, token]
-        nodes.append(place)
+    def go(self, token: int) -> int | None:
+        """The node that the target's next token leads to; None where no draft says it."""
+        node = self._children.get((self.nodes[-1] if self.nodes else ROOT, token))
+        if node is not None:
+            self.nodes.append(node)
+        return node
