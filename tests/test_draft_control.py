@@ -12,7 +12,9 @@ import pytest
 from drafted import Drafted, follow_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_scheduler_classes import pace_of
 
+from ridgeline.cache.kv import KVCache
 from ridgeline.cache.radix import Scope
 from ridgeline.cache.table import SequencePages
 from ridgeline.sampling.drafting.acceptance import MOST, Acceptance, trials
@@ -26,6 +28,8 @@ from ridgeline.sampling.drafting.speculator import Speculator
 from ridgeline.sampling.drafting.suffix import SuffixDrafter
 from ridgeline.sampling.drafting.tree import NO_DRAFT, DraftTree, merge
 from ridgeline.sampling.sampler import Chooser
+from ridgeline.scheduling.drafting import Drafting
+from ridgeline.scheduling.scheduler import Scheduler
 from ridgeline.scheduling.sequence import Sequence
 from ridgeline.types import SamplingParams, SpeculationParams
 
@@ -332,9 +336,9 @@ def test_totals_count_what_was_emitted() -> None:
     sequence = Drafted(0, [1, 2])
     (tree,) = speculator.draft([sequence], StepCost(1, 1, 99, hinge))
     assert list(tree.tokens) == [5, 6, 7]
-    followed = follow_text(tree, lambda i: (5, 6, 7, 8)[i])
-    assert (len(followed.nodes), followed.bonus) == (3, 8)
-    speculator.verified(sequence, tree, followed, emitted=2)  # the second ended the text
+    nodes = follow_text(tree, lambda i: (5, 6, 8)[i])
+    assert nodes == [0, 1]
+    speculator.verified(sequence, tree, nodes)
     totals = speculator.totals["ngram"]
     assert (totals.drafted, totals.accepted, totals.passes, totals.tokens_per_pass) == (3, 2, 1, 3.0)
     assert drafter.told == 1
@@ -349,19 +353,24 @@ def lookups() -> Speculator:
 
 def test_the_schedulers_sequences_are_drafted_for() -> None:
     """What the scheduler has of a sequence is what drafters look at."""
+    ngrams = SpeculationParams("ngram")
 
-    def sequence(params: SamplingParams) -> DraftedSequence:
+    def sequence(params: SamplingParams, default: SpeculationParams | None = ngrams) -> Sequence:
         prompt = (1, 2, 3, 4, 1, 2)
         pages = SequencePages(1, Scope(salt="key"))
-        return Sequence(5, prompt, Chooser(params, 0, 0, prompt, ()), pages, limit=9)
+        wanted = Sequence(5, prompt, Chooser(params, 0, 0, prompt, ()), pages, limit=9)
+        drafting = Drafting(lookups, pace_of(0.01, 0.001), default)
+        Scheduler(KVCache((None,), (4,)), 1, 8, drafting=drafting).add(wanted)
+        return wanted
 
     wanted = sequence(SamplingParams(speculation=SpeculationParams("suffix", max_tokens=2)))
     assert (wanted.tenant, wanted.limit) == ("key", 9)
     (tree,) = lookups().draft([wanted], StepCost(1, 1, 99, lambda rows: STEP_S))
     assert (tree.drafter, list(tree.tokens)) == ("suffix", [3, 4])
     assert sequence(SamplingParams(speculation=False)).speculation is None
-    for on in (None, True):
-        assert sequence(SamplingParams(speculation=on)).speculation == SpeculationParams()
+    assert sequence(SamplingParams(speculation=True), None).speculation == SpeculationParams()
+    assert sequence(SamplingParams()).speculation == ngrams
+    assert sequence(SamplingParams(), None).speculation is None
 
 
 def test_requests_are_drafted_for_as_they_ask() -> None:
@@ -399,11 +408,11 @@ def test_drafts_change_no_text(texts: list[list[int]], drafter: str) -> None:
         for sequence, tree in zip(list(going), trees, strict=True):
             text, said = texts[sequence.arrival], sequence.token_ids
             known = len(said)
-            followed = follow_text(tree, lambda i, text=text, known=known: text[known + i])
-            said += [*(tree.tokens[node] for node in followed.nodes), followed.bonus]
+            nodes = follow_text(tree, lambda i, text=text, known=known: text[known + i])
+            said += [*(tree.tokens[node] for node in nodes), text[known + len(nodes)]]
             if len(tree):
                 tree.check_integrity()
-                speculator.verified(sequence, tree, followed, len(said) - known)
+                speculator.verified(sequence, tree, nodes)
             assert said == text[: len(said)]
             if len(said) == sequence.limit:
                 speculator.forget(sequence)

@@ -62,10 +62,8 @@ def test_speculation_out_of_range_is_named(name: str, value: Any) -> None:
 
 
 def test_speculation_is_what_was_asked_for() -> None:
-    asked = SpeculationParams("ngram", 4)
-    assert SamplingParams(speculation=asked).drafts is asked
-    assert SamplingParams(speculation=False).drafts is None
-    assert SamplingParams().drafts == SamplingParams(speculation=True).drafts == SpeculationParams()
+    for asked in (SpeculationParams("ngram", 4), False, True, None):
+        assert SamplingParams(speculation=asked).speculation is asked
     for wrong in ({"drafter": "auto"}, 1, "auto"):
         with pytest.raises(RequestError, match="speculation is"):
             SamplingParams(speculation=wrong)  # type: ignore[arg-type]

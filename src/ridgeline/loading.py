@@ -21,6 +21,7 @@ from ridgeline.types import (
     RequestOutput,
     RidgelineError,
     SamplingParams,
+    SpeculationParams,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from ridgeline.resources.energy import Meter
     from ridgeline.resources.memory import Demand, Ledger
     from ridgeline.resources.step_time import StepTimeModel
+    from ridgeline.scheduling.drafting import Drafting
+    from ridgeline.scheduling.pace import Pace
     from ridgeline.steps import StepWatcher
 
 logger = logging.getLogger("ridgeline.loading")
@@ -176,10 +179,12 @@ def load_engine(config: EngineConfig) -> LoadedModel:
     assert config.max_model_len is not None
     windows = tuple(group.window for group in program.groups)
     cache = KVCache(windows, pages, config.enable_prefix_caching, tiers)
-    pace = None
-    if config.measured_budget and watched[0] is not None:
+    pace = drafting = None
+    if watched[0] is not None:
         pace = Pace(handle.work, watched[0], program.groups, config.targets)
-    scheduler = Scheduler(cache, config.max_num_seqs, config.max_num_batched_tokens, pace)
+        drafting = _drafting(config, pace, executor)
+    limits_pace = pace if config.measured_budget else None
+    scheduler = Scheduler(cache, config.max_num_seqs, config.max_num_batched_tokens, limits_pace, drafting)
     ends = frozenset(token for token in tokenizer.eos_ids if token < spec.vocabulary)
     facts = ModelFacts(spec.vocabulary, config.max_model_len, ends, tokenizer.bos_id, 1 / spec.logit_scale)
     encode = partial(compile_encoder, executor, spec, config, weights.formats)
@@ -188,6 +193,18 @@ def load_engine(config: EngineConfig) -> LoadedModel:
     engine = Engine(executor, handle, scheduler, facts, detokenizer, config.seed, encode, constraints)
     engine.steps = StepLog(scheduler, *watched)
     return LoadedModel(config, engine, tokenizer, template, defaults, formats)
+
+
+def _drafting(config: EngineConfig, pace: Pace, executor: Executor) -> Drafting:
+    """What guesses tokens, of requests that do not say as the config says. Guesses need the tokens before
+    them, and so cost the steps that are launched ahead: there, only who asks for them gets them."""
+    from ridgeline.sampling.drafting.speculator import AUTO, Speculator
+    from ridgeline.scheduling.drafting import Drafting
+
+    default = None
+    if config.speculation != "off" and not (config.speculation == AUTO and executor.asynchronous):
+        default = SpeculationParams(config.speculation)
+    return Drafting(Speculator.of_lookups, pace, default)
 
 
 def _watched(

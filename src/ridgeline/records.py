@@ -18,7 +18,8 @@ class StepRecord(msgspec.Struct, frozen=True, gc=False):
     """One step. Times are in seconds, `time_s` is since 1970: when the step was planned.
 
     `number` counts the engine's steps from 0. `rows` were run, of `sequences`; `prompt_tokens` of them were
-    prompts', and `decoded_tokens` were drawn. `running` and `waiting` sequences there were in all, which held
+    prompts', `drafted_tokens` guesses, of which `accepted_tokens` were right, and `decoded_tokens` were
+    drawn and kept. `running` and `waiting` sequences there were in all, which held
     `kv_pages` pages, `kv_usage` of the fullest pool (0 to 1).
 
     `flops` counts all operations, a multiply-add as two, of which `attention_flops` are attention's; `bytes`
@@ -53,6 +54,8 @@ class StepRecord(msgspec.Struct, frozen=True, gc=False):
     mbu: float | None = None
     mfu: float | None = None
     energy_j: float | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Recent(Generic[T]):

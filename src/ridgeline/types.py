@@ -153,12 +153,18 @@ class SequenceRows(msgspec.Struct, frozen=True, gc=False):
     `start + i` and stands at rotary position `first_position + start + i` of the last segment. `outputs`
     names the rows (ascending, counted from 0) whose logits, or a token drawn from them, are wanted; of a
     program that ends in hidden states, the rows whose hidden states are.
+
+    Where the rows are a tree of guesses, `parents` names for each the row before it that it follows, -1 the
+    slots before `start`. Such a row stands one position behind its parent, wherever its slot is, and sees of
+    the step's rows those of its path alone, each as if it lay where it stands: so the bits do not depend on
+    the tree. No parents are those of a chain.
     """
 
     tokens: Sequence[int]
     start: int
     segments: tuple[Segment, ...]
     outputs: Sequence[int]
+    parents: Sequence[int] = ()
 
 
 class Draw(msgspec.Struct, frozen=True, gc=False):
@@ -233,6 +239,16 @@ class PageCopy:
     target: int
 
 
+@dataclass(frozen=True, slots=True)
+class SlotCopy:
+    """Copy all layers of single slots of a memory group, `sources[i]` to `targets[i]`, as if all were read
+    before any is written. Slot s of page p is number `p * PAGE_TOKENS + s`."""
+
+    group: int
+    sources: Sequence[int]
+    targets: Sequence[int]
+
+
 class HostPage:
     """Room outside of an executor's pools for one page, in the executor's own layout.
 
@@ -273,7 +289,7 @@ class PageFill:
     target: int
 
 
-Move = PageCopy | PageSpill | PageFill
+Move = PageCopy | SlotCopy | PageSpill | PageFill
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -440,13 +456,6 @@ class SamplingParams:
     dry_sequence_breakers: Sequence[str] = ("\n", ":", '"', "*")
     bad_words: Sequence[str] = ()
     speculation: SpeculationParams | bool | None = None
-
-    @property
-    def drafts(self) -> SpeculationParams | None:
-        """How tokens are guessed, None: not at all. The engine's way is that of SpeculationParams()."""
-        if isinstance(self.speculation, SpeculationParams):
-            return self.speculation
-        return None if self.speculation is False else SpeculationParams()
 
     @property
     def is_best_of(self) -> bool:

@@ -66,6 +66,7 @@ def bench_config(batch: int, **settings: Any) -> EngineConfig:
         max_num_seqs=max(batch, room.max_num_seqs),
         max_num_batched_tokens=max(2 * batch, room.max_num_batched_tokens),
         enable_prefix_caching=False,  # its pages would be kept, and every round would take cold memory
+        speculation="off",  # a step is to be of the batch's tokens
     )
 
 

@@ -17,7 +17,7 @@ from ridgeline.cache.radix import Path, Scope
 from ridgeline.cache.table import SequencePages
 from ridgeline.cache.tiers import Tiers
 from ridgeline.config import PAGE_TOKENS, pages_for
-from ridgeline.types import Move, PageCopy, PageFill, PageSpill
+from ridgeline.types import Move, PageCopy, PageFill, PageSpill, SlotCopy
 
 
 class KVCache:
@@ -151,6 +151,26 @@ class KVCache:
             for group, (source, table) in enumerate(zip(sources, pages.tables, strict=True))
         )
         return True
+
+    def compact(self, pages: SequencePages, begin: int, kept: Sequence[int]) -> None:
+        """Of the slots from `begin` on, keep those that are `begin + kept[i]`, ascending, and let them lie
+        side by side. Planning the same again before it is made is harmless."""
+        targets = [begin + place for place, slot in enumerate(kept) if slot != place]
+        sources = [begin + slot for place, slot in enumerate(kept) if slot != place]
+        if not targets:
+            return
+        for group, table in enumerate(pages.tables):
+            numbers = (
+                [table[slot // PAGE_TOKENS] * PAGE_TOKENS + slot % PAGE_TOKENS for slot in slots]
+                for slots in (sources, targets)
+            )
+            move = SlotCopy(group, *numbers)
+            if move not in self._moves:
+                self._moves.append(move)
+
+    def drop_compactions(self) -> None:
+        """What was to be compacted and is not needed any more."""
+        self._moves = [move for move in self._moves if not isinstance(move, SlotCopy)]
 
     def moved(self) -> None:
         """The moves are launched."""

@@ -66,6 +66,14 @@ class Pace:
         )
         return StepLoad(len(contexts), len(contexts), seen, seen, len(contexts))
 
+    def load_of_chunks(self, chunks: Sequence[Chunk]) -> StepLoad:
+        """The load of what is planned of a step."""
+        load = self.load_of_decodes([sequence.computed + 1 for sequence, count, _ in chunks if count == 1])
+        for sequence, count, outputs in chunks:
+            if count > 1:
+                load += self.load_of(sequence.computed, count, len(outputs))
+        return load
+
 
 class StepPace:
     """The time of one step as it is planned. `chunks` is the plan so far, which others make grow; `streams`
@@ -152,12 +160,8 @@ class StepPace:
         """The load of the plan so far."""
         new = self._chunks[self._counted :]
         self._counted = len(self._chunks)
-        decodes = [sequence.computed + 1 for sequence, count, _ in new if count == 1]
-        if decodes:
-            self._load += self._pace.load_of_decodes(decodes)
-        for sequence, count, outputs in new:
-            if count > 1:
-                self._load += self._pace.load_of(sequence.computed, count, len(outputs))
+        if new:
+            self._load += self._pace.load_of_chunks(new)
         return self._load
 
 

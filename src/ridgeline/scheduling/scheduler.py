@@ -30,8 +30,9 @@ from operator import attrgetter
 from ridgeline.cache.kv import KVCache
 from ridgeline.config import PAGE_TOKENS
 from ridgeline.scheduling.budget import Budget
+from ridgeline.scheduling.drafting import Drafting
 from ridgeline.scheduling.pace import Pace, StepPace
-from ridgeline.scheduling.plan import Plan, plan_of
+from ridgeline.scheduling.plan import Drafted, Plan, plan_of
 from ridgeline.scheduling.preemption import last_to_plan, lower_classes, note_yield, sit_down, stand_up
 from ridgeline.scheduling.sequence import Sequence
 from ridgeline.scheduling.waiting import OUTPUT_WEIGHT, WaitingLine
@@ -50,11 +51,17 @@ class Scheduler:
     """Owns the queues, and through `cache` the pages of every running sequence.
 
     `max_num_batched_tokens` bounds the rows of a step, `max_num_seqs` the sequences that run at once. With a
-    `pace`, streams keep their class's time between tokens, as far as steps can be predicted.
+    `pace`, streams keep their class's time between tokens, as far as steps can be predicted. With `drafting`,
+    decodes run with guesses of what comes next behind their rows.
     """
 
     def __init__(
-        self, cache: KVCache, max_num_seqs: int, max_num_batched_tokens: int, pace: Pace | None = None
+        self,
+        cache: KVCache,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        pace: Pace | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(f"{max_num_seqs} sequences in steps of {max_num_batched_tokens} tokens")
@@ -62,10 +69,13 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.pace = pace
+        self.drafting = drafting
         self.running: list[Sequence] = []  # by rank
         self.waiting = WaitingLine()
         self.preemptions = 0
         self.steps = 0
+        # By arrival, how many tokens lay in their places before guesses that were right were to move there.
+        self._moving: dict[int, int] = {}
         self._pooled_sequences = 0
         self._pooled_last = False
         self._departures = 0  # of sequences from their pages
@@ -82,6 +92,8 @@ class Scheduler:
         sequence.level = sequence.standing = _LEVELS[service_class]
         sequence.arrived_s = now_s
         sequence.queued = True
+        if self.drafting is not None and not sequence.pooled:
+            sequence.speculation = self.drafting.wanted(sequence.chooser.speculation)
         self.waiting.enter(sequence, tenant)
         self._pooled_sequences += sequence.pooled
 
@@ -95,6 +107,8 @@ class Scheduler:
                 self.waiting.leave(sequence, waits=False)
             else:
                 self.waiting.leave(sequence, waits=True)
+            if self.drafting is not None:
+                self.drafting.forget(sequence)
         self._release(sequence)
 
     def schedule(self, now_s: float) -> Plan:
@@ -108,24 +122,53 @@ class Scheduler:
             budget = self._spend(pooled, now_s)
             if budget.chunks:
                 break
-        return plan_of(budget.chunks, budget.pooled, now_s, self.cache.moves)
+        if self.drafting is not None and not budget.pooled:
+            self._draft(self.drafting, budget)
+        return plan_of(budget.chunks, budget.pooled, now_s, self.cache.moves, budget.drafts)
 
     def advance(self, plan: Plan) -> None:
         """Note that the step is launched: its rows' keys and values are stored before any later step reads
         them, and its drawn tokens are there for the next one."""
         self.steps += 1
+        guesses = {each.sequence.arrival: len(each.tree) for each in plan.drafted}
         for sequence, rows in zip(plan.sequences, plan.step.sequences, strict=True):
             sequence.served = self.steps
             sequence.computed += len(rows.tokens)
+            if guesses:
+                sequence.computed -= guesses.get(sequence.arrival, 0)
             if sequence.computed // PAGE_TOKENS > sequence.pages.shared:
                 self.cache.store(sequence.pages, sequence.token_ids, sequence.computed)
         self.cache.moved()
+        self._moving.clear()
         self._pooled_last = plan.pooled
         draws = plan.step.draws or (None,) * len(plan.sampled)
         for output, (sequence, draw) in enumerate(zip(plan.sampled, draws, strict=True)):
+            if guesses and sequence.arrival in guesses:
+                continue  # it awaits what becomes of them
             if plan.positions[output] >= sequence.prompt_length:
                 sequence.account.used += OUTPUT_WEIGHT
                 sequence.draw(None if draw is None else drawn_token(output))
+
+    def settle(self, drafted: Drafted, nodes: list[int]) -> None:
+        """These guesses of a step were right, and the sequence has taken them on: their keys and values are
+        its own, and those of the others as if they had never been. Settling twice is harmless."""
+        sequence = drafted.sequence
+        if self.drafting is None or sequence.computed != drafted.start + 1:
+            return  # it has lost its pages meanwhile, or was settled before an interrupt
+        self.drafting.verified(drafted, nodes)
+        if nodes != [*range(len(nodes))]:
+            self._moving[sequence.arrival] = drafted.start + 1
+            self.cache.compact(sequence.pages, drafted.start + 1, nodes)
+        sequence.account.used += OUTPUT_WEIGHT * (1 + len(nodes))
+        sequence.computed += len(nodes)
+
+    def relaunch(self) -> None:
+        """An interrupt struck while moves were launched, and nobody knows which were made. Those of right
+        guesses are the only ones that cannot be made twice: these tokens are run again instead."""
+        for sequence in self.running:
+            sequence.computed = min(sequence.computed, self._moving.get(sequence.arrival, sequence.computed))
+        self._moving.clear()
+        self.cache.drop_compactions()
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues and pages agree."""
@@ -319,6 +362,25 @@ class Scheduler:
         alike = self.cache.prefixes.alike(one, (other.pages, other.token_ids), end)
         return 2 * (min(alike, sequence.restorable) - sequence.computed) >= sequence.remaining
 
+    # -------------------------------------------------------------------------------------- guesses
+
+    def _draft(self, drafting: Drafting, budget: Budget) -> None:
+        """Put guesses behind decodes, as far as they pay, in the room and on the pages that are left."""
+        decodes = [s for s, count, rows in budget.chunks if count == 1 and rows and s.speculation is not None]
+        decodes = [s for s in decodes if s.drawn is None and s.computed + 1 == s.length]
+        room = min(budget.tokens, budget.outputs)
+        if not decodes or room < 1:
+            return
+        for sequence, tree in zip(decodes, drafting.draft(decodes, budget.chunks, room), strict=True):
+            if not len(tree):
+                continue
+            reachable = self.cache.reachable_slots(sequence.pages)
+            if reachable is not None:
+                tree = tree.head(reachable - sequence.computed - 1)
+            if len(tree):
+                self.cache.grow(sequence.pages, sequence.computed + 1 + len(tree))
+                budget.draft(sequence, tree)
+
     # ------------------------------------------------------------------------------------------ seats
 
     def _seat(self, sequence: Sequence, budget: Budget) -> bool:
@@ -389,7 +451,8 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         """Take a sequence's pages away; the cache keeps those that are full of known tokens."""
-        self.cache.store(sequence.pages, sequence.token_ids, sequence.computed)
+        in_place = self._moving.pop(sequence.arrival, sequence.computed)
+        self.cache.store(sequence.pages, sequence.token_ids, min(sequence.computed, in_place))
         self.cache.release(sequence.pages)
         sequence.computed = 0
         self._departures += 1

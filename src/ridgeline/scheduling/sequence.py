@@ -32,7 +32,8 @@ class Sequence:
     The rest is the scheduler's: `level` is the place of the service class, 0 the highest; `standing` the
     level by which memory and seats are kept; `yields` counts how often in a row, without progress since
     `yielded_length`, it gave way to a higher one; `served` is the step in which it last had rows; `charged`
-    counts the tokens of the prompt that are on its tenant's account.
+    counts the tokens of the prompt that are on its tenant's account; `speculation` says how its tokens may be
+    guessed, None: not at all.
     """
 
     __slots__ = (
@@ -56,6 +57,7 @@ class Sequence:
         "queued",
         "running",
         "served",
+        "speculation",
         "standing",
         "token_ids",
         "yielded_length",
@@ -92,22 +94,13 @@ class Sequence:
         self.charged = 0
         self.queued = self.running = False  # whether the scheduler has it, and whether it has a seat
         self.served = -1
+        self.speculation: SpeculationParams | None = None
         self.yields = self.yielded_length = 0
 
     @property
     def tenant(self) -> str:
         """Whose it is: what was computed or said for one is not used for another."""
         return self.pages.scope.salt
-
-    @property
-    def speculation(self) -> SpeculationParams | None:
-        """How its tokens may be guessed, None: not at all."""
-        return self.chooser.speculation
-
-    @property
-    def length(self) -> int:
-        """Tokens that the sequence has, one that only the executor knows included."""
-        return len(self.token_ids) + (self.drawn is not None)
 
     @property
     def remaining(self) -> int:
