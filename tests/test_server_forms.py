@@ -284,3 +284,18 @@ def test_calls_are_read_whatever_stands_around_them() -> None:
     cut = ForcedCalls(PlainParser())
     assert not cut.feed('[{"na', ())
     assert [delta.content for delta in cut.finish()] == ['[{"na']
+
+
+def test_speculation_is_asked_for_in_the_body(server: ServerProcess) -> None:
+    """The answer is the same whatever is asked; what is no way to guess is refused."""
+    body = {"model": "tiny", "prompt": "one two one two one two", "max_tokens": 24, "temperature": 0.7, "seed": 5}
+    texts = set()
+    for asked in (None, True, False, {"drafter": "ngram", "max_tokens": 3}, {"drafter": "suffix"}, {}):
+        answer = httpx.post(f"{server.url}/v1/completions", json={**body, "speculation": asked}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        texts.add(answer.json()["choices"][0]["text"])
+    assert len(texts) == 1
+    for wrong in ({"drafter": "medusa"}, {"max_tokens": 0}, {"max_tokens": 65}, {"tokens": 3}, "ngram", 1):
+        answer = httpx.post(f"{server.url}/v1/completions", json={**body, "speculation": wrong}, timeout=60)
+        assert answer.status_code == 400, answer.text
+        assert "speculation" in answer.json()["error"]["message"]

@@ -58,6 +58,23 @@ class StepRecord(msgspec.Struct, frozen=True, gc=False):
     accepted_tokens: int = 0
 
 
+@dataclass(slots=True)
+class DraftTotals:
+    """What one drafter has brought since the start. `drafted` and `accepted` count tokens that were verified,
+    and of those the ones that were emitted; `passes`, in which one of its trees was verified for a sequence.
+    `elapsed_s` is the time that it took to propose, whatever became of it."""
+
+    drafted: int = 0
+    accepted: int = 0
+    passes: int = 0
+    elapsed_s: float = 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens that a sequence gained in one pass that verified a draft; 1 where there was none."""
+        return 1 + self.accepted / self.passes if self.passes else 1.0
+
+
 class Recent(Generic[T]):
     """The last `size` of what was appended, by its place in the order. One thread appends, any may read."""
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 
 from ridgeline.model.program import StepLoad
+from ridgeline.records import DraftTotals
 from ridgeline.sampling.drafting.costs import StepCost
-from ridgeline.sampling.drafting.speculator import DraftTotals, Speculator
+from ridgeline.sampling.drafting.speculator import Speculator
 from ridgeline.sampling.drafting.tree import DraftTree
 from ridgeline.scheduling.pace import Pace
 from ridgeline.scheduling.plan import Chunk, Drafted

@@ -157,6 +157,7 @@ class EngineWorker:
             running=len(running),
             waiting=len(scheduler.waiting),
             kv_used=scheduler.cache.usage,
+            drafters={} if scheduler.drafting is None else scheduler.drafting.totals,
         )
 
     def new_steps(self) -> Iterator[Steps]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import get_args
 
 import psutil  # type: ignore[import-untyped]
@@ -226,6 +227,7 @@ class _State(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from self._load()
+        yield from self._drafts()
         yield from self._life()
         yield from self._process_of_engine()
 
@@ -235,6 +237,21 @@ class _State(Collector):
         yield _gauge("num_requests_running", "Sequences that run.", running)
         yield _gauge("num_requests_waiting", "Sequences that wait for a seat.", waiting)
         yield _gauge("kv_cache_usage_perc", "Share of the KV cache's pages that is in use, 0 to 1.", kv_used)
+
+    def _drafts(self) -> Iterator[Metric]:
+        """What guesses have brought, by drafter. Tokens of a pass are accepted / passes + 1."""
+        pulse = self._client.pulse
+        totals = {} if pulse is None else pulse.drafters
+        for name, text, value in (
+            ("num_draft_tokens", "Tokens that were guessed and verified.", attrgetter("drafted")),
+            ("num_accepted_tokens", "Of those, the ones that were right.", attrgetter("accepted")),
+            ("num_drafts", "Guesses that were verified, each for one sequence.", attrgetter("passes")),
+            ("draft_seconds", "Time that guessing took.", attrgetter("elapsed_s")),
+        ):
+            family = CounterMetricFamily(f"ridgeline_spec_decode_{name}", text, labels=["drafter"])
+            for drafter, total in totals.items():
+                family.add_metric([drafter], value(total))
+            yield family
 
     def _life(self) -> Iterator[Metric]:
         client = self._client

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ridgeline.records import DraftTotals
 from ridgeline.sampling.drafting.controller import Controller, DraftTime
 from ridgeline.sampling.drafting.costs import StepCost
 from ridgeline.sampling.drafting.drafter import DraftedSequence, Drafter
@@ -16,23 +17,6 @@ from ridgeline.sampling.drafting.suffix import SuffixDrafter
 from ridgeline.sampling.drafting.tree import NO_DRAFT, DraftTree
 
 AUTO = "auto"
-
-
-@dataclass(slots=True)
-class DraftTotals:
-    """What one drafter has brought since the start. `drafted` and `accepted` count tokens that were verified,
-    and of those the ones that were emitted; `passes`, in which one of its trees was verified for a sequence.
-    `elapsed_s` is the time that it took to propose, whatever became of it."""
-
-    drafted: int = 0
-    accepted: int = 0
-    passes: int = 0
-    elapsed_s: float = 0.0
-
-    @property
-    def tokens_per_pass(self) -> float:
-        """Tokens that a sequence gained in one pass that verified a draft; 1 where there was none."""
-        return 1 + self.accepted / self.passes if self.passes else 1.0
 
 
 @dataclass(slots=True)
