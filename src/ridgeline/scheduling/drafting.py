@@ -61,8 +61,12 @@ class Drafting:
         try:
             return self._speculator.draft(decodes, StepCost(planned_rows, len(contexts), room, seconds))
         except BaseException:  # an interrupt may have left indices half changed
-            self._speculator = self._make()
+            self.restart()
             raise
+
+    def restart(self) -> None:
+        """Forget everything: what was looked up, what was right, and past outputs."""
+        self._speculator = self._make()
 
     def verified(self, drafted: Drafted, nodes: Many[int]) -> None:
         """Take in which guesses were right."""
