@@ -58,8 +58,7 @@ class StepRecord(msgspec.Struct, frozen=True, gc=False):
     accepted_tokens: int = 0
 
 
-@dataclass(slots=True)
-class DraftTotals:
+class DraftTotals(msgspec.Struct):
     """What one drafter has brought since the start. `drafted` and `accepted` count tokens that were verified,
     and of those the ones that were emitted; `passes`, in which one of its trees was verified for a sequence.
     `elapsed_s` is the time that it took to propose, whatever became of it."""
