@@ -166,6 +166,24 @@ class SequenceRows(msgspec.Struct, frozen=True, gc=False):
     outputs: Sequence[int]
     parents: Sequence[int] = ()
 
+    @property
+    def depths(self) -> Sequence[int]:
+        """How far behind slot `start` each row stands. Raises ValueError for parents that make no tree, or
+        that are given where rows also see what follows them."""
+        rows = len(self.tokens)
+        if not self.parents:
+            return range(rows)
+        if len(self.parents) != rows:
+            raise ValueError(f"parents are {len(self.parents)}; accepted: {rows}, one of each row")
+        if not self.segments[-1].causal:
+            raise ValueError("parents are given in a segment that is not causal; accepted: a causal one")
+        depths: list[int] = []
+        for row, parent in enumerate(self.parents):
+            if not -1 <= parent < row:
+                raise ValueError(f"parents[{row}] is {parent}; accepted: -1 to {row - 1}")
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        return depths
+
 
 class Draw(msgspec.Struct, frozen=True, gc=False):
     """How the executor draws a token from a row of logits (`execution.draw` has the rule).
