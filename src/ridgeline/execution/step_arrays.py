@@ -122,6 +122,7 @@ class StepArrays(msgspec.Struct, frozen=True, eq=False):
             row_sequence=numbers[:-1],
             sequence_row_begin=numbers,
             output_rows=numbers[:-1],
+            parents=_NO_PARENTS,
             segment_begin=numbers,
             segment_length=lengths,
             segment_first_position=np.array(firsts, np.int32) if moved else usual.zeros,
@@ -153,6 +154,9 @@ class StepArrays(msgspec.Struct, frozen=True, eq=False):
             row = int(self.parents[row])
         slots: Int32Array = self.slots[path[::-1]]
         return slots
+
+
+_NO_PARENTS = np.empty(0, np.int32)
 
 
 def _parents(step: Step) -> list[int]:

@@ -70,7 +70,7 @@ class StepTimeModel:
     def _learn(self, ratio: float, memory: float, arithmetic: float) -> None:
         """A step took `ratio` times what was expected, of which so large shares were memory and arithmetic.
         Both move so far that its prediction moves by a part of what was wrong: by their shares, and by half
-        of the other's, as what slows one (a neighbour, the clock) is likely to slow both. That is a normalised
+        of the other's, as what slows one (a neighbour, the clock) is likely to slow both. It is a normalised
         gradient step in the logarithms (Widrow and Hoff, "Adaptive Switching Circuits", 1960)."""
         self._errors.append(abs(ratio - 1))
         self._seen += 1
