@@ -47,6 +47,7 @@ class Replayed:
     limit: int = 1 << 30
     tenant: str = ""
     speculation: SpeculationParams | None = field(default_factory=SpeculationParams)
+    forced: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         self.token_ids = self.text[: self.prompt_length]

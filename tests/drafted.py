@@ -19,6 +19,7 @@ class Drafted:
     limit: int = 1 << 30
     tenant: str = ""
     speculation: SpeculationParams | None = field(default_factory=SpeculationParams)
+    forced: Sequence[int] = ()
 
 
 def root_paths(tree: DraftTree) -> list[tuple[int, ...]]:

@@ -81,7 +81,8 @@ class EngineConfig:
     first token and between tokens. With `measured_budget`, a step takes no more than running streams can wait
     for by these targets; without, as many tokens as it may.
     `speculation` is how the tokens of requests that do not say are guessed, to verify several in one step:
-    "ngram", "suffix" or "off"; "auto" is by any drafter where steps are not launched ahead, so on a CPU.
+    "grammar", "ngram", "suffix" or "off"; "auto" is by any drafter where steps are not launched ahead, so on
+    a CPU.
     """
 
     model: str = "smollm2"

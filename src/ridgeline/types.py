@@ -327,7 +327,7 @@ _RANGES = (
 MAX_FORM = 2**17
 """Characters of a schema, an expression, a grammar or a list of choices."""
 
-DRAFTERS = ("auto", "ngram", "suffix")
+DRAFTERS = ("auto", "grammar", "ngram", "suffix")
 MAX_DRAFT_TOKENS = 64
 """Tokens of one sequence that are guessed at once."""
 
@@ -405,7 +405,8 @@ class StructuredOutputsParams:
 @dataclass(frozen=True, slots=True)
 class SpeculationParams:
     """How tokens of an answer are guessed, to verify several in one pass; no token depends on it. `drafter`
-    is how: "ngram" looks them up in the request, "suffix" also in its tenant's past outputs, "auto" chooses.
+    is how: "ngram" looks them up in the request, "suffix" also in its tenant's past outputs, "grammar" takes
+    those that the form of the answer leaves alone, "auto" chooses.
     At most `max_tokens` are guessed at once; None leaves it to what is measured.
 
     Raises RequestError when a value is out of range.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence as Many
 from typing import TYPE_CHECKING
 
 from ridgeline.cache.table import SequencePages
@@ -101,6 +102,12 @@ class Sequence:
     def tenant(self) -> str:
         """Whose it is: what was computed or said for one is not used for another."""
         return self.pages.scope.salt
+
+    @property
+    def forced(self) -> Many[int]:
+        """The next tokens, as far as the form of the answer leaves no choice and that is known by now."""
+        constraint = self.chooser.constraint
+        return () if constraint is None else constraint.forced()
 
     @property
     def remaining(self) -> int:

@@ -12,7 +12,8 @@ from ridgeline.types import SpeculationParams
 class DraftedSequence(Protocol):
     """A sequence for which tokens may be guessed. `arrival` is its name; `token_ids` holds prompt and output
     and only grows, up to `limit` tokens. What was written for one `tenant` is never used for another.
-    `speculation` says what its request wants, None: no draft."""
+    `speculation` says what its request wants, None: no draft. `forced` are the next tokens as far as the form
+    of the answer leaves no choice, and that is known by now."""
 
     @property
     def arrival(self) -> int: ...
@@ -31,6 +32,9 @@ class DraftedSequence(Protocol):
 
     @property
     def speculation(self) -> SpeculationParams | None: ...
+
+    @property
+    def forced(self) -> Sequence[int]: ...
 
 
 class Drafter(Protocol):

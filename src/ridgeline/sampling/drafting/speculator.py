@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from ridgeline.records import DraftTotals
 from ridgeline.sampling.drafting.controller import Controller, DraftTime
 from ridgeline.sampling.drafting.costs import StepCost
 from ridgeline.sampling.drafting.drafter import DraftedSequence, Drafter
+from ridgeline.sampling.drafting.grammar import GrammarDrafter
 from ridgeline.sampling.drafting.histories import Histories
 from ridgeline.sampling.drafting.ngram import NgramDrafter
 from ridgeline.sampling.drafting.outputs import PastOutputs
@@ -47,7 +49,7 @@ class Speculator:
     def of_lookups(cls) -> Speculator:
         """One with the drafters that need no model."""
         histories = Histories()
-        return cls((SuffixDrafter(histories, PastOutputs()), NgramDrafter(histories)))
+        return cls((GrammarDrafter(), SuffixDrafter(histories, PastOutputs()), NgramDrafter(histories)))
 
     @property
     def totals(self) -> dict[str, DraftTotals]:
@@ -56,9 +58,9 @@ class Speculator:
 
     def draft(self, sequences: Sequence[DraftedSequence], cost: StepCost) -> list[DraftTree]:
         """What is to be verified of each sequence in a step, with the token that it has last."""
-        first = next(iter(self._sources.values()))
-        asked = [self._sources.get(_wanted(sequence), first) for sequence in sequences]
-        limits = self._controller.limits(sequences, [source.time for source in asked], cost)
+        slowest = max((source.time for source in self._sources.values()), key=attrgetter("ask_s"))
+        times = [self._time_of(sequence, slowest) for sequence in sequences]
+        limits = self._controller.limits(sequences, times, cost)
         if not any(limits):
             return [NO_DRAFT] * len(sequences)
         trees = [NO_DRAFT] * len(sequences)
@@ -71,6 +73,13 @@ class Speculator:
             if places:
                 self._propose(source, sequences, limits, places, trees)
         return self._controller.choose(sequences, limits, trees, cost)
+
+    def _time_of(self, sequence: DraftedSequence, slowest: DraftTime) -> DraftTime:
+        """What asking about a sequence takes."""
+        wanted = _wanted(sequence)
+        if wanted in self._sources:
+            return self._sources[wanted].time
+        return _NO_TIME if wanted and sequence.forced else slowest
 
     def _propose(
         self,
@@ -102,6 +111,9 @@ class Speculator:
         for source in self._sources.values():
             source.drafter.forget(sequence)
         self._controller.forget(sequence)
+
+
+_NO_TIME = DraftTime(0.0, 0.0)
 
 
 def _wanted(sequence: DraftedSequence) -> str:
