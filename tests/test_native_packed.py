@@ -205,7 +205,7 @@ def test_a_row_has_the_same_bits_in_every_batch_and_team(isa: str, name: str) ->
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize(("outputs", "cols"), [(37, 512), (48, 256)])
 def test_a_row_has_the_same_bits_in_a_long_prompt(isa: str, name: str, outputs: int, cols: int) -> None:
-    """Of many rows the weights are unpacked once for all: whole runs of them, odd ones, and more than one run."""
+    """The weights are unpacked once for many rows: whole runs of them, odd ones, and more than one run."""
     data, x = moderate_blocks(name, outputs, cols, seed=7), normal(8, 300, cols)
     matrix = packed(name, data)
     single = np.concatenate([product(isa, matrix, x[row : row + 4]) for row in range(0, 300, 4)])
@@ -228,7 +228,7 @@ def test_a_long_prompt_and_odd_numbers_of_groups(isa: str, name: str, cols: int)
 @pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("gated", [False, True])
 def test_parts_of_several_storages_in_a_long_prompt(isa: str, gated: bool) -> None:
-    """Parts whose weights are unpacked for all rows, and at other numbers of rows, beside one whose are not."""
+    """Parts whose weights are unpacked for all rows, from other numbers of rows on, and one whose are not."""
     names, x = ("Q5_K", "Q8_0", "Q6_K"), normal(3, 70, 512)
     matrices = [packed(name, moderate_blocks(name, 100, 512, seed=i)) for i, name in enumerate(names)]
     gates = matrices[1:] + matrices[:1] if gated else [None] * 3

@@ -11,7 +11,8 @@ constexpr int64_t kPanelRows = 264, kLeastPanelRows = 48, kLeastHalvesRows = 24;
 constexpr int64_t kRegisterRows = 12;  // whole register tiles of any number of rows
 
 bool uses_panels(const MatrixView& matrix, int64_t rows) {
-  return has_panels(matrix.storage) && rows >= (has_halves(matrix.storage) ? kLeastHalvesRows : kLeastPanelRows);
+  const int64_t least = has_halves(matrix.storage) ? kLeastHalvesRows : kLeastPanelRows;
+  return has_panels(matrix.storage) && rows >= least;
 }
 
 bool uses_panels(const LinearPart& part, int64_t rows) {

@@ -26,7 +26,8 @@ RIDGELINE_INLINE int64_t pair_bytes(const LinearPart& part) {
 void multiply(const PairInput& in, const MatrixView& matrix, int rows, float* y) {
   const int64_t bytes = int64_t(tile_bytes(matrix.storage, matrix.cols)), tile = 2 * in.pair;
   const bool both = tile + 1 < tile_count(matrix.rows);
-  const TileInput tiles = {matrix.data + tile * bytes, both ? bytes : 0, in.x.data, in.x.row_bytes, matrix.cols};
+  const TileInput tiles = {matrix.data + tile * bytes, both ? bytes : 0, in.x.data, in.x.row_bytes,
+                           matrix.cols};
   (rows > kMaxTokens ? multiply_panels : multiply_tiles)(matrix.storage, tiles, rows, y);
   for (int t = 0; !both && t < rows; ++t) store(y + t * kResultStride + kTileRows, zero());
 }

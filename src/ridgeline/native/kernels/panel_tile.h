@@ -40,7 +40,8 @@ struct PanelBlock {
       if constexpr (has_halves(kStorage)) {
         for (int part = 2 * g; part < 2 * g + 2; ++part) {
           store(scale_lines + kTileRows * part, block.scales(part));
-          if constexpr (kMinimum == Minimum::integer) store(minimum_lines + kTileRows * part, block.minima(part));
+          if constexpr (kMinimum == Minimum::integer)
+            store(minimum_lines + kTileRows * part, block.minima(part));
         }
       } else {
         store(scale_lines + kTileRows * g, s.scale);
@@ -98,8 +99,9 @@ RIDGELINE_INLINE void add_panel_rows(const PanelInput<kStorage>& in, const uint8
   GroupRows x = rows_of_group(row, in.row_bytes, in.layout, in.first);
   alignas(64) uint8_t starts[kTokens * kLineBytes];
   if constexpr (starts_unpacked(kStorage, Codes::bytes)) {
+    const vint zero_point = isplat(-code_zero(kStorage));
     for (int t = 0; t < kTokens; ++t)
-      istore(starts + kLineBytes * t, multiply(iload(x.sums + t * in.row_bytes), isplat(-code_zero(kStorage))));
+      istore(starts + kLineBytes * t, multiply(iload(x.sums + t * in.row_bytes), zero_point));
     x.sums = starts;
     x.sum_bytes = kLineBytes;
   }
@@ -128,7 +130,8 @@ RIDGELINE_INLINE void add_panel_rows(const PanelInput<kStorage>& in, const uint8
 
 // Adds the products with rows [begin, end), kTokens at a time.
 template <Storage kStorage, int kTokens>
-static __attribute__((noinline)) void add_panel(const PanelInput<kStorage>& in, int begin, int end, float* y) {
+static __attribute__((noinline)) void add_panel(const PanelInput<kStorage>& in, int begin, int end,
+                                                float* y) {
   const uint8_t* next = in.next + begin / kTokens * in.next_bytes;
   for (int row = begin; row < end; row += kTokens, next += in.next_bytes) {
     for (int byte = 0; byte < in.next_bytes; byte += int(kLineBytes)) {

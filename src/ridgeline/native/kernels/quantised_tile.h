@@ -66,7 +66,8 @@ struct GroupRows {
   int64_t row_bytes, sum_bytes;  // from row to row, of the sums where they lie apart
 };
 
-RIDGELINE_INLINE GroupRows rows_of_group(const uint8_t* x, int64_t row_bytes, const A8Layout& layout, int group) {
+RIDGELINE_INLINE GroupRows rows_of_group(const uint8_t* x, int64_t row_bytes, const A8Layout& layout,
+                                         int group) {
   const uint8_t* per_group = x + size_t(4) * group;
   return {x + size_t(kGroup) * group, per_group + layout.scales, x + layout.sums + size_t(8) * group,
           per_group + layout.scaled_sums, row_bytes, row_bytes};
@@ -80,7 +81,8 @@ RIDGELINE_INLINE vint chunk_of(const uint8_t* group) {
 
 // sum[i][t] = the integer products of chunks [kFirst, kFirst + kCount) of tile i with row t.
 template <Storage kStorage, Codes kCodes, int kTiles, int kTokens, int kFirst, int kCount>
-RIDGELINE_INLINE void multiply_chunks(const GroupWeights* w, const GroupRows& x, vint (&sum)[kTiles][kTokens]) {
+RIDGELINE_INLINE void multiply_chunks(const GroupWeights* w, const GroupRows& x,
+                                      vint (&sum)[kTiles][kTokens]) {
   for (int t = 0; t < kTokens; ++t) {
     const vint start = start_sum<kStorage, kCodes>(x.sums + t * x.sum_bytes, kFirst / kCount);
     for (int i = 0; i < kTiles; ++i) sum[i][t] = start;
@@ -111,7 +113,8 @@ RIDGELINE_INLINE void add_group(const GroupWeights* w, const GroupRows& x, const
     for (int i = 0; i < kTiles; ++i) {
       const vfloat product = to_float(sum[i][t]);
       if constexpr (traits(kStorage).scale == Scale::exponent) {
-        acc[i][t] = fma(product * x_scale, scales[i].scale, acc[i][t]);  // two large scales may be beyond float32
+        // Two large scales may be beyond float32.
+        acc[i][t] = fma(product * x_scale, scales[i].scale, acc[i][t]);
       } else {
         acc[i][t] = fma(product, scales[i].scale * x_scale, acc[i][t]);
       }
@@ -163,7 +166,8 @@ RIDGELINE_INLINE GroupScales open_group(const uint8_t* tile, int group, SuperBlo
   w = {tile + place.scales, tile + place.codes};
   if constexpr (!is_super(kStorage)) {
     s.scale = load_scales<kStorage>(w.scales);
-    if constexpr (kTraits.minimum == Minimum::half) s.minimum = load_scales<kStorage>(w.scales + 2 * kTileRows);
+    if constexpr (kTraits.minimum == Minimum::half)
+      s.minimum = load_scales<kStorage>(w.scales + 2 * kTileRows);
   } else {
     if (index == 0) block.open(w.scales);
     if constexpr (kTraits.bits == 0) w.codes = block.unpacked + kGroup * kTileRows * index;
