@@ -68,6 +68,7 @@ void Tape::collect(const AnyLaunch& launch) {
             limit = std::min(limit, l.matrix.rows);
           },
           [&](const LinearLaunch& l) {
+            scratch_bytes_ = std::max(scratch_bytes_, kernels_.linear_scratch_bytes(l));
             for (const LinearPart& part : l.parts) {
               if (part.out.is_logits()) needs_.logits_width = std::max(needs_.logits_width, part.matrix.rows);
             }
