@@ -17,7 +17,8 @@ from running import load
 from test_catalog import FakeHub
 from tiny_models import TinyModel
 
-import ridgeline.apps.plan.check as check_module
+from ridgeline.apps.plan import check as check_module
+from ridgeline.apps.plan import timing
 from ridgeline.apps.plan.answer import BATCHES, Question, answer
 from ridgeline.apps.plan.host import Host, host_here, host_of_fleet
 from ridgeline.apps.plan.ledger import ledger_of, sequences
@@ -558,8 +559,8 @@ def test_paths_that_hold_nothing(ridgeline: Cli, tmp_path: Path) -> None:
 
 
 def test_check_runs_what_it_predicts(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_module, "fitted_costs", lambda *_: costs_of("cpu"))
-    monkeypatch.setattr(check_module, "measure", lambda *_, **__: TWO_CORES)
+    monkeypatch.setattr(timing, "fitted_costs", lambda *_: costs_of("cpu"))
+    monkeypatch.setattr(timing, "measure", lambda *_, **__: TWO_CORES)
     cells = (Cell(1, 64), Cell(3, 200), Cell(0, 100), Cell(1, 4096))
     monkeypatch.setattr(check_module, "CELLS", cells)
     config = EngineConfig(device="cpu", threads=1, kv_cache_memory_bytes=64 << 20)

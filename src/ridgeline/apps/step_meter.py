@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class Cell:
     @property
     def kept_tokens(self) -> int:
         """Tokens of the prompt that are found computed."""
-        return (self.context - 1) // PAGE_TOKENS * PAGE_TOKENS - PAGE_TOKENS if self.batch else 0
+        return max((self.context - 1) // PAGE_TOKENS - 1, 0) * PAGE_TOKENS if self.batch else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,10 @@ class StepMeter:
     def keep(self, cells: Sequence[Cell]) -> None:
         """Fill the contexts of all cells; after `warm`. Raises CapacityError when the pools are too small."""
         batch = max((cell.batch for cell in cells), default=0)
-        longest = max((cell.kept_tokens for cell in cells), default=0)
-        self._prompts = [self._tokens(longest + 2 * PAGE_TOKENS) for _ in range(batch)]
-        for prompt in self._prompts:
-            self._keep(prompt, longest)
+        kept = [max(cell.kept_tokens for cell in cells if cell.batch > one) for one in range(batch)]
+        self._prompts = [self._tokens(tokens + 2 * PAGE_TOKENS) for tokens in kept]
+        for prompt, tokens in zip(self._prompts, kept, strict=True):
+            self._keep(prompt, tokens)
 
     @property
     def pages(self) -> tuple[int, ...]:
@@ -92,8 +93,8 @@ class StepMeter:
         return tuple(pool.used_pages + pool.evictable_pages for pool in self._engine.scheduler.cache.pools)
 
     def seconds(self, cell: Cell, steps: int = 1) -> float:
-        """Wall time of one of `steps` decodes, of which the middle one has the cell's context; or of the
-        whole prompt."""
+        """Wall time of the median of `steps` decodes, the middle one of which has the cell's context; or of
+        the whole prompt."""
         return self._decode(cell, steps) if cell.batch else self._prefill(cell)
 
     def turns(
@@ -129,9 +130,9 @@ class StepMeter:
         engine = self._engine
         prompt = max(cell.context - steps // 2 - 1, cell.kept_tokens + 1)
         names = [self._add(tokens[:prompt], 2 * PAGE_TOKENS, _SALT) for tokens in self._prompts[: cell.batch]]
-        elapsed_s, taken = 0.0, 0
+        taken: list[float] = []
         try:
-            while taken < steps:
+            while len(taken) < steps:
                 if not engine.has_work:
                     raise CapacityError(f"the KV cache does not hold {cell.name}; accepted: a larger one")
                 before = engine.stats.decode.rows
@@ -140,11 +141,11 @@ class StepMeter:
                 step_s = time.perf_counter() - start_s
                 # The first steps read what of the prompts was not kept.
                 if engine.stats.decode.rows - before == cell.batch and self._decoding(names):
-                    elapsed_s, taken = elapsed_s + step_s, taken + 1
+                    taken.append(step_s)
         finally:
             for name in names:
                 engine.abort(name)
-        return elapsed_s / steps
+        return median(taken)  # a step that the system interrupted says nothing of the others
 
     def _decoding(self, names: Sequence[str]) -> bool:
         running = self._engine.scheduler.running
