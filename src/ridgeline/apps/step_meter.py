@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -24,6 +25,8 @@ from ridgeline.types import CapacityError, PageCopy, Request, SamplingParams
 _SALT = "kept"
 _CHUNK = 512
 _MOST_STEPS = 16
+_WHOLE = 0.85
+"""Of the best arithmetic peak seen: below it other work took some."""
 _WRITTEN = 0
 """The page that the first sequence of all wrote to, in every pool."""
 
@@ -56,6 +59,27 @@ class Turn:
     seconds: float
     before: Ceilings
     after: Ceilings
+
+    @property
+    def peaks(self) -> tuple[float, float]:
+        """Of the fp32 arithmetic, which every machine has, before and after."""
+        return self.before.fp32_flops_per_s, self.after.fp32_flops_per_s
+
+
+def undisturbed(turns: Sequence[Turn]) -> list[Turn]:
+    """Those of a machine that had all of its arithmetic before and after; of cells without such a turn, all.
+
+    Steps wait for the slowest thread and ceilings are the best of many samples, so that a prediction for a
+    disturbed machine is too fast. Bandwidth says nothing: it may change with where the system puts threads.
+    """
+    whole = _whole(turns)
+    rest = {turn.cell for turn in turns} - {turn.cell for turn in whole}
+    return whole + [turn for turn in turns if turn.cell in rest]
+
+
+def _whole(turns: Sequence[Turn]) -> list[Turn]:
+    best = max((max(turn.peaks) for turn in turns), default=0.0)
+    return [turn for turn in turns if min(turn.peaks) >= _WHOLE * best]
 
 
 class StepMeter:
@@ -99,17 +123,24 @@ class StepMeter:
 
     def turns(
         self, cells: Sequence[Cell], rounds: int, cell_s: float, ceilings_now: Callable[[], Ceilings]
-    ) -> Iterator[Turn]:
-        """Time all cells in turns, `rounds` times, about `cell_s` seconds each; in between the ceilings."""
+    ) -> list[Turn]:
+        """Time all cells in turns, `rounds` times, about `cell_s` seconds each; in between the ceilings.
+
+        Cells that were timed while other work had taken arithmetic from the machine are timed again, in at
+        most as many rounds more. `undisturbed` says which of the turns count.
+        """
         steps = {cell: self._steps(self.seconds(cell), cell_s) for cell in cells}
+        found: list[Turn] = []
         before = ceilings_now()
-        for _ in range(rounds):
-            for cell in cells:
+        for number in range(2 * rounds):
+            counting = Counter(turn.cell for turn in _whole(found))
+            for cell in [cell for cell in cells if number < rounds or counting[cell] < rounds]:
                 seconds = self.seconds(cell, steps[cell])
                 steps[cell] = self._steps(seconds, cell_s)
                 after = ceilings_now()
-                yield Turn(cell, seconds, before, after)
+                found.append(Turn(cell, seconds, before, after))
                 before = after
+        return found
 
     @staticmethod
     def _steps(seconds: float, cell_s: float) -> int:

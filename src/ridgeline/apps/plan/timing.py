@@ -13,13 +13,13 @@ from ridgeline.apps.calibrate import fitted_costs
 from ridgeline.apps.plan.host import Host, Rates, host_here
 from ridgeline.apps.plan.model import FormattedModel, open_model
 from ridgeline.apps.plan.steps import load_of, prompt_loads, step_time
-from ridgeline.apps.step_meter import Cell, StepMeter
+from ridgeline.apps.step_meter import Cell, StepMeter, undisturbed
 from ridgeline.config import PAGE_TOKENS, EngineConfig
 from ridgeline.loading import kv_format_of
 from ridgeline.model.checkpoint import open_checkpoint
 from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.machine import resident_bytes
-from ridgeline.resources.probe import BESIDE_PROBE_S, measure
+from ridgeline.resources.probe import QUICK_PROBE_S, measure
 
 _SPARE_TOKENS = 4 * PAGE_TOKENS
 _SPARE_SEQUENCES = 8
@@ -57,10 +57,11 @@ class TimedModel:
         """`rounds` of each cell, in turns, about `cell_s` seconds each; their contexts must be kept.
 
         A prediction takes the ceilings measured right before and after its steps, so that a machine that
-        others use meanwhile is predicted as it was then.
+        others use meanwhile is predicted as it was then; turns that they disturbed count where there are no
+        others.
         """
         found: dict[Cell, list[Pair]] = {cell: [] for cell in self.cells}
-        for turn in self.meter.turns(self.cells, rounds, cell_s, self.ceilings_now):
+        for turn in undisturbed(self.meter.turns(self.cells, rounds, cell_s, self.ceilings_now)):
             limits = Rates.between(turn.before, turn.after)
             expected_s, least_s = self._planned(turn.cell, replace(self.host, rates=limits))
             found[turn.cell].append(Pair(turn.cell, turn.seconds, expected_s, least_s, limits))
@@ -83,7 +84,7 @@ def timed_model(path: Path, config: EngineConfig, cells: Sequence[Cell]) -> Iter
     Where nothing is known yet of what steps cost on this machine, that is found first. Raises
     CheckpointError, ConfigError and CapacityError as loading does.
     """
-    ceilings_now = partial(measure, config.threads, seconds=BESIDE_PROBE_S, device=config.device)
+    ceilings_now = partial(measure, config.threads, seconds=QUICK_PROBE_S, device=config.device)
     with ExitStack() as stack:
         source = stack.enter_context(open_model(path))
         model = source.in_format(config.weights, config.device, kv_format_of(config))
