@@ -10,6 +10,7 @@ from typing import Any
 
 _UNITS = ("B/s", "op/s", "s", "share")
 _DIGITS = 5
+_Rule = Callable[[Sequence[float]], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +81,15 @@ def together(passes: Sequence[Sequence[Measurement]]) -> tuple[Measurement, ...]
 
 def _together(same: Sequence[Measurement]) -> Measurement:
     first = same[0]
-    figure = {"s": _of_lowest_quarter, "share": median}.get(first.unit, max)
+    rules: dict[str, _Rule] = {"s": _of_lowest_quarter, "share": median}
     how = max(same, key=lambda one: one.figure).how  # of rates: the way that was the best of all
     samples = [sample for one in same for sample in one.samples]
     more = {"threads": first.threads, "bytes_each": first.bytes_each, "how": how}
-    return _measured(figure, first.what, first.unit, samples, more)
+    return _measured(rules.get(first.unit, max), first.what, first.unit, samples, more)
 
 
 def _measured(
-    figure: Callable[[Sequence[float]], float],
+    figure: _Rule,
     what: str,
     unit: str,
     samples: Sequence[float],
