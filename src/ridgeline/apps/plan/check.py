@@ -12,6 +12,7 @@ from ridgeline.config import EngineConfig
 from ridgeline.execution.base import page_bytes
 from ridgeline.loading import memory_demand
 from ridgeline.resources.machine import resident_bytes
+from ridgeline.types import ConfigError
 
 CELLS = (
     *(Cell(batch, context) for context in (128, 2048) for batch in (1, 8, 32)),
@@ -37,18 +38,25 @@ class Checked:
 
 
 def check(
-    path: Path, config: EngineConfig, rounds: int = ROUNDS, cells: Sequence[Cell] | None = None
+    path: Path, config: EngineConfig, rounds: int = ROUNDS, cells: Sequence[Cell] = CELLS
 ) -> list[Checked]:
-    """Load the model at `path` as `config` says, whose device has been chosen, and compare; `cells` are CELLS
-    where none are named.
+    """Load the model at `path` as `config` says, whose device has been chosen, and compare.
 
     Where nothing is known yet of what steps cost on this machine, that is found first. Of a GPU only the
     times are checked. Raises CheckpointError, ConfigError and CapacityError as loading does.
     """
-    with timed_model(path, config, CELLS if cells is None else cells) as timed:
+    with timed_model(path, config, cells) as timed:
         memory = list(_check_memory(timed))
         times = list(_check_times(timed, rounds))
     return times + (memory if config.device == "cpu" else [])
+
+
+def cells_named(part: str) -> list[Cell]:
+    """Those of CELLS with `part` in their names; raises ConfigError where there are none."""
+    found = [cell for cell in CELLS if part in cell.name]
+    if not found:
+        raise ConfigError(f"cells is {part!r}; accepted: part of {', '.join(cell.name for cell in CELLS)}")
+    return found
 
 
 def _check_times(timed: TimedModel, rounds: int) -> Iterator[Checked]:
