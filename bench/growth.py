@@ -13,7 +13,6 @@ status is 1 where an error is beyond 25%.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -68,14 +67,12 @@ class Grown:
         }
 
 
-def cells_of(batches: Sequence[int], contexts: Sequence[int], longest: int) -> tuple[list[Cell], list[Cell]]:
+def cells_of(batches: Sequence[int], contexts: Sequence[int], longest: int) -> list[Cell]:
     """Those that grow by the batch, and by the context; the last of these leaves room for the steps in a
     context of `longest` tokens. A cell that is in both is one."""
     room = longest - 2 * PAGE_TOKENS
-    return (
-        [Cell(batch, min(BATCHES_AT, room)) for batch in batches],
-        [Cell(1, context) for context in dict.fromkeys(min(context, room) for context in contexts)],
-    )
+    cells = [Cell(batch, min(BATCHES_AT, room)) for batch in batches]
+    return list(dict.fromkeys([*cells, *(Cell(1, min(context, room)) for context in contexts)]))
 
 
 def shown(grown: Mapping[Cell, Grown]) -> list[str]:
@@ -99,22 +96,21 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2f} ms"
 
 
-def picture(grown: Mapping[Cell, Grown], growths: tuple[Sequence[Cell], Sequence[Cell]]) -> list[Panel]:
-    """Milliseconds of a step over the batch, and over the context."""
-    by_batch, by_context = ([cell for cell in cells if cell in grown] for cells in growths)
-    panels = (
-        ("batch", by_batch, [cell.batch for cell in by_batch], f"context {by_batch[0].context:,}"),
-        ("context, tokens", by_context, [cell.context for cell in by_context], "batch 1"),
-    )
+def picture(figures: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """Milliseconds of a step over the batch, and over the context, from what `Grown.to_json` gives."""
+    by_batch = [one for one in figures if one["context"] == min(BATCHES_AT, _longest(figures))]
+    by_context = sorted((one for one in figures if one["batch"] == 1), key=lambda one: one["context"])
     return [
-        _panel(name, x, f"decoding, {title}", [grown[cell] for cell in cells])
-        for name, cells, x, title in panels
+        _panel(f"decoding, context {by_batch[0]['context']:,}", "batch", by_batch),
+        _panel("decoding, batch 1", "context", by_context),
     ]
 
 
-def _panel(x_name: str, x: Sequence[int], title: str, grown: Sequence[Grown]) -> Panel:
-    found = [one.to_json() for one in grown]
+def _longest(figures: Sequence[Mapping[str, Any]]) -> int:
+    return max(int(one["context"]) for one in figures)
 
+
+def _panel(title: str, over: str, found: Sequence[Mapping[str, Any]]) -> Panel:
     def ms(key: str) -> list[float]:
         return [1e3 * one[key] for one in found]
 
@@ -124,7 +120,7 @@ def _panel(x_name: str, x: Sequence[int], title: str, grown: Sequence[Grown]) ->
         Line("expected", ms("expected_s")),
         Line("measured, least to most", ms("measured_s"), between),
     )
-    return Panel(title, x_name, x, "a step, ms", lines)
+    return Panel(title, over, [one[over] for one in found], "a step, ms", lines)
 
 
 def _arguments() -> argparse.Namespace:
@@ -149,9 +145,10 @@ def main() -> int:
             raise ConfigError(f"--rounds is {chosen.rounds}; accepted: at least 1")
         if chosen.plot is not None:
             check_png(chosen.plot)
-        found, panels = run(chosen)
+        found = run(chosen)
         if chosen.plot is not None:
-            write_panels(f"{Path(chosen.model).name}: {found['machine']}", panels, chosen.plot)
+            title = f"{found['model']} {found['weights']}: {found['machine']}"
+            write_panels(title, picture(found["cells"]), chosen.plot)
     except RidgelineError as error:
         raise SystemExit(f"error: {error}") from None
     line = json.dumps(found)
@@ -161,17 +158,15 @@ def main() -> int:
     return 1 if found["beyond_limit"] and not chosen.smoke else 0
 
 
-def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], list[Panel]]:
-    """Measure and print the table; what was found, for JSON, and its panels."""
+def run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print the table; what was found, ready for JSON."""
     device = choose_device(chosen.device)
     config = EngineConfig(device=device, weights=chosen.weights, threads=chosen.threads)
     path = resolve(chosen.model)
     with open_model(path) as source:
         longest = source.spec.context
-    growths = cells_of(
-        BATCHES[:2] if chosen.smoke else BATCHES, CONTEXTS[:2] if chosen.smoke else CONTEXTS, longest
-    )
-    with timed_model(path, config, list(dict.fromkeys(itertools.chain(*growths)))) as timed:
+    batches, contexts = (BATCHES[:2], CONTEXTS[:2]) if chosen.smoke else (BATCHES, CONTEXTS)
+    with timed_model(path, config, cells_of(batches, contexts, longest)) as timed:
         timed.meter.warm()
         timed.meter.keep(timed.cells)
         rounds = 1 if chosen.smoke else chosen.rounds
@@ -179,7 +174,7 @@ def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], list[Panel]]:
         costs = timed.host.costs_of(timed.model.main_format)
     print("\n".join(shown(grown)), flush=True)
     figures = [one.to_json() for one in grown.values()]
-    found = {
+    return {
         "model": Path(chosen.model).name,
         "machine": timed.host.name,
         "weights": timed.model.main_format,
@@ -189,7 +184,6 @@ def run(chosen: argparse.Namespace) -> tuple[dict[str, Any], list[Panel]]:
         "worst_error": max((abs(one["error"]) for one in figures), default=None),
         "beyond_limit": [one for one in figures if abs(one["error"]) > LIMIT],
     }
-    return found, picture(grown, growths)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ def _draw(axes: Any, panel: Panel) -> None:
     axes.set_xticks(panel.x, [f"{x:,.0f}" for x in panel.x])
     axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
     axes.set_title(panel.title, fontsize=9)
     axes.grid(which="major", alpha=0.25)
     axes.legend(fontsize=8)
