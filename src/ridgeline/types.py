@@ -153,12 +153,36 @@ class SequenceRows(msgspec.Struct, frozen=True):
     `start + i` and stands at rotary position `first_position + start + i` of the last segment. `outputs`
     names the rows (ascending, counted from 0) whose logits, or a token drawn from them, are wanted; of a
     program that ends in hidden states, the rows whose hidden states are.
+
+    Where the rows are a tree of guesses, `parents` names for each the row before it that it follows, -1 the
+    slots before `start`. Such a row stands one position behind its parent, wherever its slot is, and sees of
+    the step's rows those of its path alone, each as if it lay where it stands: so the bits do not depend on
+    the tree. No parents are those of a chain.
     """
 
     tokens: Sequence[int]
     start: int
     segments: tuple[Segment, ...]
     outputs: Sequence[int]
+    parents: Sequence[int] = ()
+
+    @property
+    def depths(self) -> Sequence[int]:
+        """How far behind slot `start` each row stands. Raises ValueError for parents that make no tree, or
+        that are given where rows also see what follows them."""
+        rows = len(self.tokens)
+        if not self.parents:
+            return range(rows)
+        if len(self.parents) != rows:
+            raise ValueError(f"parents are {len(self.parents)}; accepted: {rows}, one of each row")
+        if not self.segments[-1].causal:
+            raise ValueError("parents are given in a segment that is not causal; accepted: a causal one")
+        depths: list[int] = []
+        for row, parent in enumerate(self.parents):
+            if not -1 <= parent < row:
+                raise ValueError(f"parents[{row}] is {parent}; accepted: -1 to {row - 1}")
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        return depths
 
 
 class Draw(msgspec.Struct, frozen=True):
@@ -233,6 +257,16 @@ class PageCopy:
     target: int
 
 
+@dataclass(frozen=True, slots=True)
+class SlotCopy:
+    """Copy all layers of single slots of a memory group, `sources[i]` to `targets[i]`, as if all were read
+    before any is written. Slot s of page p is number `p * PAGE_TOKENS + s`."""
+
+    group: int
+    sources: Sequence[int]
+    targets: Sequence[int]
+
+
 class HostPage:
     """Room outside of an executor's pools for one page, in the executor's own layout.
 
@@ -273,7 +307,7 @@ class PageFill:
     target: int
 
 
-Move = PageCopy | PageSpill | PageFill
+Move = PageCopy | SlotCopy | PageSpill | PageFill
 
 
 # ----------------------------------------------------------------------------------------- sampling
