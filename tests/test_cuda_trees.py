@@ -3,12 +3,13 @@ GPU its kernels run in Triton's interpreter, so trees are small."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from running import Loaded, load, relative_error
 from test_cuda_attention import CUT, SPLIT, WHOLE, Model, assert_close, expected, make, run, sequence
 from tiny_models import TinyModel
@@ -135,7 +136,9 @@ def alone(case, first: int, row: int) -> torch.Tensor:  # type: ignore[no-untype
     chain = StepArrays.of(Step((sequence(start + len(path) - 1, 1, others, firsts[segment]),)), 1)
     tables = case.tables[int(arrays.table_begin[arrays.segment_begin[index]]) :]
     query = case.query[first + row : first + row + 1]
-    lone = replace(case, arrays=chain, query=query, pool=pool, pool_scales=scales, tables=tables.contiguous())
+    lone = dataclasses.replace(
+        case, arrays=chain, query=query, pool=pool, pool_scales=scales, tables=tables.contiguous()
+    )
     return expected(lone, WHOLE)[0]
 
 

@@ -17,6 +17,8 @@ from ridgeline.config import PAGE_TOKENS
 from ridgeline.model.spec import RopeSpec
 from ridgeline.types import Float32Array, Int32Array, Segment, Step
 
+_NO_PARENTS: Int32Array = np.empty(0, np.int32)
+
 
 class StepArrays(msgspec.Struct, frozen=True, eq=False):
     """Rows in order, grouped by sequence; segments in order, grouped by sequence.
@@ -122,6 +124,7 @@ class StepArrays(msgspec.Struct, frozen=True, eq=False):
             row_sequence=numbers[:-1],
             sequence_row_begin=numbers,
             output_rows=numbers[:-1],
+            parents=_NO_PARENTS,
             segment_begin=numbers,
             segment_length=lengths,
             segment_first_position=np.array(firsts, np.int32) if moved else usual.zeros,
