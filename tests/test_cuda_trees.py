@@ -134,7 +134,7 @@ def alone(case, first: int, row: int) -> torch.Tensor:  # type: ignore[no-untype
     biases, before = arrays.segment_bias.tolist(), range(arrays.segment_begin[index], segment)
     others = [(lengths[s], firsts[s], biases[s], True) for s in before]
     chain = StepArrays.of(Step((sequence(start + len(path) - 1, 1, others, firsts[segment]),)), 1)
-    tables = case.tables[int(arrays.table_begin[arrays.segment_begin[index]]) :]
+    tables = case.tables[int(arrays.table_begin[arrays.segment_begin[index]]) :].contiguous()
     query = case.query[first + row : first + row + 1]
     lone = dataclasses.replace(
         case, arrays=chain, query=query, pool=pool, pool_scales=scales, tables=tables.contiguous()
