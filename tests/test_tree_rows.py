@@ -4,13 +4,13 @@ a path by copying its slots leaves the memory that running it would have left.""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from native_oracles import LEVELS, Part, Rows, ints
 from running import PAGES, Loaded, load, relative_error
 from test_native_attention import NAN, SHAPES, Harness, Shape, make_tokens

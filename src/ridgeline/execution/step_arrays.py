@@ -17,6 +17,8 @@ from ridgeline.config import PAGE_TOKENS
 from ridgeline.model.spec import RopeSpec
 from ridgeline.types import Float32Array, Int32Array, Segment, Step
 
+_NO_PARENTS: Int32Array = np.empty(0, np.int32)
+
 
 class StepArrays(msgspec.Struct, frozen=True, eq=False):
     """Rows in order, grouped by sequence; segments in order, grouped by sequence.
@@ -154,9 +156,6 @@ class StepArrays(msgspec.Struct, frozen=True, eq=False):
             row = int(self.parents[row])
         slots: Int32Array = self.slots[path[::-1]]
         return slots
-
-
-_NO_PARENTS = np.empty(0, np.int32)
 
 
 def _parents(step: Step) -> list[int]:
