@@ -31,6 +31,8 @@ from ridgeline.cache.names import KEY_BYTES, key_of, name_on, root_name
 from ridgeline.cache.radix import Scope
 from ridgeline.cache.radix import key_of as spelled
 from ridgeline.model.checkpoint import files
+from ridgeline.resources import probe
+from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.transfers import FetchChoice
 from ridgeline.types import ConfigError, HostPage, Move, Request, SamplingParams
 
@@ -360,33 +362,63 @@ def test_the_thread_outlives_what_goes_wrong(tmp_path: Path, monkeypatch: pytest
 
 def test_fetching_pays_where_it_is_faster() -> None:
     choice = FetchChoice()
-    assert choice.pays({"disk": 100}, 10), "nothing was measured yet"
+    assert choice.pays({"disk": 100}, 0.05), "nothing was measured yet"
     choice.link("disk").observe(1000, 1.0)
-    assert choice.pays({"disk": 100}, 10), "nor was computing"
-    choice.computing.observe(200, 1.0)
-    assert not choice.pays({"disk": 100}, 10), "0.1 s of reading for 0.05 s of computing"
-    assert choice.pays({"disk": 100}, 30)
-    assert choice.pays({"disk": 100}, 10, compute_s=1.0), "a model of steps knows better"
-    assert choice.pays({"memory": 100}, 10), "never measured"
-    assert choice.pays({}, 10)
-    assert sum(choice.pays({"disk": 100}, 10) for _ in range(64)) in (3, 4), "tried again now and then"
+    assert not choice.pays({"disk": 100}, 0.05), "0.1 s of reading for 0.05 s of computing"
+    assert choice.pays({"disk": 100}, 0.15)
+    assert choice.pays({"disk": 100}, None), "what computing takes is not known"
+    assert choice.pays({"memory": 100}, 0.05), "never measured"
+    assert choice.pays({}, 0.05)
+    assert sum(choice.pays({"disk": 100}, 0.05) for _ in range(64)) in (3, 4), "tried again now and then"
     for _ in range(9):
         choice.link("disk").observe(1e6, 1.0)
     choice.link("disk").observe(10, 1.0)  # once, the machine was busy elsewhere
-    assert choice.pays({"disk": 100}, 10)
-    choice.computing.observe(0, 1.0)
-    choice.computing.observe(1, 0.0)
-    assert choice.computing.per_s == 200
+    assert choice.pays({"disk": 100}, 0.05)
+    choice.link("disk").observe(0, 1.0)
+    choice.link("disk").observe(1, 0.0)
+    assert choice.link("disk").per_s == 1e6
+
+
+def test_what_is_fetched_goes_to_the_device_in_the_end() -> None:
+    choice = FetchChoice(device_bytes_per_s=1000.0)
+    for link in ("disk", "memory"):
+        choice.link(link).observe(1e9, 1.0)
+    assert choice.pays({"disk": 100, "memory": 100}, 0.25)
+    assert not choice.pays({"disk": 100, "memory": 100}, 0.15), "0.2 s on the way to the device"
 
 
 def test_what_does_not_pay_is_computed(tmp_path: Path) -> None:
     keep(tmp_path)
-    engine = tiered_engine(tmp_path)
-    choice = engine.scheduler.cache.tiers.ladder.choice
-    choice.link("disk").observe(1, 1000.0)
-    choice.computing.observe(1000, 1.0)
-    assert finish(engine, Request("a", text(200), GREEDY)).cached_tokens == 0
-    engine.close()
+    asked: list[tuple[int, int]] = []
+
+    def compute_s(begin: int, end: int) -> float:
+        asked.append((begin, end))
+        return 1.0
+
+    for disk_s, found in ((1e6, 0), (1e-6, 192)):
+        engine = tiered_engine(tmp_path, compute_s=compute_s)
+        engine.scheduler.cache.tiers.ladder.choice.link("disk").observe(1, disk_s)
+        assert finish(engine, Request("a", text(200), GREEDY)).cached_tokens == found
+        engine.close()
+    assert asked[0] == asked[-1] == (0, 192)
+
+
+def test_a_known_machine_predicts_what_computing_takes(
+    tiny: Callable[[str], TinyModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ceilings = Ceilings(20e9, 500e9, 300e9, 200e9, 1, "portable", "made up", "2026-01-01T00:00:00+00:00")
+    monkeypatch.setattr(files, "_SETTLED_S", -60.0)
+    monkeypatch.setattr(probe, "known_ceilings", lambda *args, **more: ceilings)
+    prompt = [(7 * index) % 50 for index in range(100)]
+    options = {"max_model_len": 256, "cache_dir": str(tmp_path), "measured_budget": False}
+    for disk_s, found in ((1.0, 0), (1.0, 0), (1e-12, 96)):
+        with LLM(str(tiny("llama").folder), max_num_batched_tokens=64, **options) as llm:
+            tiers = llm.loaded.engine.scheduler.cache.tiers
+            tiers.ladder.choice.link("disk").observe(1, disk_s)
+            (output,) = llm.generate([prompt], GREEDY)
+            expected_s = tiers._compute_s(0, 96)
+            assert 0 < tiers._compute_s(80, 96) < expected_s < 1
+        assert output.cached_tokens == found
 
 
 # --------------------------------------------------------------------------------- a model's engine

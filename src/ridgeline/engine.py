@@ -399,9 +399,6 @@ class Engine:
         rows = plan.step.rows
         decode = len(plan.sequences) == rows and not plan.pooled
         (self.stats.decode if decode else self.stats.prefill).add(rows, result)
-        tiers = self.scheduler.cache.tiers
-        if tiers is not None and not decode:
-            tiers.computed(rows, result.elapsed_s)
         advanced: dict[str, RequestState] = {}
         for sequence, position, sample in zip(plan.sampled, plan.positions, sampled, strict=True):
             if sequence.arrival not in self._owners:

@@ -21,8 +21,6 @@ FETCH_BYTES = 32 << 20
 """About as much is fetched at once: what comes up is copied into the pools before one step."""
 SAVE_BYTES = 8 << 20
 """So much is copied out of the pools in a moment without work."""
-_TELLING_TOKENS = 128
-"""Steps of fewer tokens are not how prompts that are worth fetching are read."""
 
 Places = list[tuple[int, int]]
 """Page of tokens and memory group of each page that is fetched."""
@@ -50,7 +48,8 @@ class Fetching:
 class Tiers:
     """Owns the ladder. `identity` stands for all that makes pages of one engine useless to another.
 
-    `compute_s(begin, end)` predicts how long it takes to compute tokens; without it, past steps tell.
+    `compute_s(begin, end)` predicts how long it takes to compute these tokens of a sequence. Without it, as
+    on a machine that nobody has measured, what is there is fetched.
     """
 
     def __init__(
@@ -161,11 +160,6 @@ class Tiers:
                 del self._fetching[fetching.name]
         return fetching
 
-    def computed(self, tokens: int, elapsed_s: float) -> None:
-        """A step has read so many tokens of prompts."""
-        if tokens >= _TELLING_TOKENS:
-            self.ladder.choice.computing.observe(tokens, elapsed_s)
-
     def wait(self, timeout_s: float) -> None:
         """Until something that was fetched is there, if anything is fetched."""
         if self._fetching:
@@ -213,9 +207,10 @@ class Tiers:
             link = self.ladder.link(key_of(_nth(names, place - begin), group))
             if link is not None:
                 nbytes[link] = nbytes.get(link, 0) + self.ladder.page_bytes[group]
-        tokens = (begin * PAGE_TOKENS, end * PAGE_TOKENS)
-        compute_s = None if self._compute_s is None else self._compute_s(*tokens)
-        return self.ladder.choice.pays(nbytes, tokens[1] - tokens[0], compute_s)
+        compute_s = None
+        if self._compute_s is not None:
+            compute_s = self._compute_s(begin * PAGE_TOKENS, end * PAGE_TOKENS)
+        return self.ladder.choice.pays(nbytes, compute_s)
 
     def check_integrity(self, sequences: Sequence[SequencePages]) -> None:
         """Raise AssertionError unless the fetches are those of `sequences`."""
