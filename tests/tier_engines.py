@@ -56,15 +56,18 @@ def tiered_engine(
     queue_bytes: int = 1 << 20,
     in_turns: bool = False,
     compute_s: Callable[[int, int], float] | None = None,
+    choice: FetchChoice | None = None,
     **options: Any,
 ) -> Engine:
     """An engine whose pages go to host memory, where it may take `memory_bytes`, and to `folder`; with
-    `in_turns`, when `LadderInTurns` is told to. `compute_s` predicts what computing takes."""
+    `in_turns`, when `LadderInTurns` is told to. `compute_s` predicts what computing takes, and `choice`
+    chooses by it; that of `in_turns` is `SomeChoice`."""
     executor = executor or FakeExecutor()
     memory = None if memory_bytes is None else MemoryTier(memory_bytes)
     disk = None if folder is None else DiskTier(folder, disk_bytes)
     kind = LadderInTurns if in_turns else Ladder
-    choice = SomeChoice() if in_turns else None
+    if choice is None and in_turns:
+        choice = SomeChoice()
     ladder = kind(executor.host_page_bytes, memory, disk, choice, queue_bytes)
     tiers = Tiers(ladder, identity, executor.windows, compute_s)
     return make_engine(executor, tiers=tiers, **{"max_num_batched_tokens": 256, **options})

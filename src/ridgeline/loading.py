@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ridgeline.config import PAGE_TOKENS, EngineConfig
+from ridgeline.config import PAGE_TOKENS, EngineConfig, pages_for
 from ridgeline.types import (
     CapacityError,
     ConfigError,
@@ -354,7 +354,7 @@ def lower_tiers(
     if not program.groups or (config.cache_dir is None and config.cache_memory_bytes is None):
         return None
     from ridgeline.cache.disk import DiskTier
-    from ridgeline.cache.ladder import Ladder
+    from ridgeline.cache.ladder import QUEUE_BYTES, Ladder
     from ridgeline.cache.memory import MemoryTier
     from ridgeline.cache.tiers import Tiers
     from ridgeline.resources.installation import build_digest
@@ -378,7 +378,10 @@ def lower_tiers(
     identity = hashlib.sha256(repr(parts).encode()).digest()
     windows = tuple(group.window for group in program.groups)
     choice = FetchChoice(0.0 if ceilings is None else ceilings.host_to_device_bytes_per_s)
-    ladder = Ladder(executor.host_page_bytes, memory, disk, choice)
+    # What one step evicts, for as many rows and a page more for each sequence, must find room at once.
+    step_pages = pages_for(config.max_num_batched_tokens) + config.max_num_seqs
+    queue_bytes = max(QUEUE_BYTES, step_pages * sum(executor.host_page_bytes))
+    ladder = Ladder(executor.host_page_bytes, memory, disk, choice, queue_bytes)
     compute_s = None
     if pace is not None:
         compute_s = partial(pace.computing_s, at_once=config.max_num_batched_tokens)
