@@ -457,8 +457,8 @@ def test_a_model_that_changed_a_moment_ago_is_not_kept(
 # ------------------------------------------------------------------------------- anything, in any order
 
 OPERATIONS = settings(
-    max_examples=80,
-    stateful_step_count=70,
+    max_examples=110,
+    stateful_step_count=130,
     deadline=None,
     derandomize=True,
     database=None,
@@ -482,12 +482,16 @@ class TierMachine(CacheMachine):
         self.folder = Path(self._folder.name)
 
     @initialize(
-        kind=st.sampled_from(sorted(GROUPS)), memory=st.sampled_from([None, 0, 5, 100]), late=st.booleans()
+        kind=st.sampled_from(sorted(GROUPS)),
+        memory=st.sampled_from([None, 0, 5, 100]),
+        disk=st.sampled_from([12, 40, 1000]),
+        late=st.booleans(),
     )
-    def begin(self, kind: str, memory: int | None, late: bool) -> None:
+    def begin(self, kind: str, memory: int | None, disk: int, late: bool) -> None:
         self.patch.setattr(FakeExecutor, "asynchronous", late)
         self.kind = kind
         self.memory_bytes = None if memory is None else memory * PAGE_BYTES
+        self.disk_bytes = disk * (PAGE_BYTES + HEADER_BYTES)
         self.alone = self._alone
         self._start()
 
@@ -496,6 +500,7 @@ class TierMachine(CacheMachine):
             self.folder,
             FakeExecutor(*GROUPS[self.kind]),
             memory_bytes=self.memory_bytes,
+            disk_bytes=self.disk_bytes,
             queue_bytes=8 * PAGE_BYTES,
             in_turns=True,
             max_num_seqs=6,
@@ -518,6 +523,7 @@ class TierMachine(CacheMachine):
         at=st.integers(0, 400),
     )
     def restart(self, which: int, count: int, harm: str, at: int) -> None:
+        self.done["preemptions"] += self.engine.scheduler.preemptions
         self._end()
         self.open.clear()
         self._harm(which, at, harm)
@@ -574,7 +580,11 @@ class TierMachine(CacheMachine):
         self._folder.cleanup()
 
 
-def test_restarts_and_harm_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_thousand_operations_with_tiers_restarts_and_harm_change_no_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Everything at once: chunks, pools of a tenth of what is asked for, preemptions, classes, aborts, tiny
+    tiers of both kinds, and engines that end and begin again on what the last one left."""
     TierMachine.patch = monkeypatch
     TierMachine.done, TierMachine.known = Counter(), {}
     filled: Counter[str] = Counter()
@@ -587,8 +597,10 @@ def test_restarts_and_harm_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(FakeExecutor, "transfer", counted)
     run_state_machine_as_test(TierMachine, settings=OPERATIONS)
     done = TierMachine.done
-    assert done["operations"] > 3000, done
-    assert done["harms"] > 30, done
-    assert done["finished"] > 150, done
-    assert filled["PageFill"] > 100, filled
-    assert filled["PageSpill"] > 400, filled
+    assert done["operations"] >= 10_000, done
+    assert done["finished"] > 500, done
+    assert done["preemptions"] > 50, done
+    assert done["aborts"] > 200, done
+    assert done["harms"] > 100, done
+    assert filled["PageFill"] > 150, filled
+    assert filled["PageSpill"] > 800, filled
