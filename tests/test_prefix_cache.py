@@ -18,6 +18,7 @@ from hypothesis.stateful import initialize, run_state_machine_as_test
 from tiny_models import VOCABULARY, TinyModel, pool_bytes
 
 from ridgeline import LLM
+from ridgeline.cache.kv import KVCache
 from ridgeline.config import PAGE_TOKENS, EngineConfig
 from ridgeline.engine import Engine
 from ridgeline.loading import load_engine
@@ -235,6 +236,27 @@ def test_roots_of_salts_are_dropped_with_their_pages() -> None:
     assert tree is not None
     assert len(tree._tree._roots) <= 4
     engine.scheduler.check_integrity()
+
+
+def test_a_copy_for_nobody_is_not_made() -> None:
+    """Its source, which the tree keeps, must not become evictable behind what is before it."""
+    cache, prompt = KVCache((None,), (5,), prefix_caching=True), text(48)
+    leader, sample = cache.new_sequence(), cache.new_sequence()
+    assert cache.grow(leader, 48)
+    cache.store(leader, prompt, 32)
+    assert cache.restore(sample, prompt, 0, 47, leader) == 47
+    (copy,) = cache.moves
+    assert cache.pools[0].users(copy.source) == 2
+    cache.store(leader, prompt, 48)
+    cache.release(leader)
+    cache.release(sample)
+    assert cache.moves == ()
+    cache.moved()
+    cache.check_integrity([])
+    assert cache.pools[0].free_pages == 5
+    for pages in range(1, 6):
+        assert cache.grow(sample, pages * PAGE_TOKENS)  # which evicts all, one by one
+        cache.check_integrity([sample])
 
 
 # ------------------------------------------------------------------------------- anything, in any order
