@@ -30,6 +30,7 @@ from ridgeline.cache.memory import MemoryTier
 from ridgeline.cache.names import KEY_BYTES, key_of, name_on, root_name
 from ridgeline.cache.radix import Scope
 from ridgeline.cache.radix import key_of as spelled
+from ridgeline.config import PAGE_TOKENS
 from ridgeline.model.checkpoint import files
 from ridgeline.resources import probe
 from ridgeline.resources.ceilings import Ceilings
@@ -86,6 +87,39 @@ def test_evicted_pages_come_back(
             assert contents(output) == alone(request)
             engine.scheduler.check_integrity()
             engine.scheduler.cache.tiers.ladder.drain(10.0)
+    engine.close()
+
+
+def test_what_becomes_of_pages_is_counted(tmp_path: Path) -> None:
+    page_file = HEADER_BYTES + PAGE_BYTES
+    engine = tiered_engine(tmp_path, FakeExecutor(pages=(14,)), memory_bytes=4 * PAGE_BYTES)
+    tiers = engine.scheduler.cache.tiers
+    for first in range(2):
+        finish(engine, Request("a", text(150, first), GREEDY))
+        settle(engine)
+    record = tiers.record()
+    assert (record.fetched_tokens, record.misses, record.declined) == (0, 2, 0)
+    assert (record.spilled_pages, record.dropped_pages, record.damaged_pages) == (18, 0, 0)
+    memory, disk = record.tiers
+    assert (memory.name, memory.pages, memory.bytes) == ("memory", 4, 4 * PAGE_BYTES)
+    assert (disk.name, disk.pages, disk.bytes) == ("disk", 18, 18 * page_file)
+    assert memory.fetched_pages == disk.fetched_pages == 0
+    assert finish(engine, Request("a", text(150), GREEDY)).cached_tokens == 144
+    record = tiers.record()
+    fetched = sum(tier.fetched_pages for tier in record.tiers)
+    assert 0 < record.fetched_tokens == fetched * PAGE_TOKENS <= 144
+    assert record.tiers[1].fetch_seconds > 0
+    engine.close()
+    for path in files_of(tmp_path):
+        flip(path, -1)
+    slow = tiered_engine(tmp_path, compute_s=lambda begin, end: 1e-9)
+    slow.scheduler.cache.tiers.ladder.choice.link("disk").observe(1, 1.0)
+    assert finish(slow, Request("a", text(150), GREEDY)).cached_tokens == 0
+    assert slow.scheduler.cache.tiers.record().declined == 1
+    slow.close()
+    engine = tiered_engine(tmp_path)
+    finish(engine, Request("a", text(150), GREEDY))
+    assert engine.scheduler.cache.tiers.record().damaged_pages == 1
     engine.close()
 
 
@@ -149,6 +183,9 @@ def test_a_full_queue_lets_go_of_pages(tmp_path: Path, monkeypatch: pytest.Monke
     held.set()
     assert engine.scheduler.cache.tiers.ladder.drain(10.0)
     assert len(files_of(tmp_path)) == 3
+    record = engine.scheduler.cache.tiers.record()
+    assert record.spilled_pages == 3
+    assert record.dropped_pages > 10
     engine.close()
 
 

@@ -208,6 +208,7 @@ class KVCache:
         whole = tokens // PAGE_TOKENS
         if whole <= begin:
             return 0
+        self.tiers.fetched_tokens += tokens - begin * PAGE_TOKENS
         self._cut(pages, begin)
         self.trim(pages, tokens)
         for group, (pool, table) in enumerate(zip(self.pools, pages.tables, strict=True)):

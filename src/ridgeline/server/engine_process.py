@@ -156,6 +156,7 @@ class EngineWorker:
             running=len(running),
             waiting=len(scheduler.waiting),
             kv_used=scheduler.cache.usage,
+            tiers=None if scheduler.cache.tiers is None else scheduler.cache.tiers.record(),
         )
 
     def new_steps(self) -> Iterator[Steps]:

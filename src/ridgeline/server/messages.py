@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from ridgeline.records import StepRecord
+from ridgeline.records import StepRecord, TiersRecord
 from ridgeline.types import PoolingParams, SamplingParams, ServiceClass, TokenLogprobs
 
 MAX_FRAME_BYTES = 64 << 20
@@ -182,6 +182,7 @@ class Pulse(Message, frozen=True):
     running: int
     waiting: int
     kv_used: float  # share of the pages
+    tiers: TiersRecord | None = None  # of the KV cache, where there are any
 
 
 class Steps(Message, frozen=True):
