@@ -11,7 +11,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ridgeline.config import PAGE_TOKENS, EngineConfig, pages_for
 from ridgeline.types import (
@@ -21,6 +21,7 @@ from ridgeline.types import (
     RequestOutput,
     RidgelineError,
     SamplingParams,
+    ServiceClass,
 )
 
 if TYPE_CHECKING:
@@ -109,6 +110,14 @@ class LoadedFace:
     def stats(self) -> EngineStats:
         """Steps, time and work so far."""
         return self._loaded.engine.stats
+
+
+class Sender(NamedTuple):
+    """Whose requests are, and what for: what a `Request` has behind its parameters."""
+
+    cache_salt: str
+    service_class: ServiceClass
+    tenant: str
 
 
 def text_of(prompt: Prompt) -> str | None:
