@@ -206,6 +206,14 @@ def taken_s(pace: Pace, plan: Any) -> float:
     return pace.seconds(StepLoad.of(plan.step, pace.groups))
 
 
+def test_computing_is_what_it_adds_to_the_row_behind_it() -> None:
+    pace = pace_of(0.01, 0.001)
+    assert pace.computing_s(0, 32, 512) == pytest.approx(0.032)
+    assert pace.computing_s(64, 128, 65) == pytest.approx(0.064)
+    assert pace.computing_s(64, 128, 64) == pytest.approx(0.064 + 0.01), "two steps"
+    assert pace_of(0.0, 0.0, 1.0).computing_s(2, 4, 8) == pytest.approx(3 + 4)
+
+
 def test_a_step_is_as_long_as_streams_of_its_class_can_wait() -> None:
     pace = pace_of(0.01, 0.001, 0.000001)
     run = Run(seqs=8, tokens=512, pace=pace)

@@ -401,9 +401,6 @@ class Engine:
         rows = plan.step.rows
         decode = len(plan.sequences) == rows - plan.guesses and not plan.pooled
         (self.stats.decode if decode else self.stats.prefill).add(rows, result)
-        tiers = self.scheduler.cache.tiers
-        if tiers is not None and not decode:
-            tiers.computed(rows, result.elapsed_s)
         advanced: dict[str, RequestState] = {}
         accepted = self._follow(plan, result, sampled) if plan.drafted else 0
         self.steps.add(plan, result, now_s, accepted)

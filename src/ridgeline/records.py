@@ -1,4 +1,4 @@
-"""What is told of a step when it is over, and the recent ones of them."""
+"""What is told of a step when it is over, and the recent ones of them; and of the cache's lower tiers."""
 
 from __future__ import annotations
 
@@ -72,6 +72,34 @@ class DraftTotals(msgspec.Struct):
     def tokens_per_pass(self) -> float:
         """Tokens that a sequence gained in one pass that verified a draft; 1 where there was none."""
         return 1 + self.accepted / self.passes if self.passes else 1.0
+
+
+class TierRecord(msgspec.Struct, frozen=True):
+    """What a lower tier of the KV cache holds, and what came up from it since the engine was made.
+    `fetch_seconds` is the time in which it was read."""
+
+    name: str
+    pages: int
+    bytes: int
+    fetched_pages: int
+    fetch_seconds: float
+
+
+class TiersRecord(msgspec.Struct, frozen=True):
+    """The lower tiers, the upper one first, and what became of pages since the engine was made.
+
+    For `fetched_tokens` nothing had to be computed. `misses` counts the looks for a prompt's next pages, one
+    for each chunk at most, that found none below, and `declined` those that found some which are computed
+    sooner. Pages were spilled to the tiers, dropped because too many were on their way, or found damaged.
+    """
+
+    tiers: tuple[TierRecord, ...]
+    fetched_tokens: int
+    misses: int
+    declined: int
+    spilled_pages: int
+    dropped_pages: int
+    damaged_pages: int
 
 
 class Recent(Generic[T]):

@@ -172,6 +172,15 @@ class KVCache:
         """What was to be compacted and is not needed any more."""
         self._moves = [move for move in self._moves if not isinstance(move, SlotCopy)]
 
+    def _cancel(self, group: int, pages: Sequence[int]) -> None:
+        """Copies to these pages, which are given back, are not made. Their sources are let go of first: they
+        may be in the tree, where nothing is evictable before what is behind it."""
+        given = set(pages)
+        for move in list(self._moves):
+            if isinstance(move, PageCopy) and move.group == group and move.target in given:
+                self._moves.remove(move)
+                self.pools[group].free([move.source])
+
     def moved(self) -> None:
         """The moves are launched."""
         for move in self._moves:
@@ -219,6 +228,7 @@ class KVCache:
         whole = tokens // PAGE_TOKENS
         if whole <= begin:
             return 0
+        self.tiers.fetched_tokens += tokens - begin * PAGE_TOKENS
         self._cut(pages, begin)
         self.trim(pages, tokens)
         for group, (pool, table) in enumerate(zip(self.pools, pages.tables, strict=True)):
@@ -304,6 +314,8 @@ class KVCache:
             return
         for group, (pool, table) in enumerate(zip(self.pools, pages.tables, strict=True)):
             live = max(pages.first_live[group], length)
+            if self._moves:
+                self._cancel(group, table[live:])
             pool.free(table[live:][::-1])
             del table[length:]
             pages.first_live[group] = min(pages.first_live[group], length)

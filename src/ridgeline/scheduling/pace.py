@@ -52,6 +52,13 @@ class Pace:
         """What a step of this load will take."""
         return self.times.predict(self.work.parts(load)).seconds
 
+    def computing_s(self, begin: int, end: int, at_once: int) -> float:
+        """What it takes to compute a sequence's tokens from `begin` to `end` and the one behind them, as many
+        as `at_once` in a step, beyond what that one takes: it is run in any case."""
+        starts = range(begin, end + 1, at_once)
+        loads = [self.load_of(start, min(at_once, end + 1 - start), 1) for start in starts]
+        return max(sum(map(self.seconds, loads)) - self.seconds(self.load_of(end, 1, 1)), 0.0)
+
     def load_of(self, start: int, rows: int, outputs: int) -> StepLoad:
         """The load of a sequence's next rows."""
         segment = Segment(((),) * len(self.groups), start + rows)

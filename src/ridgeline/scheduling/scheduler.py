@@ -10,9 +10,11 @@ Every class that runs gets on in every step: no ready decode of the highest clas
 lower ones keep a share, of the step's tokens and, where there is a `pace`, of its time. Where that is not
 enough for all decodes of a lower class, those that have waited for the longest are next.
 
-Seats and pages are kept by rank (`preemption`): a preempted sequence loses its pages and keeps its tokens;
-what the prefix cache does not keep of it is computed again. Nobody waits for ever: those that are passed by
-too often, or give way too often, become overdue and rank first, the oldest of all.
+Seats and pages are kept by rank (`preemption`): a preempted sequence loses its pages and keeps its tokens.
+Its pages stay in the prefix cache until they are needed, and then go to a lower tier, if there is one. When
+it has a seat again they come back, where that is predicted to be faster than computing; meanwhile it keeps
+the seat, and no newcomer gets the room that it needs. Nobody waits for ever: those that are passed by too
+often, or give way too often, become overdue and rank first, the oldest of all.
 
 Where logits are wanted of many rows, a step has so few of them that their memory stays bounded: chunks are
 shortened, or wait. Sequences whose prompt is pooled run through another program than those that go on; where
@@ -450,7 +452,11 @@ class Scheduler:
         self.waiting.push(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        """Take a sequence's pages away; the cache keeps those that are full of known tokens."""
+        """Take a sequence's pages away; the cache keeps those that are full of known tokens.
+
+        The last one, full in part, is let go of: its rows are fewer than a page has, and run beside the next
+        one, which has to be run in any case, in a step that takes hardly longer for them.
+        """
         in_place = self._moving.pop(sequence.arrival, sequence.computed)
         self.cache.store(sequence.pages, sequence.token_ids, min(sequence.computed, in_place))
         self.cache.release(sequence.pages)

@@ -158,6 +158,7 @@ class EngineWorker:
             waiting=len(scheduler.waiting),
             kv_used=scheduler.cache.usage,
             drafters={} if scheduler.drafting is None else scheduler.drafting.totals,
+            tiers=None if scheduler.cache.tiers is None else scheduler.cache.tiers.record(),
         )
 
     def new_steps(self) -> Iterator[Steps]:

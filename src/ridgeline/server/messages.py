@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from ridgeline.records import DraftTotals, StepRecord
+from ridgeline.records import DraftTotals, StepRecord, TiersRecord
 from ridgeline.types import PoolingParams, SamplingParams, ServiceClass, TokenLogprobs
 
 MAX_FRAME_BYTES = 64 << 20
@@ -183,6 +183,7 @@ class Pulse(Message, frozen=True):
     waiting: int
     kv_used: float  # share of the pages
     drafters: dict[str, DraftTotals] = {}  # by their names
+    tiers: TiersRecord | None = None  # of the KV cache, where there are any
 
 
 class Steps(Message, frozen=True):

@@ -35,6 +35,7 @@ from ridgeline.server.messages import (
     Steps,
 )
 from ridgeline.server.step_metrics import StepMetrics
+from ridgeline.server.tier_metrics import TierMetrics
 
 _TTFT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60)
 _ITL_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2)
@@ -75,6 +76,8 @@ class Metrics:
         self._define_requests()
         self._define_http()
         self._step_metrics = StepMetrics(self.registry, self._energy_source)
+        self._tier_metrics = TierMetrics()
+        self.registry.register(self._tier_metrics)
         ProcessCollector(registry=self.registry)
         self.registry.register(_State(client, model, version))
 
@@ -146,6 +149,7 @@ class Metrics:
         elif isinstance(message, Pulse):
             self._engine_steps.inc(max(0, message.steps - self._steps))
             self._steps = message.steps
+            self._tier_metrics.take(message.tiers)
         elif isinstance(message, Steps):
             self._step_metrics.take(message.records)
         elif isinstance(message, Embedded):
@@ -158,6 +162,7 @@ class Metrics:
             self._end_badly(message.id, "aborted")
         elif isinstance(message, Failed):
             self._steps = 0
+            self._tier_metrics.end()
             for number in list(self._lives):
                 self._end_badly(number, "engine_stopped")
 
