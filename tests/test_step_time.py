@@ -80,11 +80,28 @@ def test_correction_learns_each_regime_apart() -> None:
     for _ in range(50):
         learning.observe(DECODE, 1.4 * first)
     assert learning.predict(DECODE).seconds == pytest.approx(1.4 * first, rel=0.02)
-    assert learning.predict(PREFILL).seconds == other
+    assert learning.predict(PREFILL).seconds == pytest.approx(1.4 * other, rel=0.02), "nothing else is known"
     for _ in range(50):
         learning.observe(PREFILL, 0.8 * other)
     assert learning.predict(DECODE).seconds == pytest.approx(1.4 * first, rel=0.02)
     assert learning.predict(PREFILL).seconds == pytest.approx(0.8 * other, rel=0.02)
+
+
+@pytest.mark.parametrize("slower", [0.6, 1.8])
+def test_each_regime_follows_a_machine_that_only_the_other_has_seen(slower: float) -> None:
+    learning = model()
+    first, other = (learning.predict(work).seconds for work in (DECODE, PREFILL))
+    for _ in range(30):
+        learning.observe(DECODE, 1.3 * first)
+        learning.observe(PREFILL, 0.8 * other)
+    for work, alone_s in ((PREFILL, 0.8 * other), (DECODE, 1.3 * first)):
+        assert learning.predict(work).seconds == pytest.approx(alone_s, rel=0.01)
+    for _ in range(60):
+        learning.observe(PREFILL, slower * 0.8 * other)
+    assert learning.predict(DECODE).seconds == pytest.approx(slower * 1.3 * first, rel=0.08)
+    for _ in range(60):
+        learning.observe(DECODE, 1.3 * first)
+    assert learning.predict(PREFILL).seconds == pytest.approx(0.8 * other, rel=0.13)
 
 
 def test_slow_steps_move_little() -> None:

@@ -33,7 +33,9 @@ class Prediction(msgspec.Struct, frozen=True):
 class StepTimeModel:
     """Predicts steps on one machine, and corrects itself by those that were measured.
 
-    Steps with one row per sequence and others are corrected apart. Not safe for concurrent use.
+    Steps with one row per sequence and others are corrected apart, but for how fast the machine is just now:
+    that each kind learns from the other too, as there may be none of it for long. Not safe for concurrent
+    use.
     """
 
     def __init__(self, limits: Limits, costs: StepCosts) -> None:
@@ -53,16 +55,16 @@ class StepTimeModel:
     def predict(self, work: StepWork) -> Prediction:
         """What to expect of a step, corrected by the steps that were observed."""
         seconds, bound = self._uncorrected(work)
-        return Prediction(seconds * self._regime(work).factor, bound)
+        return Prediction(seconds * self._regimes_of(work)[0].factor, bound)
 
     def observe(self, work: StepWork, elapsed_s: float) -> Prediction:
         """Take in what a step took, and say what was to be expected. Times that are no positive number are
         passed over."""
         seconds, bound = self._uncorrected(work)
-        regime = self._regime(work)
-        expected = Prediction(seconds * regime.factor, bound)
+        own, other = self._regimes_of(work)
+        expected = Prediction(seconds * own.factor, bound)
         if 0 < elapsed_s < math.inf:
-            regime.observe(min(max(elapsed_s / seconds, 1e-6), 1e6))
+            own.learn(min(max(elapsed_s / seconds, 1e-6), 1e6), other)
         return expected
 
     @property
@@ -72,8 +74,10 @@ class StepTimeModel:
         errors = [error for regime in self._regimes for error in regime.errors]
         return median(errors) if errors else 0.0
 
-    def _regime(self, work: StepWork) -> _Regime:
-        return self._regimes[work.rows > work.sequences]
+    def _regimes_of(self, work: StepWork) -> tuple[_Regime, _Regime]:
+        """The step's own, and the other one."""
+        decodes, others = self._regimes
+        return (others, decodes) if work.rows > work.sequences else (decodes, others)
 
     def _uncorrected(self, work: StepWork) -> tuple[float, Bound]:
         costs, dense, attention = self.costs, work.dense, work.attention
@@ -103,6 +107,10 @@ def _bound(work: StepWork, reading: float, computing: float, overhead: float) ->
 _DECAY = 0.1
 """Share by which one step moves the correction."""
 
+_COMMON = 0.9
+"""How much of a change of one kind's correction is the machine's, and so the other kind's too. Less than all:
+a kind that learns about itself while both are seen must get away from the other."""
+
 _STEP_LIMIT = 1.5
 """The most by which one step can say that the last correction was wrong: a step that the system interrupted
 moves it no further."""
@@ -123,12 +131,23 @@ class _Regime:
         self._log = 0.0
         self._seen = 0
 
-    def observe(self, ratio: float) -> None:
+    def learn(self, ratio: float, other: _Regime) -> None:
+        """Take in a step, and let another kind follow: all the way where it knows nothing of itself, not at
+        all as long as this kind still learns about itself."""
         self.errors.append(abs(ratio / self.factor - 1))
         self._seen += 1
         allowed = math.log(_STEP_LIMIT)
         wrong = min(max(math.log(ratio) - self._log, -allowed), allowed)
-        most = math.log(_LIMIT)
         # The first steps count as much as each other, so that a start is not slow.
-        self._log = min(max(self._log + max(_DECAY, 1 / self._seen) * wrong, -most), most)
+        first = 1 / self._seen
+        before = self._log
+        self._move(self._log + max(_DECAY, first) * wrong)
+        if not other._seen:
+            other._move(self._log)
+        elif first < _DECAY:
+            other._move(other._log + _COMMON * (self._log - before))
+
+    def _move(self, log: float) -> None:
+        most = math.log(_LIMIT)
+        self._log = min(max(log, -most), most)
         self.factor = math.exp(self._log)
