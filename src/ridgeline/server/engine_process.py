@@ -156,6 +156,7 @@ class EngineWorker:
             running=len(running),
             waiting=len(scheduler.waiting),
             kv_used=scheduler.cache.usage,
+            kv_filled=scheduler.cache.filled((each.pages, each.length) for each in running),
         )
 
     def new_steps(self) -> Iterator[Steps]:

@@ -182,6 +182,7 @@ class Pulse(Message, frozen=True):
     running: int
     waiting: int
     kv_used: float  # share of the pages
+    kv_filled: float = 1.0  # share of the slots of those pages
 
 
 class Steps(Message, frozen=True):
