@@ -160,7 +160,8 @@ class Keystrokes:
     batch_prompt: int = 130
     batch_output: int = 3000
     settle_s: float = 2.0
-    look_back_s: float = 2.0
+    pause_s: float = 1.2
+    look_back_s: float = 1.0
 
 
 async def keystroke_beside_batch(url: str, sizes: Keystrokes) -> Result:
@@ -181,7 +182,7 @@ async def keystroke_beside_batch(url: str, sizes: Keystrokes) -> Result:
         among = []
         for each in typed[sizes.keystrokes :]:
             among.append(await server.ask(each, "keystroke"))
-            await asyncio.sleep(draw.uniform(0.4, 1.2))
+            await asyncio.sleep(sizes.pause_s * draw.uniform(1, 1.5))  # the batch is by itself again
         await asyncio.sleep(TOLD_S)
         each_step_s, waits = [], []
         for answer in among:

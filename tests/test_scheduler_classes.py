@@ -222,6 +222,18 @@ def test_a_step_is_as_long_as_streams_of_its_class_can_wait() -> None:
         run.commit(plan)
 
 
+def test_a_batch_has_no_steps_that_a_keystroke_must_not_wait_for() -> None:
+    pace = pace_of(0.01, 0.001)
+    run = Run(seqs=8, tokens=512, pace=pace)
+    stream = run.add(4, "batch")
+    run.step()
+    prompt = run.add(2000, "batch")
+    plan = run.plan()
+    assert rows_of(plan)[stream.arrival] == 1
+    assert rows_of(plan)[prompt.arrival] > 50
+    assert taken_s(pace, plan) <= CLASS_TARGETS["keystroke"].first_token_s / 2
+
+
 def test_without_streams_a_step_is_as_long_as_it_may_be() -> None:
     run = Run(seqs=8, tokens=512, pace=pace_of(1.0, 1.0))
     run.add(2000)

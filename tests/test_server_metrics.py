@@ -210,7 +210,7 @@ def test_two_servers_count_for_themselves(tiny_llama: Path) -> None:
 
 def test_gauges_are_those_of_the_engine_that_lives(tiny_llama: Path) -> None:
     def pulse(steps: int) -> Pulse:
-        return Pulse(0.0, 0.1, (), steps, running=3, waiting=2, kv_used=0.5)
+        return Pulse(0.0, 0.1, (), steps, running=3, waiting=2, kv_used=0.5, kv_filled=0.97)
 
     async def scenario(server: FakeServer) -> None:
         engine = server.engine
@@ -220,6 +220,7 @@ def test_gauges_are_those_of_the_engine_that_lives(tiny_llama: Path) -> None:
         assert told.of_ours("num_requests_running") == 3
         assert told.of_ours("num_requests_waiting") == 2
         assert told.of_ours("kv_cache_usage_perc") == 0.5
+        assert told.of_ours("kv_cache_filled_perc") == 0.97
         assert told.of_ours("engine_steps_total") == 15
         engine.die()
         told = await scrape(server)

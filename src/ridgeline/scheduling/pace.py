@@ -5,7 +5,8 @@ time between tokens (after the choice of the chunk size in Agrawal et al., "Tami
 in LLM Inference with Sarathi-Serve", OSDI 2024). Three rules bound the time of a step:
 
 - Beside streams of their own class, prefills take what the target leaves, and at least as long as the streams
-  themselves: where a machine misses the target anyway, half of its time still goes to prompts.
+  themselves: where a machine misses the target anyway, half of its time still goes to prompts. Nor is such a
+  step longer than half of a higher class's target for a first token: somebody may come while it runs.
 - Rows of a lower class lengthen a step of a higher one by its guaranteed `SHARE`, or by `LATE_SHARE` once its
   oldest prompt is later than its target for a first token. This share is all that they get while a prompt of
   the higher class is in the step.
@@ -54,6 +55,12 @@ class Pace:
     def seconds(self, load: StepLoad) -> float:
         """What a step of this load will take."""
         return self.times.predict(self.work.parts(load)).seconds
+
+    def own_limit_s(self, level: int) -> float:
+        """How long a step may be that only has rows of one class: its streams wait for it, and so does who
+        comes meanwhile of a higher class, for half of the time to a first token at most."""
+        higher = [target.first_token_s / 2 for target in self.targets[:level]]
+        return min([self.targets[level].inter_token_s, *higher])
 
     def load_of(self, start: int, rows: int, outputs: int) -> StepLoad:
         """The load of a sequence's next rows."""
@@ -135,7 +142,7 @@ class StepPace:
             self._limit_s = min(self._limit_s, (1 + self._share) * self._pace.seconds(self._planned()))
         elif own:
             alone_s = self._pace.seconds(self._planned())
-            self._limit_s = max(self._pace.targets[self._level].inter_token_s, 2 * alone_s)
+            self._limit_s = max(self._pace.own_limit_s(level), 2 * alone_s)
 
     def rows_that_fit(self, start: int, most: int, outputs: int) -> int:
         """How many of a prompt's next rows, `most` at most, keep the limit; a few do whatever they take."""
