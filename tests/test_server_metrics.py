@@ -233,7 +233,7 @@ TIERS = TiersRecord(
 
 
 def pulse(steps: int, tiers: TiersRecord | None = None) -> Pulse:
-    return Pulse(0.0, 0.1, (), steps, running=3, waiting=2, kv_used=0.5, tiers=tiers)
+    return Pulse(0.0, 0.1, (), steps, running=3, waiting=2, kv_used=0.5, tiers=tiers, kv_filled=0.97)
 
 
 def test_lower_tiers_add_up_over_engines() -> None:
@@ -274,6 +274,7 @@ def test_gauges_are_those_of_the_engine_that_lives(tiny_llama: Path) -> None:
         assert told.of_ours("num_requests_running") == 3
         assert told.of_ours("num_requests_waiting") == 2
         assert told.of_ours("kv_cache_usage_perc") == 0.5
+        assert told.of_ours("kv_cache_filled_perc") == 0.97
         assert told.of_ours("engine_steps_total") == 15
         engine.die()
         told = await scrape(server)

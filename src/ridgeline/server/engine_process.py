@@ -159,6 +159,7 @@ class EngineWorker:
             kv_used=scheduler.cache.usage,
             drafters={} if scheduler.drafting is None else scheduler.drafting.totals,
             tiers=None if scheduler.cache.tiers is None else scheduler.cache.tiers.record(),
+            kv_filled=scheduler.cache.filled((each.pages, each.length) for each in running),
         )
 
     def new_steps(self) -> Iterator[Steps]:

@@ -184,6 +184,7 @@ class Pulse(Message, frozen=True):
     kv_used: float  # share of the pages
     drafters: dict[str, DraftTotals] = {}  # by their names
     tiers: TiersRecord | None = None  # of the KV cache, where there are any
+    kv_filled: float = 1.0  # share of the slots of those pages
 
 
 class Steps(Message, frozen=True):

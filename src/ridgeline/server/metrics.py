@@ -239,9 +239,12 @@ class _State(Collector):
     def _load(self) -> Iterator[Metric]:
         pulse = self._client.pulse
         running, waiting, kv_used = (pulse.running, pulse.waiting, pulse.kv_used) if pulse else (0, 0, 0.0)
+        kv_filled = pulse.kv_filled if pulse else 1.0
         yield _gauge("num_requests_running", "Sequences that run.", running)
         yield _gauge("num_requests_waiting", "Sequences that wait for a seat.", waiting)
         yield _gauge("kv_cache_usage_perc", "Share of the KV cache's pages that is in use, 0 to 1.", kv_used)
+        text = "Share of those pages' slots that hold tokens, 0 to 1."
+        yield _gauge("kv_cache_filled_perc", text, kv_filled)
 
     def _drafts(self) -> Iterator[Metric]:
         """What guesses have brought, by drafter. Tokens of a pass are accepted / passes + 1."""
