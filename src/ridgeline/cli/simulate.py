@@ -99,7 +99,7 @@ def simulate(
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         shared_tokens=shared_tokens,
-        shared=system_prompts,
+        system_prompts=system_prompts,
         turns=turns,
         think_s=think,
         classes=None if classes is None else _shares(classes),
@@ -146,9 +146,10 @@ def _requests(trace: Path | None, kind: str | None, made_up: dict[str, Any]) -> 
         assert kind is not None
         return generate(Workload(kind, **made_up))
     if made_up:
-        raise ConfigError(
-            f"{', '.join(made_up)} given beside --trace; accepted: with --generate, which makes requests up"
+        flags = ", ".join(
+            "--" + name.removesuffix("_per_s").removesuffix("_s").replace("_", "-") for name in made_up
         )
+        raise ConfigError(f"{flags} given beside --trace; accepted: with --generate, which makes requests up")
     return read_trace(trace)
 
 

@@ -66,9 +66,9 @@ QUESTION = Lengths(24, 0.5, 1024)
 class Workload:
     """What to make up. `rate_per_s` is that of all requests, however many a chat has. `prompt_tokens` and
     `output_tokens` are medians, and `shared_tokens` is the length of a shared system prompt or the median of
-    documents; None takes what stands above. There are `shared` system prompts, of which the n-th is asked for
-    1/n as often as the first. Chats have `turns` turns in the mean, and documents as many questions, each
-    `think_s` seconds in the mean after the answer before. `classes` are shares.
+    documents; None takes what stands above. There are `system_prompts` shared ones, of which the n-th is
+    asked for 1/n as often as the first. Chats have `turns` turns in the mean, and documents as many
+    questions, each `think_s` seconds in the mean after the answer before. `classes` are shares.
 
     Raises ConfigError for what cannot be.
     """
@@ -81,7 +81,7 @@ class Workload:
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     shared_tokens: int | None = None
-    shared: int = 8
+    system_prompts: int = 8
     turns: float = 4.0
     think_s: float = 20.0
     classes: Mapping[ServiceClass, float] = field(default_factory=lambda: {"interactive": 1.0})
@@ -91,7 +91,7 @@ class Workload:
             raise ConfigError(f"generate is {self.kind!r}; accepted: {', '.join(KINDS)}")
         for name, low, high in (
             ("count", 1, MOST_REQUESTS),
-            ("shared", 1, MOST_REQUESTS),
+            ("system_prompts", 1, MOST_REQUESTS),
             ("turns", 1, 1000),
             ("think", 0, 1e6),
             ("seed", 0, 2**63),
@@ -157,7 +157,7 @@ class _SharedPrompts(_Maker):
     """Behind one of a few system prompts each."""
 
     def parts(self, index: int) -> tuple[Part, ...]:
-        shared = self.workload.shared
+        shared = self.workload.system_prompts
         weights = 1 / np.arange(1, shared + 1)
         which = int(self.chance.choice(shared, p=weights / weights.sum()))
         return ((f"system-{which}", self.workload.shared_tokens or 512), *super().parts(index))
