@@ -3,22 +3,30 @@ it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulated import AHEAD, HOST, LLAMA, UNPACED, WINDOWED, Constant, configured, run
 
+from ridgeline.apps.bare_engine import bare_engine
 from ridgeline.apps.plan.host import Host
-from ridgeline.apps.plan.model import FormattedModel
+from ridgeline.apps.plan.model import FormattedModel, open_model
 from ridgeline.apps.simulate.generate import Workload, generate
+from ridgeline.apps.simulate.replay import Served, serve
 from ridgeline.apps.simulate.report import figures
 from ridgeline.apps.simulate.trace import TraceRequest
 from ridgeline.config import EngineConfig, pages_for
 from ridgeline.execution.base import page_bytes
-from ridgeline.types import SERVICE_CLASSES, CapacityError, ConfigError
+from ridgeline.model.checkpoint import open_checkpoint
+from ridgeline.resources.step_time import Prediction
+from ridgeline.types import SERVICE_CLASSES, CapacityError, ConfigError, StepWork
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +286,62 @@ def test_memory_of_a_tenth_makes_sequences_give_way_and_all_of_them_end(llama: F
     assert told["output_tokens"] == 12 * 200
     assert told["usage"]["kv_cache_peak"] > 0.9
     assert done.simulation.scheduler.preemptions == sum(served.preemptions for served in done.served)
+
+
+# -------------------------------------------------------------------------------- a real run beside it
+
+
+class Recorded:
+    """Steps take what those of another run took, one after the other; when these are used up, their
+    median."""
+
+    def __init__(self, step_s: Sequence[float]) -> None:
+        self._left = iter(step_s)
+        self._usual_s = median(step_s)
+
+    def predict(self, work: StepWork) -> Prediction:
+        return Prediction(next(self._left, self._usual_s), "overhead")
+
+
+def quantiles(served: Sequence[Served]) -> dict[str, float]:
+    """TTFT and inter-token times, in seconds."""
+    assert all(each.refused is None for each in served)
+    first = [each.text_s[0] - each.start_s for each in served]
+    gaps = np.concatenate([np.diff(each.text_s) for each in served])
+    return {
+        f"{name} p{percent}": float(np.percentile(values, percent))
+        for name, values in (("ttft", first), ("itl", gaps))
+        for percent in (50, 90, 95, 99)
+    }
+
+
+def test_a_real_run_has_the_times_that_are_simulated(tiny_llama: Path) -> None:
+    """Queueing, seats, chunks and shared prompts are compared: the simulated steps take what the real ones
+    took, so that a machine that is busy meanwhile makes no difference."""
+    config = EngineConfig(
+        device="cpu", threads=1, max_num_seqs=4, max_num_batched_tokens=64, packed_cache=False, seed=1
+    )
+    solo = [TraceRequest("solo", (("solo", 64),), 24)]
+    with open_checkpoint(tiny_llama) as checkpoint, bare_engine(checkpoint, config) as bare:
+        serve(bare.engine, [replace(solo[0], id="warm", prompt=(("warm", 64),))])
+        alone_s = serve(bare.engine, solo).served[0].end_s
+        # So many at once that some find no seat.
+        work = Workload(
+            "shared-prompts", 6 / alone_s, 48, shared_tokens=70, prompt_tokens=40, output_tokens=24
+        )
+        trace = [
+            replace(request, prompt=(*request.prompt[:1], (request.id, min(request.prompt[1][1], 200))))
+            for request in generate(work)
+        ]
+        real = serve(bare.engine, trace)
+    with open_model(tiny_llama) as source:
+        model = source.in_format("auto", "cpu", "KV16")
+    config = replace(config, measured_budget=False)
+    simulated = run(model, trace, config, times=Recorded(real.step_s))
+    steps = simulated.simulation.executor.usage.steps
+    assert abs(steps - len(real.step_s)) <= 0.1 * len(real.step_s)
+    assert sum(each.cached_tokens for each in real.served) > 48 * 32
+    told, seen = quantiles(simulated.served), quantiles(real.served)
+    assert {name: told[name] / seen[name] for name in seen} == pytest.approx(
+        dict.fromkeys(seen, 1.0), abs=0.25
+    )
