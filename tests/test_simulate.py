@@ -265,6 +265,23 @@ def test_jumping_changes_nothing_and_every_request_ends_once(
 
 
 @pytest.mark.parametrize("host", [HOST, AHEAD], ids=["cpu", "gpu"])
+def test_tenants_are_charged_for_steps_that_are_jumped(llama: FormattedModel, host: Host) -> None:
+    """One has had two answers so far, the other one behind a longer prompt: it is the other's turn."""
+    trace = [
+        own("a", 10, 60, tenant="acme"),
+        own("b", 10, 90, tenant="acme"),
+        own("c", 60, 90, tenant="other"),
+        own("d", 10, 5, at=50.5, tenant="acme"),
+        own("e", 10, 5, at=50.5, tenant="other"),
+    ]
+    config = replace(UNPACED, max_num_seqs=3)
+    plain, jumped = (run(llama, trace, config, host, STEP, jump) for jump in (False, True))
+    assert jumped.jumped > 40
+    assert list(jumped.served) == list(plain.served)
+    assert jumped.served[4].text_s[0] < jumped.served[3].text_s[0]
+
+
+@pytest.mark.parametrize("host", [HOST, AHEAD], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("kind", ["poisson", "chats", "shared-prompts"])
 def test_most_steps_of_a_light_load_are_jumped(llama: FormattedModel, kind: str, host: Host) -> None:
     work = Workload(kind, 4.0, 60, prompt_tokens=60, output_tokens=60, shared_tokens=48, think_s=0.5)

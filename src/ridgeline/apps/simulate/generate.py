@@ -6,7 +6,8 @@ logarithms spread as the medians and 90th percentiles of whole conversations do 
 Throughput-Latency Tradeoff in LLM Inference with Sarathi-Serve" (OSDI 2024), table 2: 1,730 and 5,696 tokens
 of prompt, 415 and 834 of answer. Documents, and the answers to questions about them, have that table's
 medians and spread of arXiv's: 7,059 and 12,985 tokens, 208 and 371. How long a question about a document is,
-is a guess."""
+is a guess.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ Where everybody decodes and nobody waits, comes or ends, the scheduler's next pl
 further. Such steps are passed here one by one, with the same predictions and the same calls of the cache in
 the same order, but without plans, draws and requests' outputs: the state after them is that of the engine's
 own steps. (One difference is out of sight: on an executor that is a step ahead of its results, the engine
-stores a page of drawn tokens a step later.)"""
+stores a page of drawn tokens a step later.)
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ Times are from when the trace says that a request comes, as a client that is nex
 them: what HTTP, templates and tokenizers take is not in them. TTFT is the time to the first token, ITL each
 gap between two tokens, of all requests together, E2E the time to the last token. Percentiles are interpolated
 linearly. Goodput counts requests that met both targets of their class; a request's ITL is for this the 99th
-percentile of its own gaps. Cached tokens are those of prompts that were found in the prefix cache."""
+percentile of its own gaps. Cached tokens are those of prompts that were found in the prefix cache.
+"""
 
 from __future__ import annotations
 

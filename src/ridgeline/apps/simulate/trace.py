@@ -17,7 +17,8 @@ prompt may hold. A request comes at `arrival_s`, in seconds, or `delay_s` after 
 Mooncake's traces (Qin et al., "Mooncake: Trading More Storage for Less Computation", FAST 2025) are read too:
 `timestamp` in milliseconds, `input_length`, `output_length`, and `hash_ids`, one for each 512 tokens of the
 prompt, the last perhaps for fewer. An `output_length` of 0 counts as 1, as an engine draws a token behind
-every prompt."""
+every prompt.
+"""
 
 from __future__ import annotations
 
