@@ -99,7 +99,9 @@ def main() -> None:
         output_tokens=chosen.output_tokens,
         shared_tokens=128,
     )
-    loaded = load_engine(EngineConfig(model=chosen.model, device="cpu", threads=chosen.threads, seed=1))
+    loaded = load_engine(
+        EngineConfig(model=chosen.model, device="cpu", threads=chosen.threads, seed=1, speculation="off")
+    )
     try:
         for result in results(loaded, work, chosen.load):
             print(json.dumps(result), flush=True)
