@@ -5,10 +5,10 @@
 
 Each cell is a kind of work, a temperature and a batch. Its requests are answered twice a round by one engine,
 with speculation and without, in turns that change; both must give the same tokens, which is checked. Timed is
-decoding alone: from the step after which every sequence has a token to the end. Before every run the engine
-forgets what drafting had learnt, past outputs included, so that nothing is won by having seen the answer. The
-ratio of a round is that of its two times; told are the median, the least and the most, and the 95% interval
-of the mean of the logarithms (Student's t).
+decoding alone, while the batch is whole: from the step after which every sequence has a token to the end of the
+first that ends. Before every run the engine forgets what drafting had learnt, past outputs included, so that
+nothing is won by having seen the answer. The ratio of a round is that of its two rates of tokens; told are the
+median, the least and the most, and the 95% interval of the mean of the logarithms (Student's t).
 
 - copy: a file, and the request to give it back with one name changed; the answer's first lines are given.
 - quote: a text, and a summary that quotes it at length, likewise begun.
@@ -21,12 +21,23 @@ Ends in one line of JSON.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import heapq
+import http.client
 import inspect
 import json
+import logging
 import math
+import socketserver
 import statistics
+import subprocess
+import tempfile
 import textwrap
 import time
+import timeit
+import unittest
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -81,6 +92,12 @@ _SOURCES: Sequence[Callable[..., Any]] = (
 )  # fmt: skip
 
 
+_QUOTED: Sequence[Any] = (
+    subprocess.Popen, tempfile, logging.Logger, statistics, zipfile.ZipFile, http.client, unittest.TestCase,
+    dataclasses.dataclass, functools.lru_cache, heapq, timeit, socketserver,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Work:
     """What a request says: the user's part, how the answer begins, and its form."""
@@ -102,13 +119,14 @@ def copy(index: int) -> Work:
 
 
 def quote(index: int) -> Work:
-    """The documentation of a function, to be quoted passage by passage."""
-    text = inspect.cleandoc(inspect.getdoc(_SOURCES[index % len(_SOURCES)]) or "")
-    text += "\n" + inspect.cleandoc(inspect.getdoc(argparse) or "")[: 900 + index]
-    passages = [line.strip() for line in text.splitlines() if line.strip()]
+    """A documentation, to be quoted sentence by sentence; the answer has begun to."""
+    text = " ".join(inspect.cleandoc(inspect.getdoc(_QUOTED[index % len(_QUOTED)]) or "").split())
+    sentences = [sentence.strip() + "." for sentence in text.split(". ") if len(sentence) > 20][:12]
+    listed = "\n".join(f"{number}. {sentence}" for number, sentence in enumerate(sentences, 1))
+    begun = "\n".join(f"Point {n} says: “{sentence}”" for n, sentence in enumerate(sentences[:3], 1))
     return Work(
-        f"Summarise this text. Quote every sentence of it in full:\n\n{text}",
-        f"The text says the following. First: “{passages[0]}” Then: “{passages[1]}” Then:",
+        f"These are the points of text {index}:\n\n{listed}\n\nQuote every point in full, one by one.",
+        f"{begun}\nPoint 4 says: “",
     )
 
 
@@ -156,13 +174,12 @@ class Cell:
 
 @dataclass
 class Measured:
-    """A cell's rounds: seconds with speculation and without, and what drafting did in all of them."""
+    """A cell's rounds: seconds a token with speculation and without, and what drafting did in all of them."""
 
     on_s: list[float] = field(default_factory=list)
     off_s: list[float] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
-    tokens: int = 0
 
     @property
     def ratios(self) -> list[float]:
@@ -187,7 +204,7 @@ class Measured:
             "most": max(ratios),
             "low_95": low,
             "high_95": high,
-            "off_tokens_per_s": self.tokens / statistics.median(self.off_s),
+            "off_tokens_per_s": 1 / statistics.median(self.off_s),
             "drafted": self.drafted,
             "accepted": self.accepted,
         }
@@ -207,11 +224,10 @@ class Bench:
         order = (True, False) if seed % 2 else (False, True)
         for speculated in order:
             begin = self._engine.steps.recent.count
-            answers[speculated], elapsed_s, tokens = self._answer(cell, seed, speculated)
+            answers[speculated], token_s = self._answer(cell, seed, speculated)
             if measured is None:
                 continue
-            (measured.on_s if speculated else measured.off_s).append(elapsed_s)
-            measured.tokens = tokens
+            (measured.on_s if speculated else measured.off_s).append(token_s)
             if speculated:
                 records = self._engine.steps.recent.since(begin)
                 measured.drafted += sum(record.drafted_tokens for record in records)
@@ -231,15 +247,18 @@ class Bench:
             names.append(str(self._names))
             engine.add(self._request(cell, index, seed, names[-1], None if speculated else False))
         said: dict[str, tuple[int, ...]] = {}
-        begun_s, begun_tokens = 0.0, 0
+        begun_s = ended_s = 0.0
+        tokens = ended = 0
         while engine.has_work:
             for output in engine.step():
                 said[output.request_id] = output.outputs[0].token_ids
+                ended += output.finished
             if not begun_s and len(said) == cell.batch:
-                begun_s, begun_tokens = time.perf_counter(), sum(map(len, said.values()))
-        elapsed_s = time.perf_counter() - begun_s
-        answers = [said[name] for name in names]
-        return answers, elapsed_s, sum(map(len, answers)) - begun_tokens
+                begun_s, tokens = time.perf_counter(), -sum(map(len, said.values()))
+            if begun_s and ended and not ended_s:
+                ended_s = time.perf_counter()
+                tokens += sum(map(len, said.values()))
+        return [said[name] for name in names], (ended_s - begun_s) / tokens
 
     def _request(self, cell: Cell, index: int, seed: int, name: str, speculation: bool | None) -> Request:
         work = KINDS[cell.kind](index)

@@ -62,6 +62,7 @@ class Curve:
         self.token_s = cost.seconds(cost.decodes) / max(cost.decodes, 1)
 
     def _reach(self, extra: int) -> None:
+        """Know the times up to so many rows more; of the first ones each has its own place."""
         while self.extras[-1] < extra:
             last = self.extras[-1]
             following = last + 1 if last < _DENSE_ROWS else int(last * _GROWTH)
@@ -72,6 +73,8 @@ class Curve:
     def at(self, extra: int) -> float:
         """Seconds of the step with so many rows more."""
         self._reach(extra)
+        if extra <= _DENSE_ROWS:
+            return self.seconds[extra]
         place = bisect_left(self.extras, extra)
         above, slower = self.extras[place], self.seconds[place]
         if above == extra:

@@ -28,6 +28,20 @@ class _Source:
     totals: DraftTotals = field(default_factory=DraftTotals)
 
 
+@dataclass(slots=True)
+class _Rest:
+    """How often in a row a sequence was asked about in vain, and for how many steps it is let alone."""
+
+    in_vain: int = 0
+    steps: int = 0
+
+
+_PATIENCE = 4
+_LONGEST_REST = 7
+"""Steps: text that begins to repeat itself is found that much later, and all other text drafted for that much
+more cheaply."""
+
+
 class Speculator:
     """Guesses tokens for the sequences of each step, as their requests want and as far as it pays.
 
@@ -44,6 +58,7 @@ class Speculator:
         self._sources = {drafter.name: _Source(drafter) for drafter in drafters}
         self._controller = controller or Controller()
         self._clock = clock
+        self._rests: dict[int, _Rest] = {}
 
     @classmethod
     def of_lookups(cls) -> Speculator:
@@ -58,6 +73,32 @@ class Speculator:
 
     def draft(self, sequences: Sequence[DraftedSequence], cost: StepCost) -> list[DraftTree]:
         """What is to be verified of each sequence in a step, with the token that it has last."""
+        trees = [NO_DRAFT] * len(sequences)
+        due = [i for i, sequence in enumerate(sequences) if self._is_due(sequence)]
+        if due:
+            drafts = self._draft([sequences[i] for i in due], cost)
+            for i, tree in zip(due, drafts, strict=True):
+                trees[i] = tree
+                self._rest(sequences[i], bool(tree.tokens))
+        return trees
+
+    def _is_due(self, sequence: DraftedSequence) -> bool:
+        """Whether to ask about a sequence: one that had no guess for long is let alone for some steps."""
+        rest = self._rests.get(sequence.arrival)
+        if rest is None or rest.steps == 0 or sequence.forced:
+            return True
+        rest.steps -= 1
+        return False
+
+    def _rest(self, sequence: DraftedSequence, guessed: bool) -> None:
+        if guessed:
+            self._rests.pop(sequence.arrival, None)
+            return
+        rest = self._rests.setdefault(sequence.arrival, _Rest())
+        rest.in_vain += 1
+        rest.steps = min(rest.in_vain // _PATIENCE, _LONGEST_REST)
+
+    def _draft(self, sequences: Sequence[DraftedSequence], cost: StepCost) -> list[DraftTree]:
         slowest = max((source.time for source in self._sources.values()), key=attrgetter("ask_s"))
         times = [self._time_of(sequence, slowest) for sequence in sequences]
         limits = self._controller.limits(sequences, times, cost)
@@ -108,6 +149,7 @@ class Speculator:
 
     def forget(self, sequence: DraftedSequence) -> None:
         """Note that a sequence has ended. Its output may serve others of its tenant from now on."""
+        self._rests.pop(sequence.arrival, None)
         for source in self._sources.values():
             source.drafter.forget(sequence)
         self._controller.forget(sequence)
