@@ -3,7 +3,8 @@
 It keeps real paged memory, one array per memory group, in which a slot holds the token written to it, its
 position, and a hash of all tokens up to it. Each step it checks that every slot that a row can see continues
 the chain of that sequence's own tokens, and derives the row's logits from what it read. A page that was
-lost, shared, or read through a stale table is an error here, or makes different tokens.
+lost, shared, or read through a stale table is an error here, or makes different tokens. A slot of recurrent
+state holds how many tokens it has seen, and a hash of them all.
 """
 
 from __future__ import annotations
@@ -20,10 +21,21 @@ from ridgeline.config import PAGE_TOKENS
 from ridgeline.engine import Engine, ModelFacts
 from ridgeline.execution.draw import Drawer, undrawn
 from ridgeline.scheduling.scheduler import Scheduler
-from ridgeline.types import Float32Array, PageCopy, PageFill, SequenceRows, Step, StepResult, StepWork, Work
+from ridgeline.types import (
+    NO_STATE,
+    Float32Array,
+    PageCopy,
+    PageFill,
+    SequenceRows,
+    Step,
+    StepResult,
+    StepWork,
+    Work,
+)
 
 _SLOT = np.dtype([("token", np.int64), ("position", np.int64), ("chain", np.uint64)])
 _POISON = np.array((-1, -1, 0xDEAD), _SLOT)
+_STATE = np.dtype([("tokens", np.int64), ("chain", np.uint64)])
 _ROOT = 0x243F6A8885A308D3
 _OFFSETS = 2**13
 HIDDEN = 8
@@ -46,8 +58,9 @@ class FakeFuture:
 
 
 class FakeExecutor:
-    """`windows[g]` and `pages[g]` describe memory group g; `edit(logits, tokens)` may change a row's logits,
-    given the tokens that it sees in group 0. Results are kept back until they are asked for, and until one
+    """`windows[g]` and `pages[g]` describe memory group g; with `states`, its model is recurrent too, and it has
+    so many slots. `edit(logits, tokens)` may change a row's logits, given the tokens that it sees in group 0.
+    Results are kept back until they are asked for, and until one
     more step was run at most."""
 
     asynchronous = False
@@ -60,12 +73,14 @@ class FakeExecutor:
         vocabulary: int = 97,
         max_rows: int = 512,
         edit: Callable[[Float32Array, list[int]], None] | None = None,
+        states: int = 0,
     ) -> None:
         self.windows = windows
         self.vocabulary = vocabulary
         self.max_rows = max_rows
         self.edit = edit
         self.memory = [np.full((count, PAGE_TOKENS), _POISON, _SLOT) for count in pages]
+        self.states = np.full(states, np.array((-7, 0xDEAD), _STATE), _STATE)
         self.steps: list[Step] = []
         self.encoders = 0
         self.fail: Exception | None = None
@@ -103,7 +118,12 @@ class FakeExecutor:
             self._write(sequence, written)
         for sequence in step.sequences:
             self._check(sequence)
-        rows = [self._answer(s, s.start + row) for s in step.sequences for row in s.outputs]
+        chains = self._move_states_on(step)
+        rows = [
+            self._answer(s, s.start + row, chain[row] if chain else _ROOT)
+            for s, chain in zip(step.sequences, chains, strict=True)
+            for row in s.outputs
+        ]
         self._logits = np.array(rows, np.float32).reshape(len(rows), self.vocabulary)
         if handle == "encoder":
             assert not step.draws
@@ -186,10 +206,42 @@ class FakeExecutor:
             own = seen["token"][len(seen) - len(sequence.tokens) :]
             assert own.tolist() == list(sequence.tokens)
 
-    def _answer(self, sequence: SequenceRows, slot: int) -> Float32Array:
-        """Logits of the row in `slot`, from the tokens that it sees in each group and their places."""
+    def _move_states_on(self, step: Step) -> list[list[Any]]:
+        """The hash behind each row of each sequence."""
+        if not len(self.states):
+            assert all(sequence.state is None for sequence in step.sequences)
+            return [[] for _ in step.sequences]
+        pairs = [sequence.state for sequence in step.sequences]
+        written = [pair[1] for pair in pairs if pair is not None]
+        assert len(set(written)) == len(pairs), "two sequences write one state"
+        chains, after = [], []
+        for sequence in step.sequences:
+            assert sequence.state is not None
+            read, own = sequence.state
+            assert 0 <= own < len(self.states)
+            assert (read == NO_STATE) == (sequence.start == 0), (
+                "a state is missing, or begins amid the tokens"
+            )
+            assert read == own or read not in written, "a state is read that another sequence writes"
+            tokens, chain = self.states[read] if read != NO_STATE else (0, _ROOT)
+            assert tokens == sequence.start, "a state is behind other tokens than the row before"
+            if self.memory and read != NO_STATE:
+                before = self._chain_at(0, sequence.segments[0].tables[0], sequence.start - 1)
+                assert chain == before, "a state is another sequence's"
+            behind = [chain := _chained(chain, token) for token in sequence.tokens]
+            chains.append(behind)
+            after.append((own, (tokens + len(behind), chain)))
+        for own, state in after:
+            self.states[own] = state
+        return chains
+
+    def _answer(self, sequence: SequenceRows, slot: int, chain: Any) -> Float32Array:
+        """Logits of the row in `slot`, from the tokens that it sees in each group and their places, and from
+        the recurrent state behind it."""
         state = np.uint64(slot)
         with np.errstate(over="ignore"):
+            if len(self.states):
+                state = _chained(state, chain)
             for group in range(len(self.memory)):
                 slots, seen = self._visible(sequence, group, slot, slot)
                 hashed = _chained(slots.astype(np.uint64) * np.uint64(0xD1342543DE82EF95), seen["token"])
@@ -231,9 +283,8 @@ def make_engine(executor: FakeExecutor, **settings: Any) -> Engine:
     """An engine on a fake executor. Settings: max_num_seqs, max_num_batched_tokens, max_model_len,
     end_token_ids, begin_token_id, seed, prefix_caching, tiers."""
     pages = tuple(len(memory) for memory in executor.memory)
-    cache = KVCache(
-        executor.windows, pages, settings.pop("prefix_caching", True), settings.pop("tiers", None)
-    )
+    caching, tiers = settings.pop("prefix_caching", True), settings.pop("tiers", None)
+    cache = KVCache(executor.windows, pages, caching, tiers, len(executor.states))
     scheduler = Scheduler(cache, settings.pop("max_num_seqs", 8), settings.pop("max_num_batched_tokens", 64))
     seed = settings.pop("seed", None)
     model = ModelFacts(executor.vocabulary, settings.pop("max_model_len", 512), **settings)

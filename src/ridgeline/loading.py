@@ -161,8 +161,9 @@ def load_engine(config: EngineConfig) -> LoadedModel:
         canonical = decoder(spec)
         weights = Weights(spec, canonical, checkpoint, config.weights, config.device)
         program = with_precision(canonical, weights.formats, config.kv_format)
-        config, pages = settled(config, spec, program, weights)
-        limits = Limits(config.max_num_batched_tokens, pages, config.kv_format, config.max_num_seqs)
+        config, ledger = settled(config, spec, program, weights)
+        pages, states = ledger.pages, ledger.states
+        limits = Limits(config.max_num_batched_tokens, pages, config.kv_format, config.max_num_seqs, states)
         executor = make_executor(config, limits)
         on_failure.callback(executor.close)
         executor.load(weights)
@@ -175,7 +176,7 @@ def load_engine(config: EngineConfig) -> LoadedModel:
         on_failure.pop_all()
     assert config.max_model_len is not None
     windows = tuple(group.window for group in program.groups)
-    cache = KVCache(windows, pages, config.enable_prefix_caching, tiers)
+    cache = KVCache(windows, pages, config.enable_prefix_caching, tiers, states)
     pace = None
     if config.measured_budget and watched[0] is not None:
         pace = Pace(handle.work, watched[0], program.groups, config.targets)
@@ -257,8 +258,8 @@ def compile_encoder(
 
 def settled(
     config: EngineConfig, spec: ModelSpec, program: Program, weights: Weights
-) -> tuple[EngineConfig, tuple[int, ...]]:
-    """The config with nothing left to choose, and the pages in the pool of each memory group.
+) -> tuple[EngineConfig, Ledger]:
+    """The config with nothing left to choose, and where the memory goes.
 
     The device has been chosen already. A context that was not asked for is the model's, halved until one
     sequence of it fits the memory.
@@ -285,7 +286,7 @@ def settled(
                 raise
             config = replace(config, max_model_len=context)
             continue
-        return replace(config, kv_cache_memory_bytes=ledger.kv_bytes), ledger.pages
+        return replace(config, kv_cache_memory_bytes=ledger.kv_bytes), ledger
 
 
 def kv_format_of(config: EngineConfig) -> str:
@@ -316,7 +317,7 @@ def memory_ledger(config: EngineConfig, program: Program, weights: Weights) -> L
 
 def memory_demand(config: EngineConfig, program: Program, weights_bytes: int) -> Demand:
     """What a model asks of the memory under a config that names its context and KV format."""
-    from ridgeline.execution.base import page_bytes
+    from ridgeline.execution.base import page_bytes, state_bytes
     from ridgeline.resources.memory import Demand, KVGroup
 
     assert config.max_model_len is not None
@@ -327,6 +328,7 @@ def memory_demand(config: EngineConfig, program: Program, weights_bytes: int) ->
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        state_bytes=state_bytes(program.states),
     )
 
 
@@ -339,9 +341,14 @@ def _buffer_bytes(config: EngineConfig, program: Program) -> int:
 def lower_tiers(config: EngineConfig, program: Program, weights: Weights, executor: Executor) -> Tiers | None:
     """Where pages of the prefix cache go when there is no room for them; None where nobody asked for it.
 
-    Raises ConfigError when the folder cannot be used.
+    Raises ConfigError when the folder cannot be used, or the model has recurrent state: tiers hold none.
     """
-    if not program.groups or (config.cache_dir is None and config.cache_memory_bytes is None):
+    if config.cache_dir is None and config.cache_memory_bytes is None:
+        return None
+    if program.states:
+        name = "cache_memory_bytes" if config.cache_dir is None else "cache_dir"
+        raise ConfigError(f"{name} is set; accepted: none for this model, which has recurrent state")
+    if not program.groups:
         return None
     from ridgeline.cache.disk import DiskTier
     from ridgeline.cache.ladder import Ladder

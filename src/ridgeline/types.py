@@ -153,12 +153,21 @@ class SequenceRows(msgspec.Struct, frozen=True):
     `start + i` and stands at rotary position `first_position + start + i` of the last segment. `outputs`
     names the rows (ascending, counted from 0) whose logits, or a token drawn from them, are wanted; of a
     program that ends in hidden states, the rows whose hidden states are.
+
+    `state` names two slots of recurrent state, for programs that have any: the rows go on from what is in the
+    first, or from zero where it is `NO_STATE`, and leave what is behind the last row in the second. They may
+    be one slot; no other sequence of the step reads or writes one that is written.
     """
 
     tokens: Sequence[int]
     start: int
     segments: tuple[Segment, ...]
     outputs: Sequence[int]
+    state: tuple[int, int] | None = None
+
+
+NO_STATE = -1
+"""In place of the slot that a sequence's recurrent state is read from: it begins at zero."""
 
 
 class Draw(msgspec.Struct, frozen=True):

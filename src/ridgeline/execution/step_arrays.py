@@ -68,7 +68,8 @@ class StepArrays(msgspec.Struct, frozen=True, eq=False):
             segments_end.append(len(segments))
         lengths = [s.length for s in segments]
         firsts = [s.first_position for s in segments]
-        tables_end = [*accumulate((len(s.tables[0]) for s in segments), initial=0)]
+        pages = (len(s.tables[0]) if groups else 0 for s in segments)
+        tables_end = [*accumulate(pages, initial=0)]
         integers = _side_by_side(
             _known(tokens, drawn),
             positions,
@@ -171,7 +172,7 @@ def _tables(tables: list[tuple[Sequence[int], ...]], groups: int) -> Int32Array:
     for group in range(groups):
         for of_groups in tables:
             line.extend(of_groups[group])  # a plain copy where the table is such an array too
-    return np.array(line, np.int32).reshape(groups, -1)
+    return np.array(line, np.int32).reshape(groups, len(line) // groups if groups else 0)
 
 
 def rope_tables(spec: RopeSpec, positions: Int32Array) -> tuple[Float32Array, Float32Array]:

@@ -45,7 +45,8 @@ def plan_of(chunks: Iterable[Chunk], pooled: bool, now_s: float, moves: tuple[Mo
         wanted = _FIRST if count == 1 and outputs else [row - start for row in outputs]
         segments = (Segment(sequence.pages.tables, end),)
         planned.append(sequence)
-        steps.append(SequenceRows(sequence.tokens(start, end), start, segments, wanted))
+        tokens, state = sequence.tokens(start, end), sequence.pages.planned
+        steps.append(SequenceRows(tokens, start, segments, wanted, state))
     step = Step(tuple(steps), () if pooled else tuple(draws))
     return Plan(step, tuple(planned), tuple(sampled), tuple(positions), now_s, pooled, moves)
 

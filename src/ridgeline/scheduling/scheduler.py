@@ -21,6 +21,8 @@ there are both, steps of the one and of the other take turns.
 Nothing is computed twice that can be had: before each chunk of a prefill the cache is asked for what others
 have computed meanwhile, and a sequence whose next rows are mostly those of one that is planned already waits
 for them, a step at a time. The samples of one request wait until the first has computed their prompt.
+
+Where sequences have recurrent state, chunks of prompts end where others can go on from it.
 """
 
 from __future__ import annotations
@@ -49,8 +51,9 @@ _longest_unserved = attrgetter("served", "arrival")
 class Scheduler:
     """Owns the queues, and through `cache` the pages of every running sequence.
 
-    `max_num_batched_tokens` bounds the rows of a step, `max_num_seqs` the sequences that run at once. With a
-    `pace`, streams keep their class's time between tokens, as far as steps can be predicted.
+    `max_num_batched_tokens` bounds the rows of a step, `max_num_seqs` the sequences that run at once; those
+    that the cache has state for are not exceeded. With a `pace`, streams keep their class's time between
+    tokens, as far as steps can be predicted.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class Scheduler:
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(f"{max_num_seqs} sequences in steps of {max_num_batched_tokens} tokens")
         self.cache = cache
-        self.max_num_seqs = max_num_seqs
+        self.max_num_seqs = min(max_num_seqs, cache.max_sequences or max_num_seqs)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.pace = pace
         self.running: list[Sequence] = []  # by rank
@@ -108,6 +111,9 @@ class Scheduler:
             budget = self._spend(pooled, now_s)
             if budget.chunks:
                 break
+        if self.cache.states is not None:
+            for sequence, count, _ in budget.chunks:
+                self.cache.states.plan(sequence.pages, sequence.computed, sequence.computed + count)
         return plan_of(budget.chunks, budget.pooled, now_s, self.cache.moves)
 
     def advance(self, plan: Plan) -> None:
@@ -116,8 +122,11 @@ class Scheduler:
         self.steps += 1
         for sequence, rows in zip(plan.sequences, plan.step.sequences, strict=True):
             sequence.served = self.steps
+            before = sequence.computed
             sequence.computed += len(rows.tokens)
-            if sequence.computed // PAGE_TOKENS > sequence.pages.shared:
+            if self.cache.has_states:
+                self.cache.launched(sequence.pages, sequence.token_ids, before, sequence.computed)
+            elif sequence.computed // PAGE_TOKENS > sequence.pages.shared:
                 self.cache.store(sequence.pages, sequence.token_ids, sequence.computed)
         self.cache.moved()
         self._pooled_last = plan.pooled
@@ -126,6 +135,15 @@ class Scheduler:
             if plan.positions[output] >= sequence.prompt_length:
                 sequence.account.used += OUTPUT_WEIGHT
                 sequence.draw(None if draw is None else drawn_token(output))
+
+    def begin_again(self, plan: Plan) -> None:
+        """An interrupt struck while a step was launched, which may have run or not. To write keys and values
+        twice does no harm, but states that have moved on are of no use to sequences that have not."""
+        if self.cache.states is None:
+            return
+        for sequence in plan.sequences:
+            self.cache.states.drop(sequence.pages)
+            self._release(sequence)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues and pages agree."""
@@ -138,6 +156,9 @@ class Scheduler:
         assert all(s.computed == 0 and s.pages.length == 0 for s in waiting), "a sequence waits with pages"
         assert all(s.computed <= s.pages.slots for s in self.running), "tokens were computed without pages"
         queue = [*self.running, *waiting]
+        if self.cache.has_states:
+            stateful = all((s.computed in s.pages.states) == (s.computed > 0) for s in queue)
+            assert stateful, "a sequence has computed tokens and no state, or a state and no tokens"
         assert self._pooled_sequences == sum(s.pooled for s in queue), "pooled sequences were miscounted"
         self.waiting.check_integrity(self.running)
         self.cache.check_integrity(sequence.pages for sequence in queue)
@@ -278,6 +299,9 @@ class Scheduler:
             count = min(count, reachable - sequence.computed)
         if count < 1:
             return False
+        if self.cache.has_states:
+            computed, end = sequence.computed, sequence.computed + count
+            count = self.cache.chunk_end(sequence.pages, computed, end, sequence.length) - computed
         self.cache.grow(sequence.pages, sequence.computed + count)
         self.cache.shrink(sequence.pages, sequence.computed + count)
         if count > 1 and self.cache.prefixes is not None:
@@ -317,6 +341,8 @@ class Scheduler:
             return False
         other, end = budget.first_pages[first]
         alike = self.cache.prefixes.alike(one, (other.pages, other.token_ids), end)
+        if self.cache.has_states and alike < end:
+            return False  # the other's state will be behind tokens that are not this one's
         return 2 * (min(alike, sequence.restorable) - sequence.computed) >= sequence.remaining
 
     # ------------------------------------------------------------------------------------------ seats
