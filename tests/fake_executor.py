@@ -58,10 +58,9 @@ class FakeFuture:
 
 
 class FakeExecutor:
-    """`windows[g]` and `pages[g]` describe memory group g; with `states`, its model is recurrent too, and it has
-    so many slots. `edit(logits, tokens)` may change a row's logits, given the tokens that it sees in group 0.
-    Results are kept back until they are asked for, and until one
-    more step was run at most."""
+    """`windows[g]` and `pages[g]` describe memory group g; with `states`, its model is recurrent too, and it
+    has so many slots. `edit(logits, tokens)` may change a row's logits, given the tokens that it sees in
+    group 0. Results are kept back until they are asked for, and until one more step was run at most."""
 
     asynchronous = False
     numerics = "fake"
