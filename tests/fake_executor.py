@@ -144,19 +144,21 @@ class FakeExecutor:
 
     def transfer(self, moves: Sequence[Any]) -> None:
         for move in moves:
-            memory = self.memory[move.group]
+            memory = (*self.memory, self.states)[move.group]
             if isinstance(move, PageCopy):
                 memory[move.target] = memory[move.source]
             elif isinstance(move, PageFill):
                 assert move.source.shape == (self.host_page_bytes[move.group],)
-                memory[move.target] = move.source.view(_SLOT)
+                held = move.source.view(memory.dtype)
+                memory[move.target] = held if memory.ndim == 2 else held[0]
             else:
-                spilled = memory[move.source].view(np.uint8).copy()
+                spilled = memory[move.source : move.source + 1].copy().view(np.uint8).reshape(-1)
                 move.target.put(lambda spilled=spilled: spilled)
 
     @property
     def host_page_bytes(self) -> tuple[int, ...]:
-        return (PAGE_TOKENS * _SLOT.itemsize,) * len(self.memory)
+        pages = (PAGE_TOKENS * _SLOT.itemsize,) * len(self.memory)
+        return (*pages, _STATE.itemsize) if len(self.states) else pages
 
     def close(self) -> None:
         self.closed = True

@@ -6,6 +6,7 @@ import contextlib
 from array import array
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from fake_executor import FakeExecutor, make_engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, run_state_machine_as_test
+from tier_engines import settle, tiered_engine
 
 from ridgeline.cache.kv import KVCache
 from ridgeline.cache.prefix import PrefixCache
@@ -225,9 +227,41 @@ def test_a_step_that_an_interrupt_hides_moves_no_state_twice(
 def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="state slots are 1; accepted: at least 2"):
         KVCache((None,), (4,), True, state_slots=1)
-    with pytest.raises(ValueError, match="lower tiers hold no recurrent state"):
-        KVCache((None,), (4,), True, tiers=object(), state_slots=4)  # type: ignore[arg-type]
     assert not KVCache((None,), (4,)).has_states
+
+
+# ------------------------------------------------------------------------------------- lower tiers
+
+
+@LATE
+@KINDS
+def test_the_next_engine_starts_warm(
+    tmp_path: Path, kind: str, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeExecutor, "asynchronous", late)
+    request = Request("a", text(200), GREEDY)
+    windows, _ = GROUPS[kind]
+    for found in (0, 192):
+        engine = tiered_engine(tmp_path, FakeExecutor(windows, (64,) * len(windows), states=24))
+        output = finish(engine, request)
+        assert output.cached_tokens == found
+        assert contents(output) == alone(kind, request)
+        settle(engine)
+        engine.close()
+
+
+@KINDS
+def test_evicted_states_come_back(tmp_path: Path, kind: str) -> None:
+    windows, _ = GROUPS[kind]
+    engine = tiered_engine(tmp_path, FakeExecutor(windows, (64,) * len(windows), states=4))
+    for turn in range(3):
+        for first in range(6):
+            request = Request("a", text(100, first), GREEDY)
+            output = finish(engine, request)
+            assert output.cached_tokens == (96 if turn else 0)
+            assert contents(output) == alone(kind, request)
+            settle(engine)
+    engine.close()
 
 
 # ------------------------------------------------------------------- the longest start that all have

@@ -65,7 +65,7 @@ def tiered_engine(
     kind = LadderInTurns if in_turns else Ladder
     choice = SomeChoice() if in_turns else None
     ladder = kind(executor.host_page_bytes, memory, disk, choice, queue_bytes)
-    tiers = Tiers(ladder, identity, executor.windows)
+    tiers = Tiers(ladder, identity, executor.windows, states=len(executor.states) > 0)
     return make_engine(executor, tiers=tiers, **{"max_num_batched_tokens": 256, **options})
 
 

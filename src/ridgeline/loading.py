@@ -341,14 +341,10 @@ def _buffer_bytes(config: EngineConfig, program: Program) -> int:
 def lower_tiers(config: EngineConfig, program: Program, weights: Weights, executor: Executor) -> Tiers | None:
     """Where pages of the prefix cache go when there is no room for them; None where nobody asked for it.
 
-    Raises ConfigError when the folder cannot be used, or the model has recurrent state: tiers hold none.
+    Raises ConfigError when the folder cannot be used.
     """
-    if config.cache_dir is None and config.cache_memory_bytes is None:
-        return None
-    if program.states:
-        name = "cache_memory_bytes" if config.cache_dir is None else "cache_dir"
-        raise ConfigError(f"{name} is set; accepted: none for this model, which has recurrent state")
-    if not program.groups:
+    kept = program.groups or program.states
+    if not kept or (config.cache_dir is None and config.cache_memory_bytes is None):
         return None
     from ridgeline.cache.disk import DiskTier
     from ridgeline.cache.ladder import Ladder
@@ -373,7 +369,8 @@ def lower_tiers(config: EngineConfig, program: Program, weights: Weights, execut
     parts = (model, build_digest(), program, config.kv_format, PAGE_TOKENS, executor.numerics)
     identity = hashlib.sha256(repr(parts).encode()).digest()
     windows = tuple(group.window for group in program.groups)
-    return Tiers(Ladder(executor.host_page_bytes, memory, disk), identity, windows)
+    ladder = Ladder(executor.host_page_bytes, memory, disk)
+    return Tiers(ladder, identity, windows, states=bool(program.states))
 
 
 def make_executor(config: EngineConfig, limits: Limits) -> Executor:

@@ -283,6 +283,7 @@ class PageFill:
 
 
 Move = PageCopy | PageSpill | PageFill
+"""Where a program has recurrent state, its slots are the pages of one more group, behind the others."""
 
 
 # ----------------------------------------------------------------------------------------- sampling

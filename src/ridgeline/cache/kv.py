@@ -47,14 +47,12 @@ class KVCache:
             raise ValueError(f"{len(windows)} windows for {len(pages)} pools")
         if any(window is not None and window < 1 for window in windows):
             raise ValueError(f"windows are {windows}; accepted: at least 1 token, or none")
-        if state_slots and tiers is not None:
-            raise ValueError("lower tiers hold no recurrent state; accepted: tiers or state slots")
         self.windows = windows
         self.pools = tuple(PagePool(count) for count in pages)
         self._moves: list[Move] = []
         self._windowed = tuple((g, window) for g, window in enumerate(windows) if window is not None)
         # Without memory there is nothing to be spared: a model of no groups has no rows that see others.
-        self.tiers = tiers if prefix_caching and pages else None
+        self.tiers = tiers if prefix_caching and (pages or state_slots) else None
         self.states = StateSlots(state_slots, prefix_caching) if state_slots else None
         self.prefixes: PrefixCache | None = None
         if prefix_caching and (pages or state_slots):
@@ -247,12 +245,12 @@ class KVCache:
         assert self.prefixes is not None
         fetching = self.tiers.end(pages)
         assert fetching is not None
-        columns, contents = fetching.columns(len(self.pools))
+        columns, contents = fetching.columns(len(self.pools) + self.has_states)
         pages.fetched_in_vain = not contents
         begin, end = pages.shared, fetching.end
         if begin != fetching.begin:
             return 0
-        room = min(pool.free_pages for pool in self.pools)
+        room = min((pool.free_pages for pool in self.pools), default=end)
         tokens = self.prefixes.restorable(columns, begin, min(end, begin + room) * PAGE_TOKENS)
         whole = tokens // PAGE_TOKENS
         if whole <= begin:
@@ -270,7 +268,11 @@ class KVCache:
                 PageFill(group, contents[place, group], page) for place, page in enumerate(taken, start=first)
             )
         pages.length = whole
-        self.prefixes.store(pages, token_ids, whole)
+        state = HOLE
+        if self.states is not None:
+            group, state = len(self.pools), self.states.take_in(pages, tokens)
+            self._moves.append(PageFill(group, contents[whole - 1, group], state))
+        self.prefixes.store(pages, token_ids, whole, state)
         return tokens
 
     def _spill(self, spill: PageSpill) -> None:

@@ -32,7 +32,7 @@ def first_visible(window: int | None, position: int) -> int:
     return 0 if window is None else max(position - window, 0) // PAGE_TOKENS
 
 
-_STATE_WINDOW = 1
+STATE_WINDOW = 1
 
 
 class Below(Protocol):
@@ -62,7 +62,7 @@ class PrefixCache:
         self._below = below
         self._states = states
         self._pools = pools if states is None else (*pools, states)
-        self._windows = windows if states is None else (*windows, _STATE_WINDOW)
+        self._windows = windows if states is None else (*windows, STATE_WINDOW)
         self._tree = RadixTree(len(self._pools))
         for group, pool in enumerate(self._pools):
             pool.evict = partial(self._evict, group)

@@ -76,6 +76,13 @@ class StateSlots:
         self.drop(pages)
         pages.states[tokens] = slot
 
+    def take_in(self, pages: SequencePages, tokens: int) -> int:
+        """Let a sequence go on from a state behind so many tokens that is about to be filled in; its slot."""
+        self.drop(pages)
+        (slot,) = self.pool.allocate(1)
+        pages.states[tokens] = slot
+        return slot
+
     def drop(self, pages: SequencePages) -> None:
         """A sequence has no state any more."""
         pages.planned = None

@@ -66,7 +66,8 @@ class Executor(Protocol):
     `asynchronous` says whether `run` returns before the step is done, so that time is won by launching the
     next step first; `drawer` draws from logits that are on the host. `numerics` names all that the bits of a
     result depend on beside program, weights and KV format, such as the instruction set. `host_page_bytes[g]`
-    is the size of a page of memory group g outside of the pools, known once a program is compiled.
+    is the size of a page of memory group g outside of the pools, known once a program is compiled; behind
+    those stands the size of a slot of recurrent state, where the program has any.
 
     The order of use is load, compile, then run and transfer at will. `run` checks nothing that the engine
     guarantees but refuses a step that contradicts itself. It may return before the step is done, and the

@@ -139,13 +139,32 @@ class ReferenceExecutor:
 
     @property
     def host_page_bytes(self) -> tuple[int, ...]:
-        return tuple(
+        pages = [
             sum(self._memory[layer][:, :1].nbytes for layer in layers)
             for _, layers in sorted(self._groups.items())
-        )
+        ]
+        states = [sum(slots[:1].nbytes for slots in self._states.values())]
+        return (*pages, *states) if self._states else tuple(pages)
+
+    def _transfer_state(self, move: Move) -> None:
+        """Move one slot, the layers of all groups one behind the other."""
+        slots = [self._states[place] for place in sorted(self._states)]
+        if isinstance(move, PageCopy):
+            for each in slots:
+                each[move.target] = each[move.source]
+        elif isinstance(move, PageFill):
+            ends = np.cumsum([each.shape[1] for each in slots])[:-1]
+            for each, values in zip(slots, np.split(move.source.view(np.float32), ends), strict=True):
+                each[move.target] = values
+        else:
+            spilled = np.concatenate([each[move.source] for each in slots])
+            move.target.put(partial(_bytes_of, spilled))
 
     def transfer(self, moves: Sequence[Move]) -> None:
         for move in moves:
+            if move.group == len(self._groups):
+                self._transfer_state(move)
+                continue
             layers = self._groups[move.group]
             if isinstance(move, PageCopy):
                 for layer in layers:
