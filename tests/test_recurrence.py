@@ -35,6 +35,10 @@ from ridgeline.types import (
     NO_STATE,
     CheckpointError,
     Float32Array,
+    HostPage,
+    PageCopy,
+    PageFill,
+    PageSpill,
     Request,
     RequestOutput,
     SamplingParams,
@@ -127,6 +131,26 @@ def test_a_state_that_is_read_is_there_for_others_and_a_slot_that_was_used_begin
     np.testing.assert_array_equal(one, two)
     again = states_of(executor, program, rows_of([1, 2, 3, 4], 0, NO_STATE, 0))
     np.testing.assert_array_equal(again[3], one)
+
+
+def test_states_of_all_layers_are_copied_spilled_and_filled_to_the_bit() -> None:
+    executor = hybrid_engine().executor
+    held: Any = executor._states  # type: ignore[attr-defined]
+    rng = np.random.default_rng(0)
+    for layers in held.values():
+        layers[...] = rng.standard_normal(layers.shape)
+    group, host = len(DECODER.groups), [HostPage(), HostPage()]
+    expected = [layers[3].copy() for layers in held.values()]
+    executor.transfer([PageCopy(group, 3, 5), PageSpill(group, 3, host[0])])
+    for layers in held.values():
+        layers[3] = np.nan
+    executor.transfer([PageFill(group, host[0].take(), 9), PageSpill(group, 9, host[1])])
+    for slot in (5, 9):
+        for layers, values in zip(held.values(), expected, strict=True):
+            np.testing.assert_array_equal(layers[slot], values)
+    np.testing.assert_array_equal(host[1].take(), host[0].take())
+    assert executor.host_page_bytes[group] == len(host[0].take()) == state_bytes(DECODER.states)
+    assert len(executor.host_page_bytes) == group + 1
 
 
 def test_what_it_counts_and_takes() -> None:

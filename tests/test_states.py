@@ -230,6 +230,88 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     assert not KVCache((None,), (4,)).has_states
 
 
+def sequence_of(cache: KVCache, tokens: tuple[int, ...], ends: list[int]) -> Any:
+    """A sequence that ran its tokens in chunks up to these ends."""
+    pages = cache.new_sequence()
+    computed = cache.restore(pages, tokens, 0, len(tokens) - 1)
+    for end in ends:
+        if end > computed:
+            assert cache.states is not None
+            assert cache.grow(pages, end)
+            cache.states.plan(pages, computed, end)
+            cache.launched(pages, tokens, computed, end)
+            computed = end
+            cache.check_integrity([pages])
+    return pages
+
+
+def test_a_state_stays_in_its_slot_unless_somebody_needs_it() -> None:
+    cache = KVCache((None,), (20,), True, state_slots=6)
+    assert cache.states is not None
+    pages = sequence_of(cache, text(60), [5, 9, 15])
+    (slot,) = pages.states.values()
+    cache.states.plan(pages, 15, 16)
+    assert pages.planned == (slot, slot)
+    cache.launched(pages, text(60), 15, 16)
+    cache.states.plan(pages, 16, 17)
+    assert pages.planned is not None
+    assert pages.planned[0] == slot != pages.planned[1]
+    cache.states.plan(pages, 16, 20)  # again, as the plan was dropped
+    assert sorted(pages.states) == [16, 20]
+    cache.launched(pages, text(60), 16, 20)
+    assert cache.states.pool.is_kept(slot)
+    assert cache.states.pool.users(slot) == 0
+    others = [cache.new_sequence() for _ in range(2)]
+    assert [cache.restore(other, text(60), 0, 59) for other in others] == [16, 16]
+    assert cache.states.pool.users(slot) == 2
+    cache.check_integrity([pages, *others])
+
+
+def test_of_the_states_of_an_answer_the_last_stays_and_those_that_others_need() -> None:
+    cache = KVCache((None,), (40,), True, state_slots=30)
+    assert cache.states is not None
+    tokens = text(200)
+    pages = sequence_of(cache, tokens, [32, 40, *range(41, 100)])
+
+    def kept() -> list[int]:
+        """The tokens behind which there is a state, of those that a sequence may begin with."""
+        found = set()
+        for limit in range(16, 200, 16):
+            other = cache.new_sequence()
+            found.add(cache.restore(other, tokens, 0, limit))
+            cache.release(other)
+        return sorted(found - {0})
+
+    assert kept() == [32, 96]
+    other = cache.new_sequence()
+    assert cache.restore(other, tokens, 0, 110) == 96
+    for end in range(100, 131):
+        assert cache.grow(pages, end)
+        cache.states.plan(pages, end - 1, end)
+        cache.launched(pages, tokens, end - 1, end)
+    assert kept() == [32, 96, 128], "somebody goes on from the one behind 96"
+    cache.check_integrity([pages, other])
+
+
+def test_check_integrity_sees_what_is_wrong() -> None:
+    def corrupted(change: Any) -> None:
+        cache = KVCache((None,), (20,), True, state_slots=6)
+        pages = sequence_of(cache, text(60), [32, 40])
+        change(cache, pages)
+        cache.check_integrity([pages])
+
+    corrupted(lambda cache, pages: None)
+    for change in (
+        lambda cache, pages: pages.states.clear(),
+        lambda cache, pages: pages.states.update({7: 5}),
+        lambda cache, pages: cache.states.pool.share(list(pages.states.values())),
+        lambda cache, pages: cache.states.pool.keep(next(iter(pages.states.values()))),
+        lambda cache, pages: cache.states.pool.allocate(1),
+    ):
+        with pytest.raises(AssertionError):
+            corrupted(change)
+
+
 # ------------------------------------------------------------------------------------- lower tiers
 
 

@@ -120,11 +120,12 @@ class Scheduler:
         """Note that the step is launched: its rows' keys and values are stored before any later step reads
         them, and its drawn tokens are there for the next one."""
         self.steps += 1
+        recurrent = self.cache.has_states
         for sequence, rows in zip(plan.sequences, plan.step.sequences, strict=True):
             sequence.served = self.steps
             before = sequence.computed
             sequence.computed += len(rows.tokens)
-            if self.cache.has_states:
+            if recurrent:
                 self.cache.launched(sequence.pages, sequence.token_ids, before, sequence.computed)
             elif sequence.computed // PAGE_TOKENS > sequence.pages.shared:
                 self.cache.store(sequence.pages, sequence.token_ids, sequence.computed)
