@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, run_state_machine_as_test
 from recurrent_programs import HIDDEN, VOCABULARY, WIDTHS, RandomWeights, hybrid, hybrid_spec
 
+from ridgeline.apps.perplexity import Scorer
 from ridgeline.cache.kv import KVCache
 from ridgeline.engine import Engine, ModelFacts
 from ridgeline.execution.base import Limits, check_memory_kinds, state_bytes
@@ -293,3 +294,11 @@ def test_operations_on_a_hybrid_give_what_each_request_gives_alone() -> None:
     assert done["finished"] > 50, done
     assert done["preemptions"] > 5, done
     assert done["cached tokens"] > 100, done
+
+
+def test_perplexity_of_a_hybrid_does_not_depend_on_the_steps() -> None:
+    engine = hybrid_engine()
+    scorers = [Scorer(engine.executor, engine.handle, (60, 60), rows) for rows in (100, 7)]
+    one, two = (scorer.negative_log_likelihood(prompt_of(80, first=5), 40) for scorer in scorers)
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+    assert len(one) == 39

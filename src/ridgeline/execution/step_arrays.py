@@ -68,8 +68,7 @@ class StepArrays(msgspec.Struct, frozen=True, eq=False):
             segments_end.append(len(segments))
         lengths = [s.length for s in segments]
         firsts = [s.first_position for s in segments]
-        pages = (len(s.tables[0]) if groups else 0 for s in segments)
-        tables_end = [*accumulate(pages, initial=0)]
+        tables_end = _tables_end(segments, groups)
         integers = _side_by_side(
             _known(tokens, drawn),
             positions,
@@ -102,7 +101,7 @@ class StepArrays(msgspec.Struct, frozen=True, eq=False):
             starts,
             [s.length for s in segments],
             list(map(operator.add, starts, firsts)) if moved else [],
-            [*accumulate([len(s.tables[0]) for s in segments], initial=0)],
+            _tables_end(segments, groups),
         )
         usual = _Usual.of(len(sequences))
         numbers = usual.numbers
@@ -164,6 +163,13 @@ def _known(tokens: list[int], drawn: Int32Array | None) -> list[int]:
     if drawn is None or not tokens or min(tokens) >= 0:
         return tokens
     return [token if token >= 0 else max(int(drawn[-1 - token]), 0) for token in tokens]
+
+
+def _tables_end(segments: list[Segment], groups: int) -> list[int]:
+    """Where each segment's pages begin in the tables of any group, and their end."""
+    if not groups:
+        return [0] * (len(segments) + 1)
+    return [*accumulate([len(s.tables[0]) for s in segments], initial=0)]
 
 
 def _tables(tables: list[tuple[Sequence[int], ...]], groups: int) -> Int32Array:
