@@ -2,9 +2,9 @@
 
 A sequence uses the slot with the state behind its computed tokens. A state cannot be wound back, so whoever
 is to go on from an earlier one needs it as it was: a *checkpoint* is a slot that the prefix tree keeps at the
-end of a page of tokens. Nothing is copied for it. A step reads a state from one slot and writes it to
-another, or to the same one where nobody needs what was there: to snapshot a state is to leave it where it
-is, and to restore one is to read it, as many sequences at once as begin with it.
+end of a page of tokens. Nothing is copied for it. A step reads a state from one slot and writes it to the
+same one, but at the end of a page to another: to snapshot a state is to leave it where it is, and to restore
+one is to read it, as many sequences at once as begin with it.
 
 Checkpoints are as many as there are slots that no sequence uses; the pool evicts the one that has been used
 least recently. A sequence uses two slots at most, and only while a step of its is planned, so with two for
@@ -45,16 +45,11 @@ class StateSlots:
         self._keep_only(pages, computed)  # a plan that was dropped may have taken another
         read = pages.states.get(computed, NO_STATE)
         written = read
-        if read == NO_STATE or self._is_needed(read, computed):
+        # What is at the end of a page others go on from, or may, as soon as all tokens before it are known.
+        if read == NO_STATE or (self._checkpoints and computed % PAGE_TOKENS == 0):
             (written,) = self.pool.allocate(1)
             pages.states[end] = written
         pages.planned = (read, written)
-
-    def _is_needed(self, slot: int, tokens: int) -> bool:
-        """Whether others go on from a state, or may: at the end of a page it becomes a checkpoint, as soon as
-        all tokens before it are known."""
-        aligned = self._checkpoints and tokens % PAGE_TOKENS == 0
-        return aligned or self.pool.users(slot) > 1 or self.pool.is_kept(slot)
 
     def launch(self, pages: SequencePages, before: int, computed: int) -> None:
         """The planned step is launched. The state that it went on from is there, where it wrote to another
@@ -93,9 +88,15 @@ class StateSlots:
             self.pool.free([pages.states.pop(other)])
 
     def check_integrity(self, sequences: Iterable[SequencePages]) -> None:
-        """Raise AssertionError unless every slot counts exactly its users among `sequences`."""
+        """Raise AssertionError unless every slot counts exactly its users among `sequences`, and is one's own
+        amid a page."""
         self.pool.check_integrity()
-        users = Counter(slot for pages in sequences for slot in pages.states.values())
+        users: Counter[int] = Counter()
+        for pages in sequences:
+            users.update(pages.states.values())
+            amid = [slot for tokens, slot in pages.states.items() if tokens % PAGE_TOKENS]
+            own = all(self.pool.users(slot) == 1 and not self.pool.is_kept(slot) for slot in amid)
+            assert own, "a state that is written over is needed by others"
         for slot, count in users.items():
             seen = self.pool.users(slot)
             assert seen == count, f"a state has {count} users and counts {seen}"
