@@ -27,7 +27,6 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ from bench.peers.system import (
     kind_of,
 )
 from bench.server_runs import leave_on_sigterm
+from ridgeline.apps.png import check_png
 from ridgeline.resources import probe
 from ridgeline.types import RidgelineError
 
@@ -204,11 +204,10 @@ def main() -> int:
         wanted = launches(chosen, work, threads)
         if chosen.rounds < 1:
             raise ValueError(f"--rounds is {chosen.rounds}; accepted: at least 1")
-        if chosen.plot is not None and find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib; accepted: no --plot, or pip install matplotlib")
-        for path in (chosen.json, chosen.plot):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise ValueError(f"{path.parent} is not a folder; accepted: one that is there")
+        if chosen.plot is not None:
+            check_png(chosen.plot)
+        if chosen.json is not None and not chosen.json.absolute().parent.is_dir():
+            raise ValueError(f"{chosen.json.parent} is not a folder; accepted: one that is there")
     except (ValueError, RidgelineError) as error:
         raise SystemExit(f"error: {error}") from None
     if chosen.rounds < MIN_ROUNDS:

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -18,8 +18,10 @@ from gpu_engine import EngineLine, Identity
 from gpu_kernels import KernelLine
 from msgspec import structs
 
+from ridgeline.apps.roofline_plot import Point, Roofline, write_png
 from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.machine import machine, usable_cores
+from ridgeline.types import ConfigError
 
 _QUERY = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 
@@ -181,9 +183,11 @@ class Report:
         if self.ceilings is None or not (self.kernels or self.engine):
             self.say("no picture: nothing was measured beside the ceilings")
             return
+        title = f"{self.ceilings.machine}, {self.facts.get('date', self.ceilings.measured_at)}"
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            draw_roofline(self, path)
-        except ImportError as error:
+            write_png(roofline_of(title, self.ceilings, [*self.kernels, *self.engine]), path)
+        except ConfigError as error:
             self.say(f"no picture: {error}")
         else:
             self.say(f"picture: {path}")
@@ -198,41 +202,19 @@ def _finite(value: Any) -> Any:
     return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def draw_roofline(report: Report, path: Path) -> None:
-    """Operations per second over operations per byte, below the measured roofs. Raises ImportError."""
-    import matplotlib  # type: ignore[import-not-found,unused-ignore]
+def roofline_of(title: str, ceilings: Ceilings, lines: Sequence[KernelLine | EngineLine]) -> Roofline:
+    """What was measured below the measured roofs: kernels and engine steps of each format are a series."""
+    points = []
+    for line in lines:
+        seconds, kind = (
+            (line.seconds, "kernels") if isinstance(line, KernelLine) else (_step_s(line, ceilings), "steps")
+        )
+        if line.work.ops and line.work.bytes:
+            intensity = line.work.ops / line.work.bytes
+            points.append(Point(line.model, intensity, line.work.ops / seconds, f"{line.format}, {kind}"))
+    return Roofline(title, ceilings, points=points)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    ceilings = report.ceilings
-    assert ceilings is not None
-    figure, axes = pyplot.subplots(figsize=(11, 7))
-    lines: list[KernelLine | EngineLine] = [*report.kernels, *report.engine]
-    formats = sorted({line.format for line in lines})
-    colours = {name: f"C{index}" for index, name in enumerate(formats)}
-    points: list[tuple[Any, float, str]] = [(k, k.seconds, ".") for k in report.kernels]
-    points += [(e, e.work.bytes / ceilings.read_bytes_per_s / e.bandwidth_share, "*") for e in report.engine]
-    points = [p for p in points if p[0].work.ops and p[0].work.bytes]
-    for line, seconds, marker in points:
-        x, y = line.work.ops / line.work.bytes, line.work.ops / seconds
-        axes.plot(x, y, marker, color=colours[line.format], markersize=12 if marker == "*" else 6, alpha=0.7)
-    intensities = [line.work.ops / line.work.bytes for line, _, _ in points] or [1.0]
-    low, high = min(0.1, *intensities), max(1e4, *intensities)
-    for name in ("int8_ops", "bf16_flops", "fp32_flops"):
-        peak = getattr(ceilings, f"{name}_per_s")
-        if peak:
-            ridge = peak / ceilings.read_bytes_per_s
-            axes.plot([low, ridge, high], [low * ceilings.read_bytes_per_s, peak, peak], "k-", linewidth=1)
-            axes.annotate(name.split("_")[0], (high, peak), ha="right", va="bottom")
-    for name, colour in colours.items():
-        axes.plot([], [], "s", color=colour, label=name)
-    axes.plot([], [], "k.", label="kernel")
-    axes.plot([], [], "k*", markersize=12, label="engine step")
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second")
-    axes.set_title(f"{ceilings.machine}, {report.facts.get('date', ceilings.measured_at)}")
-    axes.grid(which="both", alpha=0.2)
-    axes.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
+def _step_s(line: EngineLine, ceilings: Ceilings) -> float:
+    """The seconds that its shares are of."""
+    return line.work.bytes / ceilings.read_bytes_per_s / line.bandwidth_share

@@ -135,11 +135,12 @@ def _plain(constant: Any) -> Any:
 
 
 def sizes(handle: CudaHandle) -> list[StepSize]:
-    """Every bucket of the executor's graphs, and two steps that fit none."""
+    """Every bucket of the executor's graphs, and three steps that fit none."""
     rows = EngineConfig().max_num_batched_tokens
     wanted = [StepSize(n, k, s) for n in range(1, rows + 1) for k in (0, 1) for s in (False, True)]
     buckets = {handle.graphs.bucket(size) for size in wanted} - {None}
-    return [*filter(None, buckets), StepSize(3, 2, False), StepSize(rows, rows, False)]
+    eager = [StepSize(3, 2, False), StepSize(rows, rows, False), StepSize(8, 8, False, paths=True)]
+    return [*filter(None, buckets), *eager]
 
 
 def launch_everything(executor: CudaExecutor, handle: CudaHandle) -> None:

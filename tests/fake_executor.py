@@ -9,6 +9,7 @@ state holds how many tokens it has seen, and a hash of them all.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,11 +23,13 @@ from ridgeline.engine import Engine, ModelFacts
 from ridgeline.execution.draw import Drawer, undrawn
 from ridgeline.scheduling.scheduler import Scheduler
 from ridgeline.types import (
+    MAX_DRAFT_TOKENS,
     NO_STATE,
     Float32Array,
     PageCopy,
     PageFill,
     SequenceRows,
+    SlotCopy,
     Step,
     StepResult,
     StepWork,
@@ -119,7 +122,7 @@ class FakeExecutor:
             self._check(sequence)
         chains = self._move_states_on(step)
         rows = [
-            self._answer(s, s.start + row, chain[row] if chain else _ROOT)
+            self._answer(s, row, chain[row] if chain else _ROOT)
             for s, chain in zip(step.sequences, chains, strict=True)
             for row in s.outputs
         ]
@@ -147,6 +150,9 @@ class FakeExecutor:
             memory = (*self.memory, self.states)[move.group]
             if isinstance(move, PageCopy):
                 memory[move.target] = memory[move.source]
+            elif isinstance(move, SlotCopy):
+                slots = memory.reshape(-1)
+                slots[np.array(move.targets)] = slots[np.array(move.sources)]
             elif isinstance(move, PageFill):
                 assert move.source.shape == (self.host_page_bytes[move.group],)
                 held = move.source.view(memory.dtype)
@@ -167,45 +173,45 @@ class FakeExecutor:
         (segment,) = sequence.segments
         assert segment.length == sequence.start + len(sequence.tokens)
         assert len(segment.tables) == len(self.memory)
-        assert {len(table) for table in segment.tables} <= {-(-segment.length // PAGE_TOKENS)}
         assert list(sequence.outputs) == sorted(set(sequence.outputs))
         for group, table in enumerate(segment.tables):
-            chain = self._chain_at(group, table, sequence.start - 1)
-            for slot, token in enumerate(sequence.tokens, start=sequence.start):
+            # A page more, once and again, is left of guesses that went further.
+            assert 0 <= len(table) - -(-segment.length // PAGE_TOKENS) <= MAX_DRAFT_TOKENS // PAGE_TOKENS
+            for row, token in enumerate(sequence.tokens):
                 assert 0 <= token < self.vocabulary
+                path = _path(sequence, row)
+                slot = int(path[-1])
                 page, offset = table[slot // PAGE_TOKENS], slot % PAGE_TOKENS
                 assert (group, page, offset) not in written, "two rows write one slot"
                 written.add((group, page, offset))
                 if offset == 0:
                     self.memory[group][page] = _POISON  # what the last owner left must not matter
-                chain = _chained(chain, token)
-                self.memory[group][page, offset] = (token, slot, chain)
+                before = self._at(group, table, path[-2:-1])["chain"]
+                chain = _chained(before[0] if len(before) else _ROOT, token)
+                self.memory[group][page, offset] = (token, len(path) - 1, chain)
 
-    def _chain_at(self, group: int, table: Sequence[int], slot: int) -> Any:
-        return (
-            self.memory[group][table[slot // PAGE_TOKENS], slot % PAGE_TOKENS]["chain"]
-            if slot >= 0
-            else _ROOT
-        )
+    def _at(self, group: int, table: Sequence[int], slots: Any) -> Any:
+        pages = np.array(table, np.int64)[slots // PAGE_TOKENS]
+        return self.memory[group][pages, slots % PAGE_TOKENS]
 
-    def _visible(self, sequence: SequenceRows, group: int, first_row: int, slot: int) -> Any:
-        window = self.windows[group]
-        first = 0 if window is None else max(0, first_row - window + 1)
-        slots = np.arange(first, slot + 1)
-        table = np.array(sequence.segments[0].tables[group], np.int64)
-        return slots, self.memory[group][table[slots // PAGE_TOKENS], slots % PAGE_TOKENS]
+    def _visible(self, sequence: SequenceRows, group: int, row: int) -> tuple[Any, Any]:
+        """The positions that a row sees, and what its slots hold."""
+        window, path = self.windows[group], _path(sequence, row)
+        first = 0 if window is None else max(0, len(path) - window)
+        slots = path[first:]
+        return np.arange(first, len(path)), self._at(group, sequence.segments[0].tables[group], slots)
 
     def _check(self, sequence: SequenceRows) -> None:
-        """What the rows see must be one unbroken chain of this sequence's own tokens."""
-        for group in range(len(self.memory)):
-            slots, seen = self._visible(sequence, group, sequence.start, sequence.segments[0].length - 1)
-            assert (seen["position"] == slots).all(), f"group {group}: a slot holds another position"
+        """What each row sees must be one unbroken chain of this sequence's own tokens."""
+        rows = range(len(sequence.tokens)) if sequence.parents else [0, len(sequence.tokens) - 1]
+        for group, row in itertools.product(range(len(self.memory)), rows):
+            positions, seen = self._visible(sequence, group, row)
+            assert (seen["position"] == positions).all(), f"group {group}: a slot holds another position"
             follows = _chained(seen["chain"][:-1], seen["token"][1:])
             assert (seen["chain"][1:] == follows).all(), (
                 f"group {group}: a slot holds another sequence's token"
             )
-            own = seen["token"][len(seen) - len(sequence.tokens) :]
-            assert own.tolist() == list(sequence.tokens)
+            assert seen["token"][-1] == sequence.tokens[row]
 
     def _move_states_on(self, step: Step) -> list[list[Any]]:
         """The hash behind each row of each sequence."""
@@ -227,8 +233,9 @@ class FakeExecutor:
             tokens, chain = self.states[read] if read != NO_STATE else (0, _ROOT)
             assert tokens == sequence.start, "a state is behind other tokens than the row before"
             if self.memory and read != NO_STATE:
-                before = self._chain_at(0, sequence.segments[0].tables[0], sequence.start - 1)
-                assert chain == before, "a state is another sequence's"
+                page, offset = divmod(sequence.start - 1, PAGE_TOKENS)
+                before = self.memory[0][sequence.segments[0].tables[0][page], offset]
+                assert chain == before["chain"], "a state is another sequence's"
             behind = [chain := _chained(chain, token) for token in sequence.tokens]
             chains.append(behind)
             after.append((own, (tokens + len(behind), chain)))
@@ -236,16 +243,16 @@ class FakeExecutor:
             self.states[own] = state
         return chains
 
-    def _answer(self, sequence: SequenceRows, slot: int, chain: Any) -> Float32Array:
-        """Logits of the row in `slot`, from the tokens that it sees in each group and their places, and from
-        the recurrent state behind it."""
-        state = np.uint64(slot)
+    def _answer(self, sequence: SequenceRows, row: int, chain: Any) -> Float32Array:
+        """Logits of a row, from the tokens that it sees in each group and their places, and from the state
+        behind it."""
+        state = np.uint64(len(_path(sequence, row)) - 1)
         with np.errstate(over="ignore"):
             if len(self.states):
                 state = _chained(state, chain)
             for group in range(len(self.memory)):
-                slots, seen = self._visible(sequence, group, slot, slot)
-                hashed = _chained(slots.astype(np.uint64) * np.uint64(0xD1342543DE82EF95), seen["token"])
+                positions, seen = self._visible(sequence, group, row)
+                hashed = _chained(positions.astype(np.uint64) * np.uint64(0xD1342543DE82EF95), seen["token"])
                 state = _chained(state, np.bitwise_xor.reduce(hashed))
         first, second = int(state) % _OFFSETS, int(state >> np.uint64(32)) % _OFFSETS
         logits = (
@@ -253,8 +260,19 @@ class FakeExecutor:
             + self._noise[1, second : second + self.vocabulary]
         )
         if self.edit is not None:
-            self.edit(logits, self._visible(sequence, 0, slot, slot)[1]["token"].tolist())
+            self.edit(logits, self._visible(sequence, 0, row)[1]["token"].tolist())
         return logits
+
+
+def _path(sequence: SequenceRows, row: int) -> Any:
+    """The slot of each position that a row sees, up to its own."""
+    if not sequence.parents:
+        return np.arange(sequence.start + row + 1)
+    rows = []
+    while row >= 0:
+        rows.append(sequence.start + row)
+        row = sequence.parents[row]
+    return np.array([*range(sequence.start), *reversed(rows)])
 
 
 class FakeDetokenizer:
@@ -282,11 +300,12 @@ def letter(token_id: int) -> str:
 
 def make_engine(executor: FakeExecutor, **settings: Any) -> Engine:
     """An engine on a fake executor. Settings: max_num_seqs, max_num_batched_tokens, max_model_len,
-    end_token_ids, begin_token_id, seed, prefix_caching, tiers."""
+    end_token_ids, begin_token_id, seed, prefix_caching, tiers, drafting."""
     pages = tuple(len(memory) for memory in executor.memory)
     caching, tiers = settings.pop("prefix_caching", True), settings.pop("tiers", None)
     cache = KVCache(executor.windows, pages, caching, tiers, len(executor.states))
-    scheduler = Scheduler(cache, settings.pop("max_num_seqs", 8), settings.pop("max_num_batched_tokens", 64))
+    seats, budget = settings.pop("max_num_seqs", 8), settings.pop("max_num_batched_tokens", 64)
+    scheduler = Scheduler(cache, seats, budget, drafting=settings.pop("drafting", None))
     seed = settings.pop("seed", None)
     model = ModelFacts(executor.vocabulary, settings.pop("max_model_len", 512), **settings)
     return Engine(executor, "handle", scheduler, model, FakeDetokenizer, seed, executor.compile_encoder)

@@ -132,12 +132,22 @@ class Part:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one sequence in a test step: `count` rows from slot `start` of the last segment."""
+    """Rows of one sequence in a test step: `count` rows from slot `start` of the last segment; of a tree, the
+    row before each, counted from 0."""
 
     start: int
     count: int
     segments: tuple[Part, ...]
     pages: tuple[tuple[int, ...], ...]  # per segment
+    parents: tuple[int, ...] = ()
+
+    @property
+    def positions(self) -> list[int]:
+        positions: list[int] = []
+        for parent in self.parents or range(-1, self.count - 1):
+            before = self.segments[-1].first_position + self.start - 1
+            positions.append(1 + (positions[parent] if parent >= 0 else before))
+        return positions
 
 
 def ints(values: Sequence[int]) -> NDArray[np.int32]:
@@ -154,13 +164,18 @@ def step_inputs(
     segments = [p for s in sequences for p in s.segments]
     tables = [list(p) for s in sequences for p in s.pages]
     slots = [slot for s in sequences for slot in range(s.start, s.start + s.count)]
-    firsts = [s.segments[-1].first_position for s in sequences for _ in range(s.count)]
+    ends = np.cumsum(rows)
+    parents = [
+        begin + parent if parent >= 0 else -1
+        for begin, s in zip(ends - rows, sequences, strict=True)
+        for parent in s.parents or range(-1, s.count - 1)
+    ]
     return native.StepInputs(
         ints(tokens if tokens is not None else [0] * sum(rows)),
-        ints([a + b for a, b in zip(slots, firsts, strict=True)]),
+        ints([position for s in sequences for position in s.positions]),
         ints(slots),
         ints([i for i, n in enumerate(rows) for _ in range(n)]),
-        ints([0, *np.cumsum(rows)]),
+        ints([0, *ends]),
         ints(output_rows),
         ints([0, *np.cumsum([len(s.segments) for s in sequences])]),
         ints([p.length for p in segments]),
@@ -170,6 +185,7 @@ def step_inputs(
         ints([0, *np.cumsum([len(t) for t in tables])]),
         ints([p for t in tables for p in t]).reshape(1, -1),
         np.zeros((max(1, len(output_rows)), 1), np.float32) if logits is None else logits,
+        ints(parents) if any(s.parents for s in sequences) else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -14,8 +15,13 @@ BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import compare_server  # noqa: E402
+import live_load  # noqa: E402
 import scheduler_cost  # noqa: E402
 import server_runs  # noqa: E402
+import service  # noqa: E402
+import service_memory  # noqa: E402
+
+from ridgeline.apps.load.client import Answer  # noqa: E402
 
 
 def round_of(*values: float) -> dict[str, Any]:
@@ -59,6 +65,43 @@ def test_a_server_that_does_not_start_is_named_with_its_last_words() -> None:
         pass
 
 
+def test_gaps_and_tokens_are_of_a_time() -> None:
+    answers = [Answer(9, 0.0, text_s=[1.0, 2.0, 4.0, 7.0]), Answer(9, 0.0, text_s=[3.0]), Answer(9, 0.0)]
+    assert live_load.gaps_s(answers, 1.5, 4.0) == [1.0, 2.0]
+    assert live_load.tokens_between(answers, 1.5, 4.0) == 3
+    assert live_load.ttft_s(Answer(9, 0.5, text_s=[2.0])) == 1.5
+
+
+def test_figures_say_whether_they_keep_their_limit() -> None:
+    shown = [
+        live_load.Figure("share", 0.96, 0.95, least=True),
+        live_load.Figure("gap", 1.7, 1.6),
+        live_load.Figure("gap", 1.6, 1.6),
+        live_load.Figure("speed", 3.0, unit="ms"),
+    ]
+    assert [each.passes for each in shown] == [True, False, True, True]
+    assert [str(each).split()[-1] for each in shown] == ["pass", "FAIL", "pass", "ms"]
+
+
+def test_sizes_of_scenarios_are_set_by_name() -> None:
+    changed = service.changed(service.SIZES, ["streams.window_s=3", "keys.light=4"])
+    assert (changed["streams"].window_s, changed["keys"].light) == (3.0, 4)
+    assert changed["unbounded"] == service.SIZES["unbounded"]
+    for wrong in ("streams=3", "streams.colour=3", "nobody.light=4"):
+        with pytest.raises(SystemExit, match="sets nothing"):
+            service.changed(service.SIZES, [wrong])
+
+
+def test_the_mix_has_the_lengths_that_it_names() -> None:
+    samples = list(itertools.islice(service_memory.sharegpt_like(1), 4000))
+    prompts = [len((each.prompt or "").split()) for each in samples]
+    outputs = [each.output_tokens or 0 for each in samples]
+    # What is beyond the limits is left out, the longest of all.
+    assert 0.85 * service_memory.MEAN_PROMPT < sum(prompts) / 4000 < service_memory.MEAN_PROMPT
+    assert 0.85 * service_memory.MEAN_OUTPUT < sum(outputs) / 4000 < service_memory.MEAN_OUTPUT
+    assert min(*prompts, *outputs) > 0
+
+
 def run(script: str, *arguments: object) -> dict[str, Any]:
     command = [sys.executable, str(BENCH / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
@@ -86,6 +129,27 @@ def test_the_cost_of_the_server(default_model_path: Path) -> None:
     assert found["tokens_of_a_round"] == 6 * 5 + 3 * 5
     assert found["cpu_us_per_token"] > 0
     assert {"waiting_streams_bytes", "begun_streams_bytes"} < set(found)
+
+
+@pytest.mark.full
+def test_a_live_server_is_measured_by_every_scenario(default_model_path: Path) -> None:
+    sizes = {
+        "document": {"tokens": 64, "documents": 1},
+        "streams": {"streams": 2, "stream_prompt": 17, "stream_output": 8, "prompts": 1, "prompt_tokens": 40,
+                    "rounds": 1, "before_s": 0.3, "window_s": 2},
+        "keystroke": {"keystrokes": 1, "prompt_tokens": 20, "load": 2, "batch_prompt": 8, "batch_output": 40,
+                      "settle_s": 0.1},
+        "keys": {"light": 2, "times": 2, "prompt_tokens": 8, "output_tokens": 8, "window_s": 1},
+        "ends": {"requests": 40, "clients": 4, "prompt_tokens": 20},
+    }  # fmt: skip
+    settings = [f"{name}.{part}={value}" for name, parts in sizes.items() for part, value in parts.items()]
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    found = run("service.py", *sizes, "--model", default_model_path, "--threads", 1, *flags)
+    assert list(found) == list(sizes)
+    assert all(each["figures"] for each in found.values())
+    assert found["ends"]["whole"] + found["ends"]["aborted"] == 40
+    assert found["ends"]["figures"]["share of pages in use afterwards"]["passes"]
+    assert found["keys"]["light_tokens"] > 0
 
 
 def test_the_cost_of_a_step_is_measured_by_part() -> None:

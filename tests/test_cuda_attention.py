@@ -26,7 +26,7 @@ from ridgeline.execution.cuda.kernels.attention import (
     padded_head_dim,
     tile_rows,
 )
-from ridgeline.execution.cuda.work_list import WorkLimits, attention_work, segment_records
+from ridgeline.execution.cuda.work_list import WorkLimits, attention_work, branch_paths, segment_records
 from ridgeline.execution.step_arrays import StepArrays
 from ridgeline.precision.quantise import quantise_groups
 from ridgeline.types import Segment, SequenceRows, Step
@@ -113,6 +113,8 @@ def seen_slots(arrays: StepArrays, index: int, segment: int, window: int | None)
     seen = (at <= rows) | (arrays.segment_causal[segment] == 0)
     if window is not None:
         seen &= at > rows - window
+    if segment == arrays.segment_begin[index + 1] - 1:  # rows of a tree see their slots wherever those lie
+        seen[:, arrays.slots[arrays.row_sequence == index]] = True
     return np.flatnonzero(seen.any(axis=0))
 
 
@@ -148,14 +150,16 @@ def make(model: Model, *sequences: SequenceRows, seed: int = 0) -> Case:
 def work_list(case: Case, block_m: int, limits: WorkLimits) -> WorkList:
     """Buffers longer than what is used, the rest of them left over from other steps."""
     model, arrays = case.model, case.arrays
-    work = attention_work(arrays, model.window, block_rows(model.group, block_m), limits, SPLIT)
+    paths = branch_paths(arrays)
+    work = attention_work(arrays, model.window, block_rows(model.group, block_m), limits, SPLIT, paths)
     items = np.full((len(work.items) + 3, ITEM_FIELDS), NO_PAGE, np.int32)
     items[: len(work.items)] = work.items
     merges = np.full((len(work.merges) + 3, MERGE_FIELDS), NO_PAGE, np.int32)
     merges[: len(work.merges)] = work.merges
     numbers = (np.array([len(work.items), len(work.merges)], np.int32), items, merges)
     held = [torch.tensor(n, device=DEVICE) for n in (*numbers, segment_records(arrays))]
-    return WorkList(*held, case.tables)
+    listed = None if paths is None else torch.tensor(paths.records, device=DEVICE)
+    return WorkList(*held, case.tables, listed)
 
 
 def room(model: Model, block_m: int, count: int = 64) -> Partials:

@@ -34,6 +34,12 @@ EXPECTED_STACK_BYTES = (
     ("weight_only._matmul", "BLOCK_M=128 BLOCK_N=128", 8),
     # Heads of 256 over a float32 pool, which has no tensor cores to spare registers; only with --full.
     ("attention._attention_kernel", "MODE=2 BLOCK_M=32 BLOCK_N=16 BLOCK_D=256", 32),
+    # Four registers of float32 queries over codes, where there are paths of trees (no "paths=None").
+    (
+        "attention._attention_kernel",
+        "sinks=None GROUP=4 KV_HEADS=8 HEAD_DIM=128 PAGE_STRIDE=32768 WINDOW=0 CAP=0.0 SPLIT=512 MODE=1",
+        16,
+    ),
 )
 """Kernels that may use the stack: a name, a part of their constants, and how much."""
 

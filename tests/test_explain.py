@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,14 +19,17 @@ from msgspec import structs
 from test_plan import LLAMA_2_7B, TWO_CORES, configured
 from tiny_models import TinyModel
 
-from ridgeline.apps.benchmark import Workload
+from ridgeline.apps.benchmark import Phase, Round, Workload
 from ridgeline.apps.explain import answer as answers
+from ridgeline.apps.explain import attempt as attempts
 from ridgeline.apps.explain.attach import RequestError, kinds_of, parse_step, recent_steps
+from ridgeline.apps.explain.attempt import attempt, explained_by_fits
 from ridgeline.apps.explain.run import Case, findings, run_times
-from ridgeline.apps.explain.suggest import MOST, Command, Subject, suggestions
+from ridgeline.apps.explain.suggest import MOST, Command, Gains, Subject, Suggestion, suggestions
 from ridgeline.apps.operations import bench_config, run
 from ridgeline.apps.plan.host import host_here
 from ridgeline.apps.plan.model import PlannedModel, open_model
+from ridgeline.config import EngineConfig
 from ridgeline.records import Kind, StepRecord
 from ridgeline.resources.presets import presets
 from ridgeline.types import ConfigError, Work
@@ -98,8 +102,6 @@ def test_what_bounds_a_widened_model(default_model_path: Path) -> None:
 
 
 def test_findings_add_up(llama2: PlannedModel) -> None:
-    from ridgeline.apps.benchmark import Phase, Round
-
     case = subject(llama2).case
     work = run_times(case).decode.work.total
     one = Round(Phase(128, 1, 4.0, 3.5, work), Phase(63, 63, 63.0, 50.0, work))
@@ -214,6 +216,82 @@ def test_every_suggested_command_works(ridgeline: Cli, tiny: Tiny) -> None:
             assert set(json.loads(tried.out)["phases"]) == {"prefill", "decode"}
 
 
+# ---------------------------------------------------------------------------------------- a suggestion
+
+
+def a_round(prefill_s: float, decode_s: float) -> Round:
+    return Round(Phase(24, 1, prefill_s, prefill_s, Work()), Phase(3, 3, decode_s, decode_s, Work()))
+
+
+def test_measured_gains_are_those_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both settings take turns; more sequences at once count by what all of them gain."""
+    loaded, closed = [], []
+
+    def load(config: EngineConfig) -> Any:
+        engine = SimpleNamespace(close=lambda: closed.append(config))
+        loaded.append(config)
+        return SimpleNamespace(config=config, engine=engine)
+
+    times = iter([(2.0, 6.0), (1.0, 1.0), (2.0, 4.0), (1.0, 1.0), (2.0, 2.0), (1.0, 1.0)] * 2)
+    works: list[Workload] = []
+
+    def measure(engine: Any, workload: Workload, limit: int, repeats: int) -> list[Round]:
+        works.append(workload)
+        return [a_round(*next(times))]
+
+    monkeypatch.setattr(attempts, "load_engine", load)
+    monkeypatch.setattr(attempts, "measure", measure)
+    config, work = bench_config(1, model="m", weights="W16A16"), Workload(24, 4, 1)
+    narrow = Suggestion(
+        "weights", "t", "each request", Gains(2.4, 2, 2), "c", changes={"weights": "W8A8-g32"}
+    )
+    tried = attempt(narrow, config, work, 3)
+    assert [one.weights for one in loaded] == ["W16A16", "W8A8-g32"]
+    assert (tried.measured, tried.between) == (Gains(3.0, 2.0, 4.0), (2.0, 4.0))
+    assert tried.error == pytest.approx(2.4 / 3 - 1)
+    assert closed == loaded[::-1]
+    many = replace(narrow, kind="batch", changes={"batch": 100})
+    assert attempt(many, config, work, 3).measured == Gains(300.0, 200.0, 400.0)
+    assert [one.batch for one in works[6:]] == [1, 100] * 3
+    assert loaded[-1].max_num_seqs >= 100
+    with pytest.raises(ConfigError, match="cannot be tried here"):
+        attempt(replace(narrow, changes={}), config, work, 3)
+
+
+def test_formats_that_are_compared_are_fitted_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that come to the front by what was fitted."""
+    known: set[str] = set()
+    monkeypatch.setattr(attempts, "load_costs", lambda ceilings, name: name in known or None)
+    monkeypatch.setattr(attempts, "fitted_costs", lambda config, name, now: known.add(name))
+
+    def explain() -> Any:
+        first = "W8A8-g32" if "W4A8-g32" in known else "W4A8-g32"
+        model = SimpleNamespace(main_format="W16A16")
+        return SimpleNamespace(model=model, suggestions=[SimpleNamespace(changes={"weights": first})])
+
+    done = SimpleNamespace(config=bench_config(1, device="cpu"), ceilings=TWO_CORES)
+    found = explained_by_fits(done, explain)  # type: ignore[arg-type]
+    assert found.suggestions[0].changes == {"weights": "W8A8-g32"}
+    assert known == {"W16A16", "W4A8-g32", "W8A8-g32"}
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_the_first_suggestion_is_tried(ridgeline: Cli, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "load_costs", lambda *_: True)
+    shape = ("--weights", "W32A32", "-p", 24, "-n", 4, "-r", 2, "--threads", 1, "--try")
+    outcome = ridgeline("explain", tiny("llama").folder, *shape, "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    tried = found["tried"]
+    assert tried["command"] == found["suggestions"][0]["command"]
+    assert tried["rounds"] == 2
+    assert tried["between"][0] <= tried["measured"]["run"] <= tried["between"][1]
+    assert tried["error"] == pytest.approx(tried["predicted"]["run"] / tried["measured"]["run"] - 1)
+    shown = ridgeline("explain", tiny("llama").folder, *shape)
+    assert "The first one tried, in turns with the settings as they are: " in shown.out
+    assert " was predicted, " in shown.out
+
+
 @pytest.mark.usefixtures("two_cores")
 def test_what_people_read(ridgeline: Cli, tiny: Tiny) -> None:
     outcome = ridgeline("explain", tiny("llama").folder, "--weights", "W32A32", "-p", 24, "-n", 4, "-r", 1)
@@ -240,6 +318,7 @@ def test_what_people_read(ridgeline: Cli, tiny: Tiny) -> None:
         (("--url", "ftp://x"), "accepted: http://"),
         (("--url", "http://127.0.0.1:9", "--recent", 0), "recent is 0"),
         (("--url", "http://127.0.0.1:9"), "no connection"),
+        (("--url", "http://127.0.0.1:9", "--try"), "--try is given beside --url"),
     ],
 )
 def test_mistakes_are_one_line(ridgeline: Cli, tiny: Tiny, arguments: tuple[object, ...], words: str) -> None:

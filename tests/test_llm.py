@@ -28,7 +28,9 @@ from ridgeline import (
     RequestOutput,
     SamplingParams,
 )
+from ridgeline.engine import Engine
 from ridgeline.loading import LoadedModel
+from ridgeline.types import Request
 
 if TYPE_CHECKING:
     from tiny_models import TinyModel
@@ -203,6 +205,71 @@ def test_stream_grows_to_what_generate_gives(make_llm: Callable[..., LLM]) -> No
     assert [state.finished for state in states] == [False] * (len(states) - 1) + [True]
     assert all(b.startswith(a) for a, b in zip(texts(states), texts(states)[1:], strict=False))
     assert states[-1].outputs == llm.generate("one", GREEDY)[0].outputs
+
+
+SENDER = {"cache_salt": "salt", "service_class": "batch", "tenant": "somebody"}
+CHAT = [{"role": "user", "content": "hello"}]
+
+
+def senders_of(engine: Engine) -> list[dict[str, str]]:
+    """Whose requests are that are added from now on."""
+    seen: list[dict[str, str]] = []
+    add = engine.add
+
+    def watched(request: Request, *more: Any) -> None:
+        seen.append({name: getattr(request, name) for name in SENDER})
+        add(request, *more)
+
+    engine.add = watched  # type: ignore[method-assign, assignment]
+    return seen
+
+
+def test_every_request_says_whose_it_is(
+    make_llm: Callable[..., LLM], make_async: Callable[..., AsyncLLM]
+) -> None:
+    with make_llm() as llm:
+        seen = senders_of(llm.loaded.engine)
+        llm.generate(PROMPTS, **SENDER)
+        llm.chat(CHAT, **SENDER)
+        list(llm.stream("one", **SENDER))
+        list(llm.stream_chat(CHAT, **SENDER))
+        llm.embed("one", **SENDER)
+        assert seen == [SENDER] * 8
+        llm.generate("one")
+        assert seen[-1] == {"cache_salt": "", "service_class": "interactive", "tenant": ""}
+
+    async def scenario() -> None:
+        async with make_async() as llm:
+            seen = senders_of(llm.loaded.engine)
+            for outputs in (llm.generate("one", **SENDER), llm.chat(CHAT, **SENDER)):
+                async for _ in outputs:
+                    pass
+            await llm.embed("one", **SENDER)
+            assert seen == [SENDER] * 3
+            with pytest.raises(RequestError, match=r"service_class.*keystroke, interactive, batch"):
+                await anext(llm.generate("one", service_class="urgent"))  # type: ignore[arg-type]
+
+    asyncio.run(scenario())
+
+
+def test_a_class_that_there_is_none_of_is_refused(make_llm: Callable[..., LLM]) -> None:
+    with make_llm() as llm:
+        with pytest.raises(RequestError, match=r"service_class.*keystroke, interactive, batch"):
+            llm.generate(PROMPTS, service_class="urgent")  # type: ignore[arg-type]
+        assert not llm.loaded.engine.has_work
+        assert not llm._latest
+
+
+def test_a_higher_class_goes_before_a_batch(make_llm: Callable[..., LLM]) -> None:
+    with make_llm(max_num_seqs=1) as llm:
+        batch = [llm.stream("one", LONG, service_class="batch") for _ in range(2)]
+        begun = [next(stream).outputs[0].token_ids for stream in batch[:1]]
+        (quick,) = llm.generate("two", GREEDY, service_class="keystroke")
+        assert len(quick.outputs[0].token_ids) == 12
+        assert llm.loaded.engine.scheduler.preemptions == 1
+        assert len(begun[0]) == 1
+        for stream in batch:
+            stream.close()
 
 
 def test_streams_may_be_interleaved_and_left_early(make_llm: Callable[..., LLM]) -> None:

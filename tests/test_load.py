@@ -485,11 +485,13 @@ def test_optional_fields_that_are_refused_are_left_out() -> None:
         async with scripted(reply) as (connections, _):
             asking, notes = await settle(connections, Asking("x", ignore_eos=True), Sample("hi"))
             assert (asking.ignore_eos, asking.include_usage, len(notes)) == (False, False, 2)
+            await ask(connections, Asking("x", include_usage=False, service_tier="batch"), Sample("hi"))
             with pytest.raises(RequestError, match=r"the first request fails: status 400: what\?"):
                 await settle(connections, Asking("none"), Sample("hi"))
 
     asyncio.run(scenario())
     assert bodies[0]["messages"] == [{"role": "user", "content": "hi"}]
+    assert [body["service_tier"] for body in bodies if "service_tier" in body] == ["batch"]
     assert (bodies[0]["max_tokens"], bodies[0]["stream"], bodies[0]["temperature"]) == (128, True, 0.0)
 
 

@@ -203,6 +203,55 @@ def test_a_row_has_the_same_bits_in_every_batch_and_team(isa: str, name: str) ->
 
 @pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize(("outputs", "cols"), [(37, 512), (48, 256)])
+def test_a_row_has_the_same_bits_in_a_long_prompt(isa: str, name: str, outputs: int, cols: int) -> None:
+    """The weights are unpacked once for many rows: whole runs of them, odd ones, and more than one run."""
+    data, x = moderate_blocks(name, outputs, cols, seed=7), normal(8, 300, cols)
+    matrix = packed(name, data)
+    single = np.concatenate([product(isa, matrix, x[row : row + 4]) for row in range(0, 300, 4)])
+    assert_product(single, x, dequantised(data, name))
+    for count in (24, 48, 53, 66, 131, 300):
+        np.testing.assert_array_equal(product(isa, matrix, x[:count]), single[:count])
+    np.testing.assert_array_equal(product(isa, matrix, x, native.Team(9)), single)
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("name", [name for name in GROUPS if name != "Q8_0"])
+@pytest.mark.parametrize("cols", [32, 288, 480])
+def test_a_long_prompt_and_odd_numbers_of_groups(isa: str, name: str, cols: int) -> None:
+    data, x = moderate_blocks(name, 20, cols), normal(cols, 50, cols)
+    actual = product(isa, packed(name, data), x)
+    np.testing.assert_array_equal(actual[:4], product(isa, packed(name, data), x[:4]))
+    assert_product(actual, x, dequantised(data, name))
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_parts_of_several_storages_in_a_long_prompt(isa: str, gated: bool) -> None:
+    """Parts whose weights are unpacked for all rows, from other numbers of rows on, and one whose are not."""
+    names, x = ("Q5_K", "Q8_0", "Q6_K"), normal(3, 70, 512)
+    matrices = [packed(name, moderate_blocks(name, 100, 512, seed=i)) for i, name in enumerate(names)]
+    gates = matrices[1:] + matrices[:1] if gated else [None] * 3
+
+    def run(rows: int, first: int) -> list[Floats]:
+        tape = native.Tape(TEAM, isa, rows)
+        coded, outs = a8_buffer(rows, 512), [f32_buffer(rows, 100) for _ in names]
+        tape.quantise(f32_buffer(rows, 512, x[first : first + rows]), coded, 512)
+        parts = zip(matrices, outs, gates, strict=True)
+        tape.linear(
+            coded, [native.Part(matrix, out, gate=gate, activation="silu") for matrix, out, gate in parts]
+        )
+        tape.run(plain_step(rows))
+        return [out[:, :100].copy() for out in outs]
+
+    for rows in (30, 70):
+        few = [run(2, first) for first in range(0, rows, 2)]
+        for i, whole in enumerate(run(rows, 0)):
+            np.testing.assert_array_equal(whole, np.concatenate([part[i] for part in few]))
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+@pytest.mark.parametrize("name", PACKED)
 def test_embeddings_are_the_rows_bit_for_bit(isa: str, name: str) -> None:
     data = moderate_blocks(name, 40, 512, seed=9)
     out = f32_buffer(4, 512)

@@ -148,6 +148,24 @@ def test_longest_sequence_is_what_can_really_be_decoded(window: int) -> None:
     assert KVCache((), ()).max_sequence_tokens is None
 
 
+@pytest.mark.parametrize("windows", [(None,), (None, 1000)])
+def test_pages_in_use_are_full_but_for_their_ends(windows: tuple[int | None, ...]) -> None:
+    cache = KVCache(windows, (40,) * len(windows), prefix_caching=True)
+    assert cache.filled([]) == 1.0
+    first, second = cache.new_sequence(), cache.new_sequence()
+    tokens = list(range(3 * PAGE_TOKENS))
+    assert cache.grow(first, 3 * PAGE_TOKENS)
+    assert cache.filled([(first, 3 * PAGE_TOKENS)]) == 1.0
+    cache.store(first, tokens, 3 * PAGE_TOKENS)
+    assert cache.restore(second, [*tokens, 7], 0, 3 * PAGE_TOKENS) == 3 * PAGE_TOKENS
+    assert cache.grow(second, 3 * PAGE_TOKENS + 4)
+    # Of four pages in all, three of them shared, one has four tokens.
+    held = [(first, 3 * PAGE_TOKENS), (second, 3 * PAGE_TOKENS + 4)]
+    assert cache.filled(held) == pytest.approx((3 * PAGE_TOKENS + 4) / (4 * PAGE_TOKENS))
+    for pages, _ in held:
+        cache.release(pages)
+
+
 def test_pages_wanted_forecasts_what_growing_takes() -> None:
     cache = KVCache((None, 32), (50, 50))
     pages = cache.new_sequence()

@@ -17,7 +17,8 @@ from running import load
 from test_catalog import FakeHub
 from tiny_models import TinyModel
 
-import ridgeline.apps.plan.check as check_module
+from ridgeline.apps.plan import check as check_module
+from ridgeline.apps.plan import timing
 from ridgeline.apps.plan.answer import BATCHES, Question, answer
 from ridgeline.apps.plan.host import Host, host_here, host_of_fleet
 from ridgeline.apps.plan.ledger import ledger_of, sequences
@@ -558,16 +559,32 @@ def test_paths_that_hold_nothing(ridgeline: Cli, tmp_path: Path) -> None:
 
 
 def test_check_runs_what_it_predicts(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_module, "fitted_costs", lambda *_: costs_of("cpu"))
-    monkeypatch.setattr(check_module, "measure", lambda *_, **__: TWO_CORES)
+    monkeypatch.setattr(timing, "fitted_costs", lambda *_: costs_of("cpu"))
+    monkeypatch.setattr(timing, "measure", lambda *_, **__: TWO_CORES)
     cells = (Cell(1, 64), Cell(3, 200), Cell(0, 100), Cell(1, 4096))
-    monkeypatch.setattr(check_module, "CELLS", cells)
     config = EngineConfig(device="cpu", threads=1, kv_cache_memory_bytes=64 << 20)
-    found = check_module.check(tiny("llama3").gguf, config, rounds=1)
+    found = check_module.check(tiny("llama3").gguf, config, 1, cells)
     names = [cell.name for cell in cells[:3]]  # the last is longer than the context
     assert [one.name for one in found] == [*names, "weights", "KV cache", "weights, KV cache and activations"]
     assert {one.unit for one in found[:3]} == {"s"}
     assert all(one.predicted > 0 and one.measured > 0 for one in found[:3])
+
+
+def test_some_of_the_cells_can_be_checked(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert check_module.cells_named("") == list(check_module.CELLS)
+    assert {cell.batch for cell in check_module.cells_named("prefill")} == {0}
+    assert [cell.context for cell in check_module.cells_named("batch 8")] == [128, 2048]
+    run = command_line(monkeypatch, capfd, tmp_path)
+    for arguments, words in {
+        ("--check", "--cells", "batch 9"): "cells is 'batch 9'; accepted: part of decode, batch 1, context",
+        ("--cells", "prefill"): "accepted: with --check",
+    }.items():
+        done = run("plan", "smollm2", *arguments)
+        assert done.code != 0
+        assert done.err.count("\n") == 1
+        assert words in done.err
 
 
 def test_check_is_of_this_machine(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ from hypothesis.stateful import initialize, run_state_machine_as_test
 from tiny_models import VOCABULARY, TinyModel, pool_bytes
 
 from ridgeline import LLM
+from ridgeline.cache.kv import KVCache
 from ridgeline.config import PAGE_TOKENS, EngineConfig
 from ridgeline.engine import Engine
 from ridgeline.loading import load_engine
-from ridgeline.types import PoolingParams, Request, SamplingParams
+from ridgeline.model.checkpoint import files
+from ridgeline.types import Move, PoolingParams, Request, SamplingParams
 
 LATE = pytest.mark.parametrize("late", [False, True], ids=["at once", "one step late"])
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -235,6 +238,27 @@ def test_roots_of_salts_are_dropped_with_their_pages() -> None:
     engine.scheduler.check_integrity()
 
 
+def test_a_copy_for_nobody_is_not_made() -> None:
+    """Its source, which the tree keeps, must not become evictable behind what is before it."""
+    cache, prompt = KVCache((None,), (5,), prefix_caching=True), text(48)
+    leader, sample = cache.new_sequence(), cache.new_sequence()
+    assert cache.grow(leader, 48)
+    cache.store(leader, prompt, 32)
+    assert cache.restore(sample, prompt, 0, 47, leader) == 47
+    (copy,) = cache.moves
+    assert cache.pools[0].users(copy.source) == 2
+    cache.store(leader, prompt, 48)
+    cache.release(leader)
+    cache.release(sample)
+    assert cache.moves == ()
+    cache.moved()
+    cache.check_integrity([])
+    assert cache.pools[0].free_pages == 5
+    for pages in range(1, 6):
+        assert cache.grow(sample, pages * PAGE_TOKENS)  # which evicts all, one by one
+        cache.check_integrity([sample])
+
+
 # ------------------------------------------------------------------------------- anything, in any order
 
 OPERATIONS = settings(
@@ -303,9 +327,14 @@ def test_the_python_api_tells_what_was_found(model: TinyModel) -> None:
                 assert vectors[0] == vectors[1], "the decoder's pages serve the encoder, to the bit"
 
 
-def test_operations_on_the_cpu_are_bit_identical_to_each_request_alone(model: TinyModel) -> None:
+def test_operations_on_the_cpu_are_bit_identical_to_each_request_alone(
+    model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With lower tiers and without."""
+    monkeypatch.setattr(files, "_SETTLED_S", -60.0)
     done: Counter[str] = Counter()
     tight = {"kv_cache_memory_bytes": pool_bytes(model, 128), "max_num_seqs": 6}
+    some = {"cache_memory_bytes": pool_bytes(model, 80), "cache_disk_bytes": 1 << 20}
     with closing(loaded(model, enable_prefix_caching=False)) as fresh:
         known: dict[str, list[Any]] = {}
 
@@ -318,10 +347,19 @@ def test_operations_on_the_cpu_are_bit_identical_to_each_request_alone(model: Ti
         class OnCpu(CacheMachine):
             vocabulary = VOCABULARY
 
-            def __init__(self) -> None:
-                super().__init__()
-                self.engine = loaded(model, max_num_batched_tokens=40, **tight)
+            @initialize(tiers=st.booleans())
+            def begin(self, tiers: bool) -> None:
+                done["engines"] += 1
+                lower = {**some, "cache_dir": str(tmp_path / str(done["engines"]))} if tiers else {}
+                self.engine = loaded(model, max_num_batched_tokens=40, **tight, **lower)
                 self.alone, self.done = alone, done
+                transfer = self.engine.executor.transfer
+
+                def counted(moves: Sequence[Move]) -> None:
+                    done.update(type(move).__name__ for move in moves)
+                    transfer(moves)
+
+                self.engine.executor.transfer = counted  # type: ignore[method-assign]
 
             def teardown(self) -> None:
                 try:
@@ -330,8 +368,10 @@ def test_operations_on_the_cpu_are_bit_identical_to_each_request_alone(model: Ti
                     self.engine.close()
 
         run_state_machine_as_test(
-            OnCpu, settings=settings(OPERATIONS, max_examples=10, stateful_step_count=60)
+            OnCpu, settings=settings(OPERATIONS, max_examples=14, stateful_step_count=60)
         )
     assert done["cached tokens"] > 200, done
     assert done["finished"] > 50, done
     assert done["preemptions"] > 0, done
+    assert done["PageSpill"] > 20, done
+    assert done["PageFill"] > 5, done

@@ -28,7 +28,7 @@ from ridgeline.resources.ceilings import load_ceilings
 from ridgeline.resources.cpu_probe import CACHED_BYTES, ceilings_from, thread_counts
 from ridgeline.resources.disk import BLOCK_BYTES, DIRECT, measure_disk
 from ridgeline.resources.machine import machine
-from ridgeline.resources.measurement import Measurement, best, spread, typical
+from ridgeline.resources.measurement import Measurement, best, quickest, spread, together, typical
 from ridgeline.resources.survey import Survey, load_survey, save_survey
 from ridgeline.types import CapacityError
 
@@ -82,6 +82,40 @@ def test_rates_count_at_their_best_and_costs_as_they_usually_are() -> None:
     assert best("memory read", "B/s", [1.0, 3.0, 2.0]).figure == 3.0
     assert typical("barrier", "s", [1.0, 9.0, 2.0]).figure == 2.0
     assert best("memory read", "B/s", [1.23456789e9]).samples == (1.2346e9,)
+
+
+def test_costs_that_only_rise_count_by_their_lowest_quarter() -> None:
+    assert quickest("barrier", "s", [9.0, 1.0, 3.0, 8.0, 2.0, 7.0, 9.0, 9.0, 9.0]).figure == 2.0
+    assert quickest("barrier", "s", [5.0]).figure == 5.0
+
+
+def test_passes_are_put_together() -> None:
+    """Each thing once, by the rule of its kind; that a pass was slower is in the spread."""
+
+    def passed(rate: float, cost: float, share: float, how: str) -> tuple[Measurement, ...]:
+        return (
+            best("memory read", "B/s", [rate, 0.9 * rate], threads=2, how=how),
+            best("memory read", "B/s", [rate / 2], threads=1, how=how),
+            best("cache read", "B/s", [3 * rate], threads=2, bytes_each=16),
+            quickest("barrier", "s", [cost, 2 * cost], threads=2),
+            typical("share of the cores", "share", [share], threads=2, how="int8"),
+            typical("share of the cores", "share", [1.0], threads=2, how="fp32"),
+        )
+
+    found = together([passed(10, 4, 0.9, "a"), passed(30, 1, 0.5, "b"), passed(20, 2, 0.8, "c")])
+    assert [(one.what, one.threads, one.figure) for one in found] == [
+        ("memory read", 2, 30),
+        ("memory read", 1, 15),
+        ("cache read", 2, 90),
+        ("barrier", 2, 1.5),
+        ("share of the cores", 2, 0.8),
+        ("share of the cores", 2, 1.0),
+    ]
+    assert found[0].how == "b"
+    assert sorted(found[0].samples) == [9, 10, 18, 20, 27, 30]
+    assert found[0].spread > 0.9
+    one = passed(10, 4, 0.9, "a")
+    assert together([one]) == one
 
 
 @pytest.mark.parametrize("samples", [(), (1.0, math.nan), (math.inf,), (-1.0,), ("fast",), (1.0, None)])
@@ -207,8 +241,8 @@ def test_a_survey_of_this_machine(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     """Everything measured, for as short a time as possible."""
     monkeypatch.setattr(probe, "FULL_PROBE_S", 0.01)
     levels, starts = cpu_probe.measure_levels, cpu_probe.measure_starts
-    monkeypatch.setattr(cpu_probe, "measure_levels", lambda threads, isa: levels(threads, isa, 0.0))
-    monkeypatch.setattr(cpu_probe, "measure_starts", lambda threads, isa: starts(threads, isa, 0.0))
+    monkeypatch.setattr(cpu_probe, "measure_levels", lambda threads, isa, seconds: levels(threads, isa, 0.0))
+    monkeypatch.setattr(cpu_probe, "measure_starts", lambda threads, isa, seconds: starts(threads, isa, 0.0))
     monkeypatch.setattr(disk, "FILE_BYTES", 8 * BLOCK_BYTES)
     found = probe.survey(2, "portable")
     ceilings = found.ceilings
@@ -225,6 +259,7 @@ def test_a_survey_of_this_machine(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(sizes) >= 6
     assert sizes <= set(CACHED_BYTES)
     assert 0 < found.core_share <= 1
+    assert len(memory.samples) >= 2 * probe.PASSES
     assert found.whole("disk") is not None or found.absent["disk"]
     assert list((cache / "models").iterdir()) == []
 
@@ -241,7 +276,7 @@ def test_a_full_disk_leaves_the_ceilings(cache: Path, monkeypatch: pytest.Monkey
 
     complete = survey_of()
     monkeypatch.setattr(disk, "measure_disk", full)
-    monkeypatch.setattr(probe, "_measure_cpu", lambda *given: (complete.ceilings, complete.measurements[:-1]))
+    monkeypatch.setattr(cpu_probe, "measure_ceilings", lambda *given: complete.measurements[:-1])
     monkeypatch.setattr(cpu_probe, "measure_levels", lambda *given: ())
     monkeypatch.setattr(cpu_probe, "measure_starts", lambda *given: ())
     found = probe.survey(2, "portable")

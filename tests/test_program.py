@@ -57,20 +57,26 @@ def sequences(draw: st.DrawFn) -> SequenceRows:
         )
     )
     own = Segment(((0,), (0,)), start + count, draw(st.integers(0, 8)))
-    return SequenceRows([1] * count, start, (*others, own), draw(st.sampled_from([(), (count - 1,)])))
+    parents = tuple(draw(st.integers(-1, row - 1)) for row in range(count)) if draw(st.booleans()) else ()
+    outputs = draw(st.sampled_from([(), (count - 1,)]))
+    return SequenceRows([1] * count, start, (*others, own), outputs, parents)
 
 
 def visible(sequence: SequenceRows, window: int | None) -> list[list[tuple[int, int]]]:
     """For each row the (segment, slot) pairs that it sees, by the definition."""
-    own = sequence.segments[-1]
+    own, last = sequence.segments[-1], len(sequence.segments) - 1
     rows = []
     for i in range(len(sequence.tokens)):
-        row = own.first_position + sequence.start + i
+        path = [i]
+        while path[0] >= 0:
+            path.insert(0, sequence.parents[path[0]] if sequence.parents else path[0] - 1)
+        places = [*range(sequence.start), *(sequence.start + node for node in path[1:])]
+        row = own.first_position + len(places) - 1
         seen = [
             (s, j)
             for s, segment in enumerate(sequence.segments)
-            for j in range(segment.length)
-            for position in [segment.first_position + j]
+            for place, j in enumerate(places if s == last else range(segment.length))
+            for position in [segment.first_position + place]
             if (not segment.causal or position <= row) and (window is None or position > row - window)
         ]
         rows.append(seen)

@@ -80,7 +80,7 @@ def bare() -> tuple[ReferenceExecutor, Program, RandomWeights]:
 
 def rows_of(tokens: list[int], start: int, read: int, written: int) -> SequenceRows:
     segment = Segment((), start + len(tokens))
-    return SequenceRows(tokens, start, (segment,), range(len(tokens)), (read, written))
+    return SequenceRows(tokens, start, (segment,), range(len(tokens)), state=(read, written))
 
 
 def states_of(executor: ReferenceExecutor, program: Program, *rows: SequenceRows) -> Float32Array:

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_resources import CEILINGS
 
+from ridgeline.apps import roofline_plot
+from ridgeline.apps.png import Line, Panel, check_png, write_panels
 from ridgeline.apps.roofline_plot import (
     LEAST_COLUMNS,
     MOST_COLUMNS,
     Point,
     Roofline,
-    check_png,
     draw,
     engineering,
     write_png,
@@ -127,6 +128,32 @@ def test_the_picture_is_written(tmp_path: Path) -> None:
     bare = tmp_path / "bare.png"
     write_png(Roofline("m", CEILINGS), bare)
     assert len(bare.read_bytes()) > 5_000
+
+
+def test_points_of_series_share_a_colour_and_have_one_name(tmp_path: Path) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axes = figure.subplots()
+    named = [dataclasses.replace(point, series="W16A16") for point in POINTS]
+    other = [dataclasses.replace(POINTS[0], series=f"series {i}") for i in range(11)]
+    roofline_plot._draw_series(axes, [*named, *other])
+    drawn = axes.get_lines()
+    assert [line.get_label() for line in drawn] == ["W16A16", *(one.series for one in other)]
+    assert list(drawn[0].get_xdata()) == [point.ops_per_byte for point in POINTS]
+    assert len({(line.get_color(), line.get_marker()) for line in drawn}) == 12
+    path = tmp_path / "series.png"
+    write_png(Roofline("m", CEILINGS, points=[*POINTS, *named]), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_panels_are_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "lines.png"
+    measured = Line("measured", (1.0, 2.5), ((0.9, 1.1), (2.0, 4.0)))
+    panel = Panel("t", "batch", (1, 64), "ms", (measured, Line("expected", (1.1, 2.4))))
+    write_panels("all", [panel, panel], path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match=r"accepted: a file whose name ends in \.png$"):
+        write_panels("all", [panel], tmp_path / "lines.pdf")
 
 
 def test_a_picture_that_cannot_be_written_is_refused_in_one_line(

@@ -356,6 +356,10 @@ class RowPlan:
         return [len(row.token_ids) for row in self.sampled]
 
     @property
+    def certain(self) -> range:
+        return range(len(self.sampled))
+
+    @property
     def step(self) -> Step:
         kinds = [(row.chooser, len(row.token_ids)) for row in self.sampled]
         if self.on_host:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -206,6 +207,14 @@ def taken_s(pace: Pace, plan: Any) -> float:
     return pace.seconds(StepLoad.of(plan.step, pace.groups))
 
 
+def test_computing_is_what_it_adds_to_the_row_behind_it() -> None:
+    pace = pace_of(0.01, 0.001)
+    assert pace.computing_s(0, 32, 512) == pytest.approx(0.032)
+    assert pace.computing_s(64, 128, 65) == pytest.approx(0.064)
+    assert pace.computing_s(64, 128, 64) == pytest.approx(0.064 + 0.01), "two steps"
+    assert pace_of(0.0, 0.0, 1.0).computing_s(2, 4, 8) == pytest.approx(3 + 4)
+
+
 def test_a_step_is_as_long_as_streams_of_its_class_can_wait() -> None:
     pace = pace_of(0.01, 0.001, 0.000001)
     run = Run(seqs=8, tokens=512, pace=pace)
@@ -219,6 +228,18 @@ def test_a_step_is_as_long_as_streams_of_its_class_can_wait() -> None:
         assert all(rows[stream.arrival] == 1 for stream in streams)
         assert 0.9 * target_s < taken_s(pace, plan) <= target_s
         run.commit(plan)
+
+
+def test_a_batch_has_no_steps_that_a_keystroke_must_not_wait_for() -> None:
+    pace = pace_of(0.01, 0.001)
+    run = Run(seqs=8, tokens=512, pace=pace)
+    stream = run.add(4, "batch")
+    run.step()
+    prompt = run.add(2000, "batch")
+    plan = run.plan()
+    assert rows_of(plan)[stream.arrival] == 1
+    assert rows_of(plan)[prompt.arrival] > 50
+    assert taken_s(pace, plan) <= CLASS_TARGETS["keystroke"].first_token_s / 2
 
 
 def test_without_streams_a_step_is_as_long_as_it_may_be() -> None:
@@ -258,6 +279,21 @@ def test_a_lower_class_lengthens_steps_by_its_share(late: bool) -> None:
         assert rows_of(plan)[batch.arrival] > 1
         assert taken_s(pace, plan) <= (1 + share) * alone_s + 1e-9
         run.commit(plan)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 12])
+def test_a_share_is_used_to_the_row(rows: int) -> None:
+    pace = pace_of(0.01, 0.0005)
+    run = Run(seqs=32, tokens=512, pace=pace)
+    for _ in range(16):
+        run.add(4)
+    run.step()
+    alone_s = taken_s(pace, run.plan())
+    row_s = SHARE * alone_s / (rows + 0.5)
+    run.scheduler.pace = replace(pace, work=RowCosts(alone_s - 16 * row_s, row_s, 0.0))
+    batch = run.add(6000, "batch")
+    for _ in range(3):
+        assert run.step()[batch.arrival] == rows
 
 
 def test_while_a_keystroke_reads_its_prompt_others_keep_their_share_and_take_turns() -> None:

@@ -17,7 +17,13 @@ from worded_models import make_worded
 
 from ridgeline.server.messages import COMMANDS, Add, frame
 from ridgeline.server.parsers import ForcedCalls, PlainParser, thinking_marks
-from ridgeline.types import RequestError, SamplingParams, StructuredOutputsParams, Thinking
+from ridgeline.types import (
+    RequestError,
+    SamplingParams,
+    SpeculationParams,
+    StructuredOutputsParams,
+    Thinking,
+)
 
 ASKED = [{"role": "user", "content": "Who?"}]
 POINT: dict[str, Any] = {
@@ -261,7 +267,9 @@ def test_marks_of_reasoning_are_found_in_the_template_and_the_prompt() -> None:
 
 def test_forms_reach_the_engine_as_they_are() -> None:
     form = StructuredOutputsParams(json={"type": "null"}, thinking=Thinking(5, 6, True))
-    add = Add(1, (1,), SamplingParams(structured_outputs=form, bad_words=["x"], best_of=3))
+    speculation = SpeculationParams("ngram", 4)
+    params = SamplingParams(structured_outputs=form, bad_words=["x"], best_of=3, speculation=speculation)
+    add = Add(1, (1,), params)
     assert COMMANDS.decode(frame(add)[4:]) == add
 
 
@@ -276,3 +284,18 @@ def test_calls_are_read_whatever_stands_around_them() -> None:
     cut = ForcedCalls(PlainParser())
     assert not cut.feed('[{"na', ())
     assert [delta.content for delta in cut.finish()] == ['[{"na']
+
+
+def test_speculation_is_asked_for_in_the_body(server: ServerProcess) -> None:
+    """The answer is the same whatever is asked; what is no way to guess is refused."""
+    body = {"model": "tiny", "prompt": "one two one two one two", "max_tokens": 24, "seed": 5}
+    texts = set()
+    for asked in (None, True, False, {"drafter": "ngram", "max_tokens": 3}, {"drafter": "suffix"}, {}):
+        answer = httpx.post(f"{server.url}/v1/completions", json={**body, "speculation": asked}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        texts.add(answer.json()["choices"][0]["text"])
+    assert len(texts) == 1
+    for wrong in ({"drafter": "medusa"}, {"max_tokens": 0}, {"max_tokens": 65}, {"tokens": 3}, "ngram", 1):
+        answer = httpx.post(f"{server.url}/v1/completions", json={**body, "speculation": wrong}, timeout=60)
+        assert answer.status_code == 400, answer.text
+        assert "speculation" in answer.json()["error"]["message"]

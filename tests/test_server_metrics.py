@@ -27,9 +27,22 @@ from serving import (
     with_server,
 )
 
-from ridgeline.records import StepRecord
+from ridgeline.records import StepRecord, TierRecord, TiersRecord
 from ridgeline.server.config import keys_of
-from ridgeline.server.messages import Add, Begun, Embed, Embedded, Piece, Pieces, Pulse, Refused, Steps
+from ridgeline.server.messages import (
+    EVENTS,
+    Add,
+    Begun,
+    Embed,
+    Embedded,
+    Failed,
+    Piece,
+    Pieces,
+    Pulse,
+    Refused,
+    Steps,
+    frame,
+)
 from ridgeline.server.metrics import Metrics
 from ridgeline.server.version import package_version
 from ridgeline.types import PoolingParams, SamplingParams
@@ -208,10 +221,51 @@ def test_two_servers_count_for_themselves(tiny_llama: Path) -> None:
     asyncio.run(run())
 
 
-def test_gauges_are_those_of_the_engine_that_lives(tiny_llama: Path) -> None:
-    def pulse(steps: int) -> Pulse:
-        return Pulse(0.0, 0.1, (), steps, running=3, waiting=2, kv_used=0.5)
+TIERS = TiersRecord(
+    (TierRecord("memory", 3, 300, 5, 0.5), TierRecord("disk", 7, 700, 2, 0.25)),
+    fetched_tokens=112,
+    misses=4,
+    declined=1,
+    spilled_pages=9,
+    dropped_pages=2,
+    damaged_pages=6,
+)
 
+
+def pulse(steps: int, tiers: TiersRecord | None = None) -> Pulse:
+    return Pulse(0.0, 0.1, (), steps, running=3, waiting=2, kv_used=0.5, tiers=tiers, kv_filled=0.97)
+
+
+def test_lower_tiers_add_up_over_engines() -> None:
+    metrics = Metrics(FakeEngine(), "tiny", "1")
+
+    def told() -> Told:
+        found = Told.of(generate_latest(metrics.registry).decode())
+        return Told({key: value for key, value in found.items() if "kv_tier" in key[0]})
+
+    metrics.hear(pulse(1))
+    assert told() == {}
+    as_it_comes = EVENTS.decode(frame(pulse(2, TIERS))[4:])
+    for engines in (1, 2):
+        metrics.hear(as_it_comes)
+        metrics.hear(as_it_comes)
+        found = told()
+        assert found.each("kv_tier_pages") == {("memory",): 3, ("disk",): 7}
+        assert found.each("kv_tier_bytes") == {("memory",): 300, ("disk",): 700}
+        pages, seconds = {("memory",): 5, ("disk",): 2}, {("memory",): 0.5, ("disk",): 0.25}
+        assert found.each("kv_tier_fetched_pages_total") == {k: v * engines for k, v in pages.items()}
+        assert found.each("kv_tier_fetch_seconds_total") == {k: v * engines for k, v in seconds.items()}
+        totals = {"fetched_tokens": 112, "misses": 4, "declined": 1}
+        totals |= {"spilled_pages": 9, "dropped_pages": 2, "damaged_pages": 6}
+        for name, value in totals.items():
+            assert found.of_ours(f"kv_tier_{name}_total") == value * engines
+        metrics.hear(Failed("killed", False))
+        found = told()
+        assert found.each("kv_tier_pages") == {}
+        assert found.of_ours("kv_tier_misses_total") == 4 * engines
+
+
+def test_gauges_are_those_of_the_engine_that_lives(tiny_llama: Path) -> None:
     async def scenario(server: FakeServer) -> None:
         engine = server.engine
         engine._hear(pulse(10))
@@ -220,6 +274,7 @@ def test_gauges_are_those_of_the_engine_that_lives(tiny_llama: Path) -> None:
         assert told.of_ours("num_requests_running") == 3
         assert told.of_ours("num_requests_waiting") == 2
         assert told.of_ours("kv_cache_usage_perc") == 0.5
+        assert told.of_ours("kv_cache_filled_perc") == 0.97
         assert told.of_ours("engine_steps_total") == 15
         engine.die()
         told = await scrape(server)
@@ -313,6 +368,7 @@ def everything() -> Metrics:
     metrics = Metrics(FakeEngine(), "tiny", "1")
     metrics.answered("/metrics", 200, 0.1)
     metrics.hear(Steps((step(0),)))
+    metrics.hear(pulse(1, TIERS))
     return metrics
 
 

@@ -74,17 +74,35 @@ def model() -> StepTimeModel:
     return StepTimeModel.of(LIMITS, costs_of("gpu"))
 
 
-def test_correction_learns_each_regime_apart() -> None:
+def test_correction_learns_of_memory_and_arithmetic() -> None:
+    """What only decodes have shown is half believed of arithmetic; once both are seen, each is right."""
     learning = model()
     first, other = (learning.predict(work).seconds for work in (DECODE, PREFILL))
     for _ in range(50):
         learning.observe(DECODE, 1.4 * first)
     assert learning.predict(DECODE).seconds == pytest.approx(1.4 * first, rel=0.02)
-    assert learning.predict(PREFILL).seconds == other
-    for _ in range(50):
+    assert 1.1 * other < learning.predict(PREFILL).seconds < 1.3 * other
+    for _ in range(80):
         learning.observe(PREFILL, 0.8 * other)
+        learning.observe(DECODE, 1.4 * first)
     assert learning.predict(DECODE).seconds == pytest.approx(1.4 * first, rel=0.02)
     assert learning.predict(PREFILL).seconds == pytest.approx(0.8 * other, rel=0.02)
+
+
+def test_times_of_steps_of_many_sizes_lie_on_one_curve() -> None:
+    """Whatever was seen, and of which sizes: a wider step never seems the faster one."""
+    learning = model()
+    read = DECODE.dense.read_bytes
+    rows = [
+        StepWork(Work(int8_ops=3 * 10**10 * n, read_bytes=read), Work(), n, n, sequences, 0)
+        for n in range(1, 40)
+        for sequences in {1, n}
+    ]
+    for work, factor in ((rows[0], 3.0), (rows[20], 0.5), (PREFILL, 2.0), (rows[0], 0.6)):
+        for _ in range(30):
+            learning.observe(work, factor * learning.predict(work).seconds)
+        predicted = [learning.predict(work).seconds for work in rows]
+        assert predicted == sorted(predicted)
 
 
 def test_slow_steps_move_little() -> None:

@@ -30,7 +30,10 @@ from ridgeline.cache.memory import MemoryTier
 from ridgeline.cache.names import KEY_BYTES, key_of, name_on, root_name
 from ridgeline.cache.radix import Scope
 from ridgeline.cache.radix import key_of as spelled
+from ridgeline.config import PAGE_TOKENS
 from ridgeline.model.checkpoint import files
+from ridgeline.resources import probe
+from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.transfers import FetchChoice
 from ridgeline.types import ConfigError, HostPage, Move, Request, SamplingParams
 
@@ -84,6 +87,39 @@ def test_evicted_pages_come_back(
             assert contents(output) == alone(request)
             engine.scheduler.check_integrity()
             engine.scheduler.cache.tiers.ladder.drain(10.0)
+    engine.close()
+
+
+def test_what_becomes_of_pages_is_counted(tmp_path: Path) -> None:
+    page_file = HEADER_BYTES + PAGE_BYTES
+    engine = tiered_engine(tmp_path, FakeExecutor(pages=(14,)), memory_bytes=4 * PAGE_BYTES)
+    tiers = engine.scheduler.cache.tiers
+    for first in range(2):
+        finish(engine, Request("a", text(150, first), GREEDY))
+        settle(engine)
+    record = tiers.record()
+    assert (record.fetched_tokens, record.misses, record.declined) == (0, 2, 0)
+    assert (record.spilled_pages, record.dropped_pages, record.damaged_pages) == (18, 0, 0)
+    memory, disk = record.tiers
+    assert (memory.name, memory.pages, memory.bytes) == ("memory", 4, 4 * PAGE_BYTES)
+    assert (disk.name, disk.pages, disk.bytes) == ("disk", 18, 18 * page_file)
+    assert memory.fetched_pages == disk.fetched_pages == 0
+    assert finish(engine, Request("a", text(150), GREEDY)).cached_tokens == 144
+    record = tiers.record()
+    fetched = sum(tier.fetched_pages for tier in record.tiers)
+    assert 0 < record.fetched_tokens == fetched * PAGE_TOKENS <= 144
+    assert record.tiers[1].fetch_seconds > 0
+    engine.close()
+    for path in files_of(tmp_path):
+        flip(path, -1)
+    slow = tiered_engine(tmp_path, compute_s=lambda begin, end: 1e-9)
+    slow.scheduler.cache.tiers.ladder.choice.link("disk").observe(1, 1.0)
+    assert finish(slow, Request("a", text(150), GREEDY)).cached_tokens == 0
+    assert slow.scheduler.cache.tiers.record().declined == 1
+    slow.close()
+    engine = tiered_engine(tmp_path)
+    finish(engine, Request("a", text(150), GREEDY))
+    assert engine.scheduler.cache.tiers.record().damaged_pages == 1
     engine.close()
 
 
@@ -147,6 +183,9 @@ def test_a_full_queue_lets_go_of_pages(tmp_path: Path, monkeypatch: pytest.Monke
     held.set()
     assert engine.scheduler.cache.tiers.ladder.drain(10.0)
     assert len(files_of(tmp_path)) == 3
+    record = engine.scheduler.cache.tiers.record()
+    assert record.spilled_pages == 3
+    assert record.dropped_pages > 10
     engine.close()
 
 
@@ -360,33 +399,63 @@ def test_the_thread_outlives_what_goes_wrong(tmp_path: Path, monkeypatch: pytest
 
 def test_fetching_pays_where_it_is_faster() -> None:
     choice = FetchChoice()
-    assert choice.pays({"disk": 100}, 10), "nothing was measured yet"
+    assert choice.pays({"disk": 100}, 0.05), "nothing was measured yet"
     choice.link("disk").observe(1000, 1.0)
-    assert choice.pays({"disk": 100}, 10), "nor was computing"
-    choice.computing.observe(200, 1.0)
-    assert not choice.pays({"disk": 100}, 10), "0.1 s of reading for 0.05 s of computing"
-    assert choice.pays({"disk": 100}, 30)
-    assert choice.pays({"disk": 100}, 10, compute_s=1.0), "a model of steps knows better"
-    assert choice.pays({"memory": 100}, 10), "never measured"
-    assert choice.pays({}, 10)
-    assert sum(choice.pays({"disk": 100}, 10) for _ in range(64)) in (3, 4), "tried again now and then"
+    assert not choice.pays({"disk": 100}, 0.05), "0.1 s of reading for 0.05 s of computing"
+    assert choice.pays({"disk": 100}, 0.15)
+    assert choice.pays({"disk": 100}, None), "what computing takes is not known"
+    assert choice.pays({"memory": 100}, 0.05), "never measured"
+    assert choice.pays({}, 0.05)
+    assert sum(choice.pays({"disk": 100}, 0.05) for _ in range(64)) in (3, 4), "tried again now and then"
     for _ in range(9):
         choice.link("disk").observe(1e6, 1.0)
     choice.link("disk").observe(10, 1.0)  # once, the machine was busy elsewhere
-    assert choice.pays({"disk": 100}, 10)
-    choice.computing.observe(0, 1.0)
-    choice.computing.observe(1, 0.0)
-    assert choice.computing.per_s == 200
+    assert choice.pays({"disk": 100}, 0.05)
+    choice.link("disk").observe(0, 1.0)
+    choice.link("disk").observe(1, 0.0)
+    assert choice.link("disk").per_s == 1e6
+
+
+def test_what_is_fetched_goes_to_the_device_in_the_end() -> None:
+    choice = FetchChoice(device_bytes_per_s=1000.0)
+    for link in ("disk", "memory"):
+        choice.link(link).observe(1e9, 1.0)
+    assert choice.pays({"disk": 100, "memory": 100}, 0.25)
+    assert not choice.pays({"disk": 100, "memory": 100}, 0.15), "0.2 s on the way to the device"
 
 
 def test_what_does_not_pay_is_computed(tmp_path: Path) -> None:
     keep(tmp_path)
-    engine = tiered_engine(tmp_path)
-    choice = engine.scheduler.cache.tiers.ladder.choice
-    choice.link("disk").observe(1, 1000.0)
-    choice.computing.observe(1000, 1.0)
-    assert finish(engine, Request("a", text(200), GREEDY)).cached_tokens == 0
-    engine.close()
+    asked: list[tuple[int, int]] = []
+
+    def compute_s(begin: int, end: int) -> float:
+        asked.append((begin, end))
+        return 1.0
+
+    for disk_s, found in ((1e6, 0), (1e-6, 192)):
+        engine = tiered_engine(tmp_path, compute_s=compute_s)
+        engine.scheduler.cache.tiers.ladder.choice.link("disk").observe(1, disk_s)
+        assert finish(engine, Request("a", text(200), GREEDY)).cached_tokens == found
+        engine.close()
+    assert asked[0] == asked[-1] == (0, 192)
+
+
+def test_a_known_machine_predicts_what_computing_takes(
+    tiny: Callable[[str], TinyModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ceilings = Ceilings(20e9, 500e9, 300e9, 200e9, 1, "portable", "made up", "2026-01-01T00:00:00+00:00")
+    monkeypatch.setattr(files, "_SETTLED_S", -60.0)
+    monkeypatch.setattr(probe, "known_ceilings", lambda *args, **more: ceilings)
+    prompt = [(7 * index) % 50 for index in range(100)]
+    options = {"max_model_len": 256, "cache_dir": str(tmp_path), "measured_budget": False}
+    for disk_s, found in ((1.0, 0), (1.0, 0), (1e-12, 96)):
+        with LLM(str(tiny("llama").folder), max_num_batched_tokens=64, **options) as llm:
+            tiers = llm.loaded.engine.scheduler.cache.tiers
+            tiers.ladder.choice.link("disk").observe(1, disk_s)
+            (output,) = llm.generate([prompt], GREEDY)
+            expected_s = tiers._compute_s(0, 96)
+            assert 0 < tiers._compute_s(80, 96) < expected_s < 1
+        assert output.cached_tokens == found
 
 
 # --------------------------------------------------------------------------------- a model's engine
@@ -425,8 +494,8 @@ def test_a_model_that_changed_a_moment_ago_is_not_kept(
 # ------------------------------------------------------------------------------- anything, in any order
 
 OPERATIONS = settings(
-    max_examples=80,
-    stateful_step_count=70,
+    max_examples=110,
+    stateful_step_count=130,
     deadline=None,
     derandomize=True,
     database=None,
@@ -457,12 +526,16 @@ class TierMachine(CacheMachine):
         self.folder = Path(self._folder.name)
 
     @initialize(
-        kind=st.sampled_from(sorted(GROUPS)), memory=st.sampled_from([None, 0, 5, 100]), late=st.booleans()
+        kind=st.sampled_from(sorted(GROUPS)),
+        memory=st.sampled_from([None, 0, 5, 100]),
+        disk=st.sampled_from([12, 40, 1000]),
+        late=st.booleans(),
     )
-    def begin(self, kind: str, memory: int | None, late: bool) -> None:
+    def begin(self, kind: str, memory: int | None, disk: int, late: bool) -> None:
         self.patch.setattr(FakeExecutor, "asynchronous", late)
         self.kind = kind
         self.memory_bytes = None if memory is None else memory * PAGE_BYTES
+        self.disk_bytes = disk * (PAGE_BYTES + HEADER_BYTES)
         self.alone = self._alone
         self._start()
 
@@ -471,6 +544,7 @@ class TierMachine(CacheMachine):
             self.folder,
             self._executor(),
             memory_bytes=self.memory_bytes,
+            disk_bytes=self.disk_bytes,
             queue_bytes=8 * PAGE_BYTES,
             in_turns=True,
             max_num_seqs=6,
@@ -496,6 +570,7 @@ class TierMachine(CacheMachine):
         at=st.integers(0, 400),
     )
     def restart(self, which: int, count: int, harm: str, at: int) -> None:
+        self.done["preemptions"] += self.engine.scheduler.preemptions
         self._end()
         self.open.clear()
         self._harm(which, at, harm)
@@ -552,7 +627,11 @@ class TierMachine(CacheMachine):
         self._folder.cleanup()
 
 
-def test_restarts_and_harm_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ten_thousand_operations_with_tiers_restarts_and_harm_change_no_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Everything at once: chunks, pools of a tenth of what is asked for, preemptions, classes, aborts, tiny
+    tiers of both kinds, and engines that end and begin again on what the last one left."""
     TierMachine.patch = monkeypatch
     TierMachine.done, TierMachine.known = Counter(), {}
     filled: Counter[str] = Counter()
@@ -565,8 +644,10 @@ def test_restarts_and_harm_change_no_answer(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(FakeExecutor, "transfer", counted)
     run_state_machine_as_test(TierMachine, settings=OPERATIONS)
     done = TierMachine.done
-    assert done["operations"] > 3000, done
-    assert done["harms"] > 30, done
-    assert done["finished"] > 150, done
-    assert filled["PageFill"] > 100, filled
-    assert filled["PageSpill"] > 400, filled
+    assert done["operations"] >= 10_000, done
+    assert done["finished"] > 500, done
+    assert done["preemptions"] > 50, done
+    assert done["aborts"] > 200, done
+    assert done["harms"] > 100, done
+    assert filled["PageFill"] > 150, filled
+    assert filled["PageSpill"] > 800, filled

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ridgeline.types import RequestError, SamplingParams, Work
+from ridgeline.types import RequestError, SamplingParams, SpeculationParams, Work
 
 
 def test_totals_are_sums_of_multiples() -> None:
@@ -45,3 +45,25 @@ def test_parameters_out_of_range_are_named(name: str, value: Any) -> None:
         SamplingParams(**{name: value})
     assert str(caught.value).isprintable()
     assert "accepted" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("drafter", value) for value in ("", "medusa", None, 5, ["auto"])],
+        *[("max_tokens", value) for value in (0, -1, 65, True, 1.0, "4")],
+    ],
+)
+def test_speculation_out_of_range_is_named(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"speculation {name}") as caught:
+        SpeculationParams(**{name: value})
+    assert str(caught.value).isprintable()
+    assert "accepted" in str(caught.value)
+
+
+def test_speculation_is_what_was_asked_for() -> None:
+    for asked in (SpeculationParams("ngram", 4), False, True, None):
+        assert SamplingParams(speculation=asked).speculation is asked
+    for wrong in ({"drafter": "auto"}, 1, "auto"):
+        with pytest.raises(RequestError, match="speculation is"):
+            SamplingParams(speculation=wrong)  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class SomeChoice(FetchChoice):
         super().__init__()
         self.asked = 0
 
-    def pays(self, nbytes: Mapping[str, int], tokens: int, compute_s: float | None = None) -> bool:
+    def pays(self, nbytes: Mapping[str, int], compute_s: float | None) -> bool:
         self.asked += 1
         return self.asked % 5 != 0
 
@@ -55,17 +55,21 @@ def tiered_engine(
     disk_bytes: int | None = None,
     queue_bytes: int = 1 << 20,
     in_turns: bool = False,
+    compute_s: Callable[[int, int], float] | None = None,
+    choice: FetchChoice | None = None,
     **options: Any,
 ) -> Engine:
     """An engine whose pages go to host memory, where it may take `memory_bytes`, and to `folder`; with
-    `in_turns`, when `LadderInTurns` is told to."""
+    `in_turns`, when `LadderInTurns` is told to. `compute_s` predicts what computing takes, and `choice`
+    chooses by it; that of `in_turns` is `SomeChoice`."""
     executor = executor or FakeExecutor()
     memory = None if memory_bytes is None else MemoryTier(memory_bytes)
     disk = None if folder is None else DiskTier(folder, disk_bytes)
     kind = LadderInTurns if in_turns else Ladder
-    choice = SomeChoice() if in_turns else None
+    if choice is None and in_turns:
+        choice = SomeChoice()
     ladder = kind(executor.host_page_bytes, memory, disk, choice, queue_bytes)
-    tiers = Tiers(ladder, identity, executor.windows, states=len(executor.states) > 0)
+    tiers = Tiers(ladder, identity, executor.windows, compute_s, states=len(executor.states) > 0)
     return make_engine(executor, tiers=tiers, **{"max_num_batched_tokens": 256, **options})
 
 

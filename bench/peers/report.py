@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers.figures import OURS
+from ridgeline.apps.png import blank, save_png
 
 _SHARES = {"mbu": "of the read bandwidth", "int8_share": "of the int8 peak"}
 
@@ -54,22 +55,18 @@ def _short(value: float) -> str:
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
     """A panel for each cell: the systems' medians with the least and the most, and our ratio to each."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     cells = result["cells"]
     columns = min(len(cells), 3)
     rows = -(-len(cells) // columns)
     widest = max(len(cell["systems"]) for cell in cells.values())
-    figure = Figure(figsize=(5.2 * columns, rows * (1.3 + 0.4 * widest)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(path, 5.2 * columns, rows * (1.3 + 0.4 * widest))
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for panel, (name, cell) in zip(axes, cells.items(), strict=False):
         _panel(panel, name, cell)
     for panel in list(axes)[len(cells) :]:
         panel.set_visible(False)
     figure.suptitle(f"{Path(result['model']).name}, {result['threads']} threads, {result['rounds']} rounds")
-    figure.savefig(path, format="png", dpi=130)
+    save_png(figure, path)
 
 
 def _panel(axes: Any, name: str, cell: Mapping[str, Any]) -> None:

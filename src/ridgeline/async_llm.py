@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ridgeline.config import EngineConfig
-from ridgeline.loading import LoadedFace, Message, Prompt, embedding_of, load_engine, text_of
+from ridgeline.loading import LoadedFace, Message, Prompt, Sender, embedding_of, load_engine, text_of
 from ridgeline.types import (
     EngineDeadError,
     Pooling,
@@ -23,6 +23,7 @@ from ridgeline.types import (
     RequestError,
     RequestOutput,
     SamplingParams,
+    ServiceClass,
 )
 
 _SAVE_PAUSE_S = 0.005
@@ -54,15 +55,18 @@ class AsyncLLM(LoadedFace):
         params: SamplingParams | None = None,
         request_id: str | None = None,
         cache_salt: str = "",
+        service_class: ServiceClass = "interactive",
+        tenant: str = "",
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Continue a prompt, yielding its state as it grows; the last one is `finished`. `cache_salt` as in
-        `LLM.generate`.
+        """Continue a prompt, yielding its state as it grows; the last one is `finished`. `cache_salt`,
+        `service_class` and `tenant` as in `LLM.generate`.
 
         A reader that is slower than the engine gets fewer, longer updates. Leaving the loop, or cancelling
         its task, aborts the request. Raises RequestError and EngineDeadError.
         """
         tokens = await asyncio.to_thread(self._loaded.tokens_of, prompt)
-        following = self._follow(text_of(prompt), tokens, params, request_id, cache_salt)
+        sender = Sender(cache_salt, service_class, tenant)
+        following = self._follow(text_of(prompt), tokens, params, request_id, sender)
         async with aclosing(following) as outputs:
             async for output in outputs:
                 yield output
@@ -73,11 +77,14 @@ class AsyncLLM(LoadedFace):
         params: SamplingParams | None = None,
         request_id: str | None = None,
         cache_salt: str = "",
+        service_class: ServiceClass = "interactive",
+        tenant: str = "",
         **template: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a conversation, as `generate` does; `template` as in `LLM.chat`."""
         tokens = await asyncio.to_thread(self._loaded.chat_tokens, messages, **template)
-        async with aclosing(self._follow(None, tokens, params, request_id, cache_salt)) as outputs:
+        sender = Sender(cache_salt, service_class, tenant)
+        async with aclosing(self._follow(None, tokens, params, request_id, sender)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -88,11 +95,14 @@ class AsyncLLM(LoadedFace):
         normalise: bool = True,
         request_id: str | None = None,
         cache_salt: str = "",
+        service_class: ServiceClass = "interactive",
+        tenant: str = "",
     ) -> tuple[float, ...]:
         """A vector for a prompt, as `LLM.embed` makes it."""
         tokens = await asyncio.to_thread(self._loaded.tokens_of, prompt)
         params = PoolingParams(pooling, normalise)
-        following = self._follow(text_of(prompt), tokens, params, request_id, cache_salt)
+        sender = Sender(cache_salt, service_class, tenant)
+        following = self._follow(text_of(prompt), tokens, params, request_id, sender)
         async with aclosing(following) as outputs:
             async for output in outputs:
                 last = output
@@ -129,10 +139,10 @@ class AsyncLLM(LoadedFace):
         tokens: tuple[int, ...],
         params: SamplingParams | PoolingParams | None,
         request_id: str | None,
-        cache_salt: str,
+        sender: Sender,
     ) -> AsyncGenerator[RequestOutput, None]:
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
-        request = Request(name, tokens, params or self.sampling_defaults, cache_salt)
+        request = Request(name, tokens, params or self.sampling_defaults, *sender)
         if not self._loaded.engine.is_prepared(request.params):
             await asyncio.to_thread(self._loaded.engine.prepare, request.params)
         mailbox = _Mailbox(asyncio.get_running_loop())

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ridgeline.types import SERVICE_CLASSES, ConfigError, ServiceClass
+from ridgeline.types import DRAFTERS, SERVICE_CLASSES, ConfigError, ServiceClass
 
 DEVICES = ("auto", "cpu", "cuda", "reference")
 KV_FORMATS = ("auto", "KV8", "KV16", "KV32")
@@ -80,6 +80,9 @@ class EngineConfig:
     `class_targets` has, for service classes that aim at something else than CLASS_TARGETS, the seconds to the
     first token and between tokens. With `measured_budget`, a step takes no more than running streams can wait
     for by these targets; without, as many tokens as it may.
+    `speculation` is how the tokens of requests that do not say are guessed, to verify several in one step:
+    "grammar", "ngram", "suffix" or "off"; "auto" is by any drafter where steps are not launched ahead, so on
+    a CPU.
     """
 
     model: str = "smollm2"
@@ -100,6 +103,7 @@ class EngineConfig:
     trace: str | None = None
     class_targets: Mapping[str, Sequence[float]] = field(default_factory=dict)
     measured_budget: bool = True
+    speculation: str = "auto"
 
     def __post_init__(self) -> None:
         _check(isinstance(self.model, str) and bool(self.model), "model", self.model, "a name or a path")
@@ -130,6 +134,8 @@ class EngineConfig:
         wanted = folder is None and self.cache_memory_bytes is None
         _check(wanted or self.enable_prefix_caching, "enable_prefix_caching", False, "True with lower tiers")
         _check(self.seed is None or isinstance(self.seed, int), "seed", self.seed, "a whole number or none")
+        guessing = (*DRAFTERS, "off")
+        _check(self.speculation in guessing, "speculation", self.speculation, ", ".join(guessing))
         named = self.trace is None or (isinstance(self.trace, str) and bool(self.trace))
         _check(named, "trace", self.trace, "a file, or none")
         _ = self.targets

@@ -18,6 +18,7 @@ from ridgeline.cache.radix import Scope
 from ridgeline.execution.noise import derived_seed
 from ridgeline.outcome import Choice, Outcome, PooledPrompt, RequestState
 from ridgeline.sampling.constraints import Constraints
+from ridgeline.sampling.drafting.tree import Descent
 from ridgeline.sampling.pooling import Pooler
 from ridgeline.sampling.sampler import Chooser, Sampled, Sampler
 from ridgeline.scheduling.plan import Plan
@@ -151,7 +152,7 @@ class Engine:
     def _launch(self) -> bool:
         """Plan and launch the next step, if there is one."""
         if self._launching is not None:
-            self.scheduler.begin_again(self._launching)
+            self.scheduler.relaunch(self._launching)
         unsure = self._launching is not None and self._in_flight
         if unsure or len(self._in_flight) > self.executor.asynchronous:
             # An interrupt struck, between a launch and its record or while results were taken in: bring in
@@ -397,19 +398,19 @@ class Engine:
         A sequence that has ended meanwhile, or took its token on before an interrupt, is passed over.
         """
         now_s = time.perf_counter()
-        self.steps.add(plan, result, now_s)
         rows = plan.step.rows
-        decode = len(plan.sequences) == rows and not plan.pooled
+        decode = len(plan.sequences) == rows - plan.guesses and not plan.pooled
         (self.stats.decode if decode else self.stats.prefill).add(rows, result)
-        tiers = self.scheduler.cache.tiers
-        if tiers is not None and not decode:
-            tiers.computed(rows, result.elapsed_s)
         advanced: dict[str, RequestState] = {}
-        for sequence, position, sample in zip(plan.sampled, plan.positions, sampled, strict=True):
+        accepted = self._follow(plan, result, sampled) if plan.drafted else 0
+        self.steps.add(plan, result, now_s, accepted)
+        for output in plan.certain:
+            sequence, position = plan.sampled[output], plan.positions[output]
             if sequence.arrival not in self._owners:
                 continue
             state, choice = self._owners[sequence.arrival]
-            choice.take(sample, position)
+            if choice.finish_reason is None:
+                choice.take(sampled[output], position)
             if choice.finish_reason is not None:
                 self._retire(choice)
             elif position < sequence.prompt_length:
@@ -418,6 +419,34 @@ class Engine:
                 state.first_token_s = now_s
             advanced[state.id] = state
         return self._tell(advanced.values())
+
+    def _follow(self, plan: Plan, result: StepResult, sampled: list[Sampled]) -> int:
+        """Let sequences take on what they drafted, for as long as the target says the same, and the token
+        after it; returns how many guesses were right. All go a token at a time: what it changes (penalties, a
+        constraint) is known to the next."""
+        accepted = 0
+        going = [(each, Descent(each.tree), each.output) for each in plan.drafted]
+        while going:
+            further = []
+            for drafted, descent, output in going:
+                owner = self._owners.get(drafted.sequence.arrival)
+                if owner is None:
+                    continue  # it was aborted
+                _, choice = owner
+                position, known = plan.positions[output], drafted.sequence.token_ids
+                choice.take(sampled[output], position)
+                ended = choice.finish_reason is not None or len(known) == position
+                node = None if ended else descent.go(known[position])
+                if node is None:
+                    self.scheduler.settle(drafted, descent.nodes)
+                    accepted += len(descent.nodes)
+                else:
+                    further.append((drafted, descent, drafted.output + 1 + node))
+            if further and self._constraints is not None:
+                self._constraints.flush()
+            self._sampler.choose(result, plan, [output for *_, output in further], sampled)
+            going = further
+        return accepted
 
     def _tell(self, states: Iterable[RequestState]) -> list[RequestOutput]:
         """The state of requests that have ended, which are then forgotten, or that stream."""

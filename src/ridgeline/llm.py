@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from ridgeline.config import EngineConfig
-from ridgeline.loading import LoadedFace, Message, Prompt, embedding_of, load_engine, text_of
+from ridgeline.loading import LoadedFace, Message, Prompt, Sender, embedding_of, load_engine, text_of
 from ridgeline.types import (
     EngineDeadError,
     Float32Array,
@@ -27,6 +27,7 @@ from ridgeline.types import (
     RequestError,
     RequestOutput,
     SamplingParams,
+    ServiceClass,
 )
 
 
@@ -51,15 +52,20 @@ class LLM(LoadedFace):
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         cache_salt: str = "",
+        service_class: ServiceClass = "interactive",
+        tenant: str = "",
     ) -> list[RequestOutput]:
         """Continue one prompt, or many as one batch; results in input order.
 
         A prompt is a text or a list of token ids. `params` is for all prompts, or one for each. What was
-        computed is shared with calls of the same `cache_salt` only. Raises RequestError when one of them
-        cannot be served, before any is started.
+        computed is shared with calls of the same `cache_salt` only. Where several threads call, a higher
+        `service_class` ("keystroke", "interactive", "batch") goes first, and inside one, tokens are shared
+        fairly between tenants. Raises RequestError when one of the prompts cannot be served, before any is
+        started.
         """
         several = _prompts(prompts)
-        return self._run_prompts(several, self._params_for(params, len(several)), cache_salt)
+        sender = Sender(cache_salt, service_class, tenant)
+        return self._run_prompts(several, self._params_for(params, len(several)), sender)
 
     def embed(
         self,
@@ -67,6 +73,8 @@ class LLM(LoadedFace):
         pooling: Pooling = "mean",
         normalise: bool = True,
         cache_salt: str = "",
+        service_class: ServiceClass = "interactive",
+        tenant: str = "",
     ) -> Float32Array:
         """A vector for one prompt, or for each of many: float32 (prompts, hidden size).
 
@@ -75,7 +83,8 @@ class LLM(LoadedFace):
         when there is no memory for the buffers that the first call takes.
         """
         several = _prompts(prompts)
-        outputs = self._run_prompts(several, [PoolingParams(pooling, normalise)] * len(several), cache_salt)
+        sender = Sender(cache_salt, service_class, tenant)
+        outputs = self._run_prompts(several, [PoolingParams(pooling, normalise)] * len(several), sender)
         vectors = [embedding_of(output) for output in outputs]
         return np.array(vectors, np.float32).reshape(len(vectors), len(vectors[0]) if vectors else 0)
 
@@ -84,6 +93,8 @@ class LLM(LoadedFace):
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         cache_salt: str = "",
+        service_class: ServiceClass = "interactive",
+        tenant: str = "",
         **template: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation, or many as one batch. A message is `{"role": ..., "content": ...}`.
@@ -92,26 +103,36 @@ class LLM(LoadedFace):
         `continue_final_message`, and whatever else this model's takes, such as `enable_thinking`.
         """
         tokens = [self._loaded.chat_tokens(chat, **template) for chat in _chats(messages)]
-        return self._run([None] * len(tokens), tokens, self._params_for(params, len(tokens)), cache_salt)
+        sender = Sender(cache_salt, service_class, tenant)
+        return self._run([None] * len(tokens), tokens, self._params_for(params, len(tokens)), sender)
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, cache_salt: str = ""
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        cache_salt: str = "",
+        service_class: ServiceClass = "interactive",
+        tenant: str = "",
     ) -> Generator[RequestOutput, None, None]:
         """Continue one prompt, yielding its state each time it has grown; the last one is `finished`.
 
         Closing the generator early aborts the request.
         """
-        yield from self._stream(text_of(prompt), self._loaded.tokens_of(prompt), params, cache_salt)
+        sender = Sender(cache_salt, service_class, tenant)
+        yield from self._stream(text_of(prompt), self._loaded.tokens_of(prompt), params, sender)
 
     def stream_chat(
         self,
         messages: Sequence[Message],
         params: SamplingParams | None = None,
         cache_salt: str = "",
+        service_class: ServiceClass = "interactive",
+        tenant: str = "",
         **template: Any,
     ) -> Generator[RequestOutput, None, None]:
         """Answer one conversation, as `stream` does; `template` as in `chat`."""
-        yield from self._stream(None, self._loaded.chat_tokens(messages, **template), params, cache_salt)
+        sender = Sender(cache_salt, service_class, tenant)
+        yield from self._stream(None, self._loaded.chat_tokens(messages, **template), params, sender)
 
     def close(self) -> None:
         """Free the model. Idempotent; requests under way are aborted."""
@@ -129,19 +150,19 @@ class LLM(LoadedFace):
         self.close()
 
     def _run_prompts(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | PoolingParams], cache_salt: str
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | PoolingParams], sender: Sender
     ) -> list[RequestOutput]:
         tokens = [self._loaded.tokens_of(prompt) for prompt in prompts]
-        return self._run([text_of(prompt) for prompt in prompts], tokens, params, cache_salt)
+        return self._run([text_of(prompt) for prompt in prompts], tokens, params, sender)
 
     def _run(
         self,
         texts: Sequence[str | None],
         tokens: Sequence[tuple[int, ...]],
         params: Sequence[SamplingParams | PoolingParams],
-        cache_salt: str,
+        sender: Sender,
     ) -> list[RequestOutput]:
-        with self._requests(texts, tokens, params, cache_salt, stream=False) as ids:
+        with self._requests(texts, tokens, params, sender, stream=False) as ids:
             results: list[RequestOutput] = []
             while len(results) < len(ids):
                 with self._turn():
@@ -153,10 +174,10 @@ class LLM(LoadedFace):
             return results
 
     def _stream(
-        self, text: str | None, tokens: tuple[int, ...], params: SamplingParams | None, cache_salt: str
+        self, text: str | None, tokens: tuple[int, ...], params: SamplingParams | None, sender: Sender
     ) -> Generator[RequestOutput, None, None]:
         each = self._params_for(params, 1)
-        with self._requests([text], [tokens], each, cache_salt, stream=True) as (request_id,):
+        with self._requests([text], [tokens], each, sender, stream=True) as (request_id,):
             finished = False
             while not finished:
                 with self._turn():
@@ -198,7 +219,7 @@ class LLM(LoadedFace):
         texts: Sequence[str | None],
         tokens: Sequence[tuple[int, ...]],
         params: Sequence[SamplingParams | PoolingParams],
-        cache_salt: str,
+        sender: Sender,
         stream: bool,
     ) -> Iterator[list[str]]:
         """Requests that live as long as the block; what is unfinished at its end is aborted."""
@@ -210,7 +231,7 @@ class LLM(LoadedFace):
             with self._turn():
                 self._check_open()
                 for request_id, text, prompt, each in zip(ids, texts, tokens, params, strict=True):
-                    engine.add(Request(request_id, prompt, each, cache_salt), text, stream)
+                    engine.add(Request(request_id, prompt, each, *sender), text, stream)
                     self._latest[request_id] = None
             yield ids
         finally:

@@ -11,9 +11,9 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ridgeline.config import PAGE_TOKENS, EngineConfig
+from ridgeline.config import PAGE_TOKENS, EngineConfig, pages_for
 from ridgeline.types import (
     CapacityError,
     ConfigError,
@@ -21,6 +21,8 @@ from ridgeline.types import (
     RequestOutput,
     RidgelineError,
     SamplingParams,
+    ServiceClass,
+    SpeculationParams,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from ridgeline.resources.energy import Meter
     from ridgeline.resources.memory import Demand, Ledger
     from ridgeline.resources.step_time import StepTimeModel
+    from ridgeline.scheduling.drafting import Drafting
+    from ridgeline.scheduling.pace import Pace
     from ridgeline.steps import StepWatcher
 
 logger = logging.getLogger("ridgeline.loading")
@@ -110,6 +114,14 @@ class LoadedFace:
         return self._loaded.engine.stats
 
 
+class Sender(NamedTuple):
+    """Whose requests are, and what for: what a `Request` has behind its parameters."""
+
+    cache_salt: str
+    service_class: ServiceClass
+    tenant: str
+
+
 def text_of(prompt: Prompt) -> str | None:
     return prompt if isinstance(prompt, str) else None
 
@@ -168,58 +180,72 @@ def load_engine(config: EngineConfig) -> LoadedModel:
         on_failure.callback(executor.close)
         executor.load(weights)
         handle = executor.compile(program)
-        tiers = lower_tiers(config, program, weights, executor)
+        formats = Counter(fmt.name for fmt in weights.formats.values())
+        ceilings = device_ceilings(config, measure=config.trace is not None)
+        times = _step_times(ceilings, formats)
+        pace = None if times is None else Pace(handle.work, times, program.groups, config.targets)
+        tiers = lower_tiers(config, program, weights, executor, ceilings, pace)
         if tiers is not None:
             on_failure.callback(tiers.ladder.close)
-        formats = Counter(fmt.name for fmt in weights.formats.values())
-        watched = _watched(config, formats)
+        watched = _watched(config, ceilings)
         on_failure.pop_all()
     assert config.max_model_len is not None
     windows = tuple(group.window for group in program.groups)
     cache = KVCache(windows, pages, config.enable_prefix_caching, tiers, states)
-    pace = None
-    if config.measured_budget and watched[0] is not None:
-        pace = Pace(handle.work, watched[0], program.groups, config.targets)
-    scheduler = Scheduler(cache, config.max_num_seqs, config.max_num_batched_tokens, pace)
+    drafting = None if pace is None else _drafting(config, pace, executor)
+    budget = pace if config.measured_budget else None
+    scheduler = Scheduler(cache, config.max_num_seqs, config.max_num_batched_tokens, budget, drafting)
     ends = frozenset(token for token in tokenizer.eos_ids if token < spec.vocabulary)
     facts = ModelFacts(spec.vocabulary, config.max_model_len, ends, tokenizer.bos_id, 1 / spec.logit_scale)
     encode = partial(compile_encoder, executor, spec, config, weights.formats)
     constraints = Constraints(tokenizer, spec.vocabulary, ends)
     detokenizer = tokenizer.detokenizer
     engine = Engine(executor, handle, scheduler, facts, detokenizer, config.seed, encode, constraints)
-    engine.steps = StepLog(scheduler, *watched)
+    engine.steps = StepLog(scheduler, times, *watched)
     return LoadedModel(config, engine, tokenizer, template, defaults, formats)
 
 
-def _watched(
-    config: EngineConfig, formats: Mapping[str, int]
-) -> tuple[StepTimeModel | None, Meter | None, StepWatcher | None]:
-    """What predicts a settled config's steps, counts their energy and writes them down, where there is any.
+def _drafting(config: EngineConfig, pace: Pace, executor: Executor) -> Drafting:
+    """What guesses tokens, of requests that do not say as the config says. Guesses need the tokens before
+    them, and so cost the steps that are launched ahead: there, only who asks for them gets them."""
+    from ridgeline.sampling.drafting.speculator import AUTO, Speculator
+    from ridgeline.scheduling.drafting import Drafting
 
-    A machine that was never measured is measured, quickly, where that is asked for by a trace alone. Raises
-    ConfigError when the trace cannot be written.
-    """
-    from ridgeline.resources.energy import open_meter
+    default = None
+    if config.speculation != "off" and not (config.speculation == AUTO and executor.asynchronous):
+        default = SpeculationParams(config.speculation)
+    return Drafting(Speculator.of_lookups, pace, default)
+
+
+def _step_times(ceilings: Ceilings | None, formats: Mapping[str, int]) -> StepTimeModel | None:
+    """What predicts the steps of a machine that was measured, on a model of these formats."""
     from ridgeline.resources.step_costs import costs_here
     from ridgeline.resources.step_time import StepTimeModel
 
-    ceilings = device_ceilings(config, measure=config.trace is not None)
     costs = None if ceilings is None else costs_here(ceilings, max(formats, key=formats.__getitem__))
-    model = None if ceilings is None or costs is None else StepTimeModel.of(ceilings, costs)
+    return None if ceilings is None or costs is None else StepTimeModel.of(ceilings, costs)
+
+
+def _watched(config: EngineConfig, ceilings: Ceilings | None) -> tuple[Meter | None, StepWatcher | None]:
+    """What counts the energy of a settled config's steps and writes them down, where there is any. Raises
+    ConfigError when the trace cannot be written."""
+    from ridgeline.resources.energy import open_meter
+
     meter, energy = open_meter(config.device)
     if config.trace is None:
-        return model, meter, None
+        return meter, None
     from ridgeline.trace import Trace
 
     labels = {"model": config.model, "device": config.device, "energy": str(energy)}
     if ceilings is not None:
         labels |= {"machine": ceilings.machine, "read": f"{ceilings.read_bytes_per_s / 1e9:.1f} GB/s"}
-    return model, meter, Trace(config.trace, labels)
+    return meter, Trace(config.trace, labels)
 
 
 def device_ceilings(config: EngineConfig, measure: bool) -> Ceilings | None:
-    """The ceilings of a config's device, None where nobody has measured them; with `measure`, they are then
-    measured quickly, in about a second, and kept. The reference executor is nowhere near any."""
+    """The ceilings of a config's device, None where nobody has measured them; with `measure`, as a trace asks
+    for it, they are then measured quickly, in about a second, and kept. The reference executor is nowhere
+    near any."""
     from ridgeline.resources import probe
     from ridgeline.resources.cuda import choose_device
 
@@ -338,8 +364,16 @@ def _buffer_bytes(config: EngineConfig, program: Program) -> int:
     return _BUFFERS * 4 * widest * config.max_num_batched_tokens
 
 
-def lower_tiers(config: EngineConfig, program: Program, weights: Weights, executor: Executor) -> Tiers | None:
-    """Where pages of the prefix cache go when there is no room for them; None where nobody asked for it.
+def lower_tiers(
+    config: EngineConfig,
+    program: Program,
+    weights: Weights,
+    executor: Executor,
+    ceilings: Ceilings | None,
+    pace: Pace | None,
+) -> Tiers | None:
+    """Where pages of the prefix cache go when there is no room for them; None where nobody asked for it. They
+    come back where `pace` predicts that computing them again takes longer.
 
     Raises ConfigError when the folder cannot be used.
     """
@@ -347,11 +381,12 @@ def lower_tiers(config: EngineConfig, program: Program, weights: Weights, execut
     if not kept or (config.cache_dir is None and config.cache_memory_bytes is None):
         return None
     from ridgeline.cache.disk import DiskTier
-    from ridgeline.cache.ladder import Ladder
+    from ridgeline.cache.ladder import QUEUE_BYTES, Ladder
     from ridgeline.cache.memory import MemoryTier
     from ridgeline.cache.tiers import Tiers
     from ridgeline.resources.installation import build_digest
     from ridgeline.resources.machine import free_memory_bytes
+    from ridgeline.resources.transfers import FetchChoice
 
     model = weights.identity()
     if model is None and config.cache_dir is not None:
@@ -369,8 +404,15 @@ def lower_tiers(config: EngineConfig, program: Program, weights: Weights, execut
     parts = (model, build_digest(), program, config.kv_format, PAGE_TOKENS, executor.numerics)
     identity = hashlib.sha256(repr(parts).encode()).digest()
     windows = tuple(group.window for group in program.groups)
-    ladder = Ladder(executor.host_page_bytes, memory, disk)
-    return Tiers(ladder, identity, windows, states=bool(program.states))
+    choice = FetchChoice(0.0 if ceilings is None else ceilings.host_to_device_bytes_per_s)
+    # What one step evicts, for as many rows and a page more for each sequence, must find room at once.
+    step_pages = pages_for(config.max_num_batched_tokens) + config.max_num_seqs
+    queue_bytes = max(QUEUE_BYTES, step_pages * sum(executor.host_page_bytes))
+    ladder = Ladder(executor.host_page_bytes, memory, disk, choice, queue_bytes)
+    compute_s = None
+    if pace is not None:
+        compute_s = partial(pace.computing_s, at_once=config.max_num_batched_tokens)
+    return Tiers(ladder, identity, windows, compute_s, states=bool(program.states))
 
 
 def make_executor(config: EngineConfig, limits: Limits) -> Executor:

@@ -229,7 +229,10 @@ class RequestState:
     @property
     def has_ended(self) -> bool:
         """Whether every choice has."""
-        return None not in [choice.finish_reason for choice in self.choices]
+        for choice in self.choices:  # noqa: SIM110 - every step asks every request: no generator
+            if choice.finish_reason is None:
+                return False
+        return True
 
     def _told(self) -> list[CompletionOutput]:
         if self.best is None:

@@ -1,4 +1,4 @@
-"""What is told of a step when it is over, and the recent ones of them."""
+"""What is told of a step when it is over, and the recent ones of them; and of the cache's lower tiers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ RECENT_STEPS = 1024
 Kind = Literal["decode", "prefill", "mixed", "embed"]
 
 
-class StepRecord(msgspec.Struct, frozen=True):
+class StepRecord(msgspec.Struct, frozen=True, gc=False):
     """One step. Times are in seconds, `time_s` is since 1970: when the step was planned.
 
     `number` counts the engine's steps from 0. `rows` were run, of `sequences`; `prompt_tokens` of them were
-    prompts', and `decoded_tokens` were drawn. `running` and `waiting` sequences there were in all, which held
+    prompts', `drafted_tokens` guesses, of which `accepted_tokens` were right, and `decoded_tokens` were
+    drawn and kept. `running` and `waiting` sequences there were in all, which held
     `kv_pages` pages, `kv_usage` of the fullest pool (0 to 1).
 
     `flops` counts all operations, a multiply-add as two, of which `attention_flops` are attention's; `bytes`
@@ -53,6 +54,52 @@ class StepRecord(msgspec.Struct, frozen=True):
     mbu: float | None = None
     mfu: float | None = None
     energy_j: float | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+class DraftTotals(msgspec.Struct):
+    """What one drafter has brought since the start. `drafted` and `accepted` count tokens that were verified,
+    and of those the ones that were emitted; `passes`, in which one of its trees was verified for a sequence.
+    `elapsed_s` is the time that it took to propose, whatever became of it."""
+
+    drafted: int = 0
+    accepted: int = 0
+    passes: int = 0
+    elapsed_s: float = 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens that a sequence gained in one pass that verified a draft; 1 where there was none."""
+        return 1 + self.accepted / self.passes if self.passes else 1.0
+
+
+class TierRecord(msgspec.Struct, frozen=True):
+    """What a lower tier of the KV cache holds, and what came up from it since the engine was made.
+    `fetch_seconds` is the time in which it was read."""
+
+    name: str
+    pages: int
+    bytes: int
+    fetched_pages: int
+    fetch_seconds: float
+
+
+class TiersRecord(msgspec.Struct, frozen=True):
+    """The lower tiers, the upper one first, and what became of pages since the engine was made.
+
+    For `fetched_tokens` nothing had to be computed. `misses` counts the looks for a prompt's next pages, one
+    for each chunk at most, that found none below, and `declined` those that found some which are computed
+    sooner. Pages were spilled to the tiers, dropped because too many were on their way, or found damaged.
+    """
+
+    tiers: tuple[TierRecord, ...]
+    fetched_tokens: int
+    misses: int
+    declined: int
+    spilled_pages: int
+    dropped_pages: int
+    damaged_pages: int
 
 
 class Recent(Generic[T]):

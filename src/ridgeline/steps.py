@@ -53,14 +53,14 @@ class StepLog:
         self._last: Plan | None = None
         self._ended_s = 0.0
 
-    def add(self, plan: Plan, result: StepResult, ended_s: float) -> None:
-        """A step's results are there. A plan that was the last one's too is passed over: an interrupt struck
-        while its results were taken in."""
+    def add(self, plan: Plan, result: StepResult, ended_s: float, accepted: int = 0) -> None:
+        """A step's results are there, and so many of its guesses were right. A plan that was the last one's
+        too is passed over: an interrupt struck while its results were taken in."""
         if plan is self._last:
             return
         began_s = max(plan.planned_s, self._ended_s)
         self._last, self._ended_s = plan, ended_s
-        record = self._record(plan, result, began_s, ended_s)
+        record = self._record(plan, result, began_s, ended_s, accepted)
         self.recent.append(record)
         if self._watcher is not None:
             self._watcher.step(record, plan, began_s, ended_s)
@@ -87,7 +87,9 @@ class StepLog:
         if self._energy is not None:
             self._energy.close()
 
-    def _record(self, plan: Plan, result: StepResult, began_s: float, ended_s: float) -> StepRecord:
+    def _record(
+        self, plan: Plan, result: StepResult, began_s: float, ended_s: float, accepted: int
+    ) -> StepRecord:
         work, elapsed_s, model, cache = result.work, result.elapsed_s, self.model, self._scheduler.cache
         total = work.total
         predicted_s = bound = reached_mbu = reached_mfu = None
@@ -99,14 +101,15 @@ class StepLog:
                 mfu(total, elapsed_s, model.limits),
             )
         prompt, decoded = _tokens(plan)
+        guesses = plan.guesses if plan.drafted else 0
         return StepRecord(
             number=self.recent.count,
             time_s=self._epoch_s + plan.planned_s,
-            kind=_kind(plan, work.rows, prompt),
+            kind=_kind(plan, work.rows - guesses, prompt),
             rows=work.rows,
             sequences=work.sequences,
             prompt_tokens=prompt,
-            decoded_tokens=decoded,
+            decoded_tokens=decoded - guesses + accepted,
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
             kv_pages=sum([pool.used_pages for pool in cache.pools]),
@@ -124,6 +127,8 @@ class StepLog:
             mbu=reached_mbu,
             mfu=reached_mfu,
             energy_j=None if self._energy is None else self._energy.joules(began_s, ended_s),
+            drafted_tokens=guesses,
+            accepted_tokens=accepted,
         )
 
 

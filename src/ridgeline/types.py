@@ -2,7 +2,7 @@
 
 Plain frozen records without behaviour beyond their own consistency. Nothing here reads a file, parses
 an argument or computes with arrays. What every step makes many of is a Struct, a tenth as dear to make as a
-dataclass.
+dataclass; those that can be part of no cycle are kept from the garbage collector.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class EngineDeadError(RidgelineError):
 # --------------------------------------------------------------------------------------------- work
 
 
-class Work(msgspec.Struct, frozen=True):
+class Work(msgspec.Struct, frozen=True, gc=False):
     """Arithmetic and memory traffic of some part of a step; records add up.
 
     A multiply-add counts as two operations. The arithmetic is split by the number format in which the
@@ -99,7 +99,7 @@ class Work(msgspec.Struct, frozen=True):
         return self.read_bytes + self.written_bytes
 
 
-class StepWork(msgspec.Struct, frozen=True):
+class StepWork(msgspec.Struct, frozen=True, gc=False):
     """The work of a whole step, by what its time depends on.
 
     `attention` is that of the launches that attend to sequence memory, `dense` that of all others. Of their
@@ -124,7 +124,7 @@ class StepWork(msgspec.Struct, frozen=True):
 # --------------------------------------------------------------------------------------------- step
 
 
-class Segment(msgspec.Struct, frozen=True):
+class Segment(msgspec.Struct, frozen=True, gc=False):
     """A run of KV slots that a sequence's rows attend to.
 
     `tables[g]` lists the page ids of memory group g, in slot order; all groups' tables have the same
@@ -146,13 +146,18 @@ def drawn_token(output: int) -> int:
     return -1 - output
 
 
-class SequenceRows(msgspec.Struct, frozen=True):
+class SequenceRows(msgspec.Struct, frozen=True, gc=False):
     """The rows of one sequence in a step: tokens to run from slot `start` of its last segment.
 
     A token is an id of the vocabulary, or a `drawn_token` of the step before. Row i is written to slot
     `start + i` and stands at rotary position `first_position + start + i` of the last segment. `outputs`
     names the rows (ascending, counted from 0) whose logits, or a token drawn from them, are wanted; of a
     program that ends in hidden states, the rows whose hidden states are.
+
+    Where the rows are a tree of guesses, `parents` names for each the row before it that it follows, -1 the
+    slots before `start`. Such a row stands one position behind its parent, wherever its slot is, and sees of
+    the step's rows those of its path alone, each as if it lay where it stands: so the bits do not depend on
+    the tree. No parents are those of a chain.
 
     `state` names two slots of recurrent state, for programs that have any: the rows go on from what is in the
     first, or from zero where it is `NO_STATE`, and leave what is behind the last row in the second. They may
@@ -163,14 +168,33 @@ class SequenceRows(msgspec.Struct, frozen=True):
     start: int
     segments: tuple[Segment, ...]
     outputs: Sequence[int]
+    parents: Sequence[int] = ()
     state: tuple[int, int] | None = None
+
+    @property
+    def depths(self) -> Sequence[int]:
+        """How far behind slot `start` each row stands. Raises ValueError for parents that make no tree, or
+        that are given where rows also see what follows them."""
+        rows = len(self.tokens)
+        if not self.parents:
+            return range(rows)
+        if len(self.parents) != rows:
+            raise ValueError(f"parents are {len(self.parents)}; accepted: {rows}, one of each row")
+        if not self.segments[-1].causal:
+            raise ValueError("parents are given in a segment that is not causal; accepted: a causal one")
+        depths: list[int] = []
+        for row, parent in enumerate(self.parents):
+            if not -1 <= parent < row:
+                raise ValueError(f"parents[{row}] is {parent}; accepted: -1 to {row - 1}")
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        return depths
 
 
 NO_STATE = -1
 """In place of the slot that a sequence's recurrent state is read from: it begins at zero."""
 
 
-class Draw(msgspec.Struct, frozen=True):
+class Draw(msgspec.Struct, frozen=True, gc=False):
     """How the executor draws a token from a row of logits (`execution.draw` has the rule).
 
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `min_p` 0 switch the filter off. The noise is keyed
@@ -242,6 +266,16 @@ class PageCopy:
     target: int
 
 
+@dataclass(frozen=True, slots=True)
+class SlotCopy:
+    """Copy all layers of single slots of a memory group, `sources[i]` to `targets[i]`, as if all were read
+    before any is written. Slot s of page p is number `p * PAGE_TOKENS + s`."""
+
+    group: int
+    sources: Sequence[int]
+    targets: Sequence[int]
+
+
 class HostPage:
     """Room outside of an executor's pools for one page, in the executor's own layout.
 
@@ -282,7 +316,7 @@ class PageFill:
     target: int
 
 
-Move = PageCopy | PageSpill | PageFill
+Move = PageCopy | SlotCopy | PageSpill | PageFill
 """Where a program has recurrent state, its slots are the pages of one more group, behind the others."""
 
 
@@ -302,6 +336,10 @@ _RANGES = (
 
 MAX_FORM = 2**17
 """Characters of a schema, an expression, a grammar or a list of choices."""
+
+DRAFTERS = ("auto", "grammar", "ngram", "suffix")
+MAX_DRAFT_TOKENS = 64
+"""Tokens of one sequence that are guessed at once."""
 
 
 def _check(ok: bool, name: str, seen: object, accepted: str) -> None:
@@ -375,6 +413,27 @@ class StructuredOutputsParams:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationParams:
+    """How tokens of an answer are guessed, to verify several in one pass; no token depends on it. `drafter`
+    is how: "ngram" looks them up in the request, "suffix" also in its tenant's past outputs, "grammar" takes
+    those that the form of the answer leaves alone, "auto" chooses.
+    At most `max_tokens` are guessed at once; None leaves it to what is measured.
+
+    Raises RequestError when a value is out of range.
+    """
+
+    drafter: str = "auto"
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        known = ", ".join(DRAFTERS)
+        _check(self.drafter in DRAFTERS, "speculation drafter", self.drafter, known)
+        most = self.max_tokens
+        ok = most is None or _is_int(most, 1, MAX_DRAFT_TOKENS)
+        _check(ok, "speculation max_tokens", most, f"1 to {MAX_DRAFT_TOKENS}, or none")
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose the tokens of a request. Names and meanings follow vLLM and the OpenAI API.
 
@@ -385,6 +444,7 @@ class SamplingParams:
     `structured_outputs` constrains the form of the answer. With `best_of` so many answers are generated, and
     the n of the highest mean log-probability are given, at the end. `typical_p` 1, `top_n_sigma` ≤ 0,
     `xtc_probability` 0, `mirostat` 0 and `dry_multiplier` 0 are off; `sampling.processors` has the order.
+    `speculation` False guesses no tokens; None is as the engine does, True as SpeculationParams() says.
 
     Raises RequestError when a value is out of range; whether token ids exist in the vocabulary is checked
     where the vocabulary is known.
@@ -424,6 +484,7 @@ class SamplingParams:
     dry_penalty_last_n: int = -1
     dry_sequence_breakers: Sequence[str] = ("\n", ":", '"', "*")
     bad_words: Sequence[str] = ()
+    speculation: SpeculationParams | bool | None = None
 
     @property
     def is_best_of(self) -> bool:
@@ -458,6 +519,9 @@ class SamplingParams:
         _check(given, "structured_outputs", form, "StructuredOutputsParams, or none")
         self._check_lists()
         self._check_rarer()
+        drafts = self.speculation
+        given = drafts is None or isinstance(drafts, SpeculationParams | bool)
+        _check(given, "speculation", drafts, "SpeculationParams, true, false or none")
 
     def _check_rarer(self) -> None:
         best = self.best_of
@@ -568,7 +632,7 @@ class TokenLogprobs:
     rank: int | None = None
 
 
-class CompletionOutput(msgspec.Struct, frozen=True):
+class CompletionOutput(msgspec.Struct, frozen=True, gc=False):
     """One of the n continuations of a request; `finish_reason` is None while it is still growing.
 
     `stop_reason` is the stop string or the stop token id that ended it, None for the model's own end token;
@@ -583,7 +647,7 @@ class CompletionOutput(msgspec.Struct, frozen=True):
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
-class RequestMetrics(msgspec.Struct, frozen=True):
+class RequestMetrics(msgspec.Struct, frozen=True, gc=False):
     """Times on `time.perf_counter`'s clock, in seconds."""
 
     arrived_s: float

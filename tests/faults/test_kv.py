@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from command_line import command_line
 from fake_executor import make_engine
+from tier_engines import tiered_engine
 
 from faults.asking import COMPLETIONS, Asked
 from faults.house import House, error_of
 from faults.inside import executor
+from ridgeline.engine import Engine
 from ridgeline.server.engine_process import EngineWorker
 from ridgeline.server.messages import Abort, Add, Message, Pieces
 from ridgeline.types import SamplingParams
@@ -81,11 +84,26 @@ def test_row_45_a_context_that_the_pool_cannot_hold_is_refused_at_the_start(
     assert "--max-model-len" in line
 
 
+def tight_engine(folder: Path | None) -> Engine:
+    """With lower tiers that are as small, where there is a folder for them."""
+    options = {"max_num_seqs": 6, "max_num_batched_tokens": 32}
+    if folder is None:
+        return make_engine(executor(pages=8), **options)
+    page_bytes = executor(pages=1).host_page_bytes[0]
+    lower = {"memory_bytes": 6 * page_bytes, "disk_bytes": 20 * page_bytes}
+    return tiered_engine(folder, executor(pages=8), **lower, **options)
+
+
+@pytest.mark.parametrize("tiers", [False, True], ids=["pool alone", "with tiers"])
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.full)])
-def test_row_46_random_finishes_and_aborts_leave_every_page_free(count: int) -> None:
-    """Through the engine process's own worker; the pool is small, so that many are preempted, too."""
+def test_row_46_random_finishes_and_aborts_leave_every_page_free(
+    count: int, tiers: bool, tmp_path: Path
+) -> None:
+    """Through the engine process's own worker; the pool is small, so that many are preempted, too. Nor does
+    the process grow behind the first quarter."""
     rng = random.Random(count)
-    engine = make_engine(executor(pages=8), max_num_seqs=6, max_num_batched_tokens=32)
+    engine = tight_engine(tmp_path if tiers else None)
+    process, early_bytes = psutil.Process(), 0
     ended: set[int] = set()
 
     def hear(message: Message) -> None:
@@ -115,6 +133,8 @@ def test_row_46_random_finishes_and_aborts_leave_every_page_free(count: int) -> 
         if number % 50 == 0:
             engine.scheduler.check_integrity()
             engine.executor.steps.clear()  # type: ignore[attr-defined]
+        if number == count // 4:
+            early_bytes = process.memory_info().rss
     while engine.has_work:
         worker.step()
     assert ended | aborted == set(range(count))
@@ -123,3 +143,8 @@ def test_row_46_random_finishes_and_aborts_leave_every_page_free(count: int) -> 
     assert engine.scheduler.preemptions > count / 100
     engine.scheduler.check_integrity()
     assert all(pool.free_pages == pool.pages for pool in engine.scheduler.cache.pools)
+    assert process.memory_info().rss - early_bytes < 8 << 20
+    if tiers:
+        assert list(tmp_path.glob("*.kv"))
+        engine.scheduler.cache.tiers.ladder.check_integrity()
+    engine.close()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ridgeline.apps.bare_engine import BareEngine, bare_engine
 from ridgeline.apps.plan.host import Rates
 from ridgeline.apps.plan.steps import load_of, prompt_loads
-from ridgeline.apps.step_meter import Cell, StepMeter
+from ridgeline.apps.step_meter import Cell, StepMeter, undisturbed
 from ridgeline.apps.synthetic import synthetic
 from ridgeline.config import EngineConfig
 from ridgeline.precision.formats import FILE_FORMATS, FORMATS
@@ -24,7 +24,7 @@ CELLS = (
     *(Cell(batch, 1024) for batch in (1, 16)),
     *(Cell(0, prompt) for prompt in (64, 512, 1024)),
 )
-ROUNDS = 2
+ROUNDS = 3
 _CELL_S = 0.15
 
 
@@ -32,7 +32,7 @@ def fitted_costs(
     config: EngineConfig, weights: str, ceilings_now: Callable[[], Ceilings], force: bool = False
 ) -> StepCosts:
     """Those of a config's device and threads for a weight format: kept ones, or where there are none, or they
-    are not wanted (`force`), fitted ones, which are then kept. Fitting takes about fifteen seconds.
+    are not wanted (`force`), fitted ones, which are then kept. Fitting takes about forty seconds.
 
     `ceilings_now` measures them. Raises CapacityError where there is too little memory.
     """
@@ -51,7 +51,7 @@ def fitted_costs(
 def time_steps(
     config: EngineConfig, weights: str, ceilings_now: Callable[[], Ceilings], rounds: int = ROUNDS
 ) -> list[Timed]:
-    """Steps of the made-up model in all cells, with the ceilings around each."""
+    """Steps of the made-up model in all cells that were not disturbed, with the ceilings around each."""
     fmt = (FORMATS | FILE_FORMATS)[weights]
     config = replace(
         config,
@@ -68,7 +68,7 @@ def time_steps(
         meter.keep(cells)
         return [
             Timed(_works(bare, turn.cell), turn.seconds, Rates.between(turn.before, turn.after))
-            for turn in meter.turns(cells, rounds, _CELL_S, ceilings_now)
+            for turn in undisturbed(meter.turns(cells, rounds, _CELL_S, ceilings_now))
         ]
 
 

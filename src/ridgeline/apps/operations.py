@@ -60,13 +60,17 @@ class Run:
 
 def bench_config(batch: int, **settings: Any) -> EngineConfig:
     """The settings with room for a batch of the benchmark."""
+    # Pages that prefixes keep would have every round take cold memory; a step is to be of the batch's tokens.
+    return EngineConfig(**settings, **bench_room(batch), enable_prefix_caching=False, speculation="off")
+
+
+def bench_room(batch: int) -> dict[str, Any]:
+    """The settings that a batch of the benchmark has room by."""
     room = EngineConfig()
-    return EngineConfig(
-        **settings,
-        max_num_seqs=max(batch, room.max_num_seqs),
-        max_num_batched_tokens=max(2 * batch, room.max_num_batched_tokens),
-        enable_prefix_caching=False,  # its pages would be kept, and every round would take cold memory
-    )
+    return {
+        "max_num_seqs": max(batch, room.max_num_seqs),
+        "max_num_batched_tokens": max(2 * batch, room.max_num_batched_tokens),
+    }
 
 
 def run(config: EngineConfig, workload: Workload, repeats: int, timed: Timed = "none") -> Run:

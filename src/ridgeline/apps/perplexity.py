@@ -69,7 +69,7 @@ class Scorer:
             outputs = range(end - start) if scored else ()
             state = (0 if start else NO_STATE, 0)
             yield (
-                Step((SequenceRows(tokens[start:end], start, (segment,), outputs, state),)),
+                Step((SequenceRows(tokens[start:end], start, (segment,), outputs, state=state),)),
                 tokens[start + 1 : end + 1] if scored else (),
             )
             start = end

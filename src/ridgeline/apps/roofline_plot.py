@@ -1,30 +1,30 @@
 """The roofline as a picture: speed over arithmetic intensity, with what was reached below what could be.
 
 Both axes are logarithmic. A slope is a bandwidth, a flat is the peak of a number format, and where the
-memory's slope meets a flat is that format's ridge. As characters for a terminal, and as PNG with matplotlib,
-which comes with an extra.
+memory's slope meets a flat is that format's ridge. As characters for a terminal, and as PNG.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ridgeline.apps.png import blank, save_png
 from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.roofline import ridge_ops_per_byte
-from ridgeline.types import ConfigError
 
-EXTRA = "plot"
 LEAST_COLUMNS, MOST_COLUMNS = 60, 100
 _ROWS = 18
 _MARGIN = 8
 """Columns left of the plot, for the labels of its axis."""
 
 _MARKS = "123456789abcdefghijklmnopqrstuvwxyz"
+_SIGNS, _COLOURS = "o^sDv*", 10
+"""Of series: after so many colours the next sign begins."""
+
 _PEAKS = {
     "int8": "int8_ops_per_s",
     "fp8": "fp8_flops_per_s",
@@ -35,11 +35,15 @@ _PEAKS = {
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Something that ran: its operations by its bytes, and its operations by its seconds."""
+    """Something that ran: its operations by its bytes, and its operations by its seconds.
+
+    Those of a `series` are too many to name each: in a PNG they have its colour, which is explained once.
+    """
 
     name: str
     ops_per_byte: float
     ops_per_s: float
+    series: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,27 +210,13 @@ def engineering(value: float) -> str:
 # ------------------------------------------------------------------------------------------------- PNG
 
 
-def check_png(path: Path) -> None:
-    """Raise ConfigError, in one line, where `write_png` could not write a plot there. Nothing is written."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"plot needs matplotlib; accepted: no --plot, or pip install 'ridgeline[{EXTRA}]'")
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"plot is {str(path)!r}; accepted: a file whose name ends in .png")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"plot is {str(path)!r}; accepted: a file in a folder that exists")
-
-
 def write_png(roofline: Roofline, path: Path) -> None:
-    """Write the plot. Raises ConfigError as `check_png` does, OSError where the file cannot be written."""
-    check_png(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Write the plot. Raises ConfigError as `check_png` does, OSError where it cannot be written."""
+    figure = blank(path, 9, 5.4)
     axes = figure.subplots()
     _draw_roofs(axes, roofline)
-    _draw_points(axes, roofline.points)
+    _draw_row(axes, [point for point in roofline.points if not point.series])
+    _draw_series(axes, [point for point in roofline.points if point.series])
     low, high = roofline.speeds
     axes.set(xscale="log", yscale="log", xlim=roofline.intensities, ylim=(low, high))
     axes.set(xlabel="arithmetic intensity, operations per byte", ylabel="operations per second")
@@ -234,7 +224,7 @@ def write_png(roofline: Roofline, path: Path) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_title(roofline.title, fontsize=10)
     axes.grid(which="major", alpha=0.25)
-    figure.savefig(path, format="png", dpi=110)
+    save_png(figure, path)
 
 
 def _draw_roofs(axes: Any, roofline: Roofline) -> None:
@@ -272,7 +262,27 @@ def _draw_roofs(axes: Any, roofline: Roofline) -> None:
         axes.annotate(text, (high, peak), xytext=(-4, 3), textcoords="offset points", ha="right", fontsize=8)
 
 
-def _draw_points(axes: Any, points: Sequence[Point]) -> None:
+def _draw_series(axes: Any, points: Sequence[Point]) -> None:
+    """One sign and colour for each series."""
+    names = list(dict.fromkeys(point.series for point in points))
+    for place, name in enumerate(names):
+        some = [point for point in points if point.series == name]
+        axes.plot(
+            [point.ops_per_byte for point in some],
+            [point.ops_per_s for point in some],
+            _SIGNS[place // _COLOURS % len(_SIGNS)],
+            color=f"C{place % _COLOURS}",
+            markersize=5,
+            alpha=0.7,
+            label=name,
+            zorder=4,
+        )
+    if names:
+        axes.legend(loc="lower right", fontsize=7)
+
+
+def _draw_row(axes: Any, points: Sequence[Point]) -> None:
+    """Points that follow one another, each with its name."""
     if not points:
         return
     x, y = [p.ops_per_byte for p in points], [p.ops_per_s for p in points]

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
@@ -23,6 +25,8 @@ from ridgeline.types import CapacityError, PageCopy, Request, SamplingParams
 _SALT = "kept"
 _CHUNK = 512
 _MOST_STEPS = 16
+_WHOLE = 0.85
+"""Of the best arithmetic peak seen: below it other work took some."""
 _WRITTEN = 0
 """The page that the first sequence of all wrote to, in every pool."""
 
@@ -44,7 +48,7 @@ class Cell:
     @property
     def kept_tokens(self) -> int:
         """Tokens of the prompt that are found computed."""
-        return (self.context - 1) // PAGE_TOKENS * PAGE_TOKENS - PAGE_TOKENS if self.batch else 0
+        return max((self.context - 1) // PAGE_TOKENS - 1, 0) * PAGE_TOKENS if self.batch else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,27 @@ class Turn:
     seconds: float
     before: Ceilings
     after: Ceilings
+
+    @property
+    def peaks(self) -> tuple[float, float]:
+        """Of the fp32 arithmetic, which every machine has, before and after."""
+        return self.before.fp32_flops_per_s, self.after.fp32_flops_per_s
+
+
+def undisturbed(turns: Sequence[Turn]) -> list[Turn]:
+    """Those of a machine that had all of its arithmetic before and after; of cells without such a turn, all.
+
+    Steps wait for the slowest thread and ceilings are the best of many samples, so that a prediction for a
+    disturbed machine is too fast. Bandwidth says nothing: it may change with where the system puts threads.
+    """
+    whole = _whole(turns)
+    rest = {turn.cell for turn in turns} - {turn.cell for turn in whole}
+    return whole + [turn for turn in turns if turn.cell in rest]
+
+
+def _whole(turns: Sequence[Turn]) -> list[Turn]:
+    best = max((max(turn.peaks) for turn in turns), default=0.0)
+    return [turn for turn in turns if min(turn.peaks) >= _WHOLE * best]
 
 
 class StepMeter:
@@ -81,10 +106,10 @@ class StepMeter:
     def keep(self, cells: Sequence[Cell]) -> None:
         """Fill the contexts of all cells; after `warm`. Raises CapacityError when the pools are too small."""
         batch = max((cell.batch for cell in cells), default=0)
-        longest = max((cell.kept_tokens for cell in cells), default=0)
-        self._prompts = [self._tokens(longest + 2 * PAGE_TOKENS) for _ in range(batch)]
-        for prompt in self._prompts:
-            self._keep(prompt, longest)
+        kept = [max(cell.kept_tokens for cell in cells if cell.batch > one) for one in range(batch)]
+        self._prompts = [self._tokens(tokens + 2 * PAGE_TOKENS) for tokens in kept]
+        for prompt, tokens in zip(self._prompts, kept, strict=True):
+            self._keep(prompt, tokens)
 
     @property
     def pages(self) -> tuple[int, ...]:
@@ -92,23 +117,30 @@ class StepMeter:
         return tuple(pool.used_pages + pool.evictable_pages for pool in self._engine.scheduler.cache.pools)
 
     def seconds(self, cell: Cell, steps: int = 1) -> float:
-        """Wall time of one of `steps` decodes, of which the middle one has the cell's context; or of the
-        whole prompt."""
+        """Wall time of the median of `steps` decodes, the middle one of which has the cell's context; or of
+        the whole prompt."""
         return self._decode(cell, steps) if cell.batch else self._prefill(cell)
 
     def turns(
         self, cells: Sequence[Cell], rounds: int, cell_s: float, ceilings_now: Callable[[], Ceilings]
-    ) -> Iterator[Turn]:
-        """Time all cells in turns, `rounds` times, about `cell_s` seconds each; in between the ceilings."""
+    ) -> list[Turn]:
+        """Time all cells in turns, `rounds` times, about `cell_s` seconds each; in between the ceilings.
+
+        Cells that were timed while other work had taken arithmetic from the machine are timed again, in at
+        most as many rounds more. `undisturbed` says which of the turns count.
+        """
         steps = {cell: self._steps(self.seconds(cell), cell_s) for cell in cells}
+        found: list[Turn] = []
         before = ceilings_now()
-        for _ in range(rounds):
-            for cell in cells:
+        for number in range(2 * rounds):
+            counting = Counter(turn.cell for turn in _whole(found))
+            for cell in [cell for cell in cells if number < rounds or counting[cell] < rounds]:
                 seconds = self.seconds(cell, steps[cell])
                 steps[cell] = self._steps(seconds, cell_s)
                 after = ceilings_now()
-                yield Turn(cell, seconds, before, after)
+                found.append(Turn(cell, seconds, before, after))
                 before = after
+        return found
 
     @staticmethod
     def _steps(seconds: float, cell_s: float) -> int:
@@ -129,9 +161,9 @@ class StepMeter:
         engine = self._engine
         prompt = max(cell.context - steps // 2 - 1, cell.kept_tokens + 1)
         names = [self._add(tokens[:prompt], 2 * PAGE_TOKENS, _SALT) for tokens in self._prompts[: cell.batch]]
-        elapsed_s, taken = 0.0, 0
+        taken: list[float] = []
         try:
-            while taken < steps:
+            while len(taken) < steps:
                 if not engine.has_work:
                     raise CapacityError(f"the KV cache does not hold {cell.name}; accepted: a larger one")
                 before = engine.stats.decode.rows
@@ -140,11 +172,11 @@ class StepMeter:
                 step_s = time.perf_counter() - start_s
                 # The first steps read what of the prompts was not kept.
                 if engine.stats.decode.rows - before == cell.batch and self._decoding(names):
-                    elapsed_s, taken = elapsed_s + step_s, taken + 1
+                    taken.append(step_s)
         finally:
             for name in names:
                 engine.abort(name)
-        return elapsed_s / steps
+        return median(taken)  # a step that the system interrupted says nothing of the others
 
     def _decoding(self, names: Sequence[str]) -> bool:
         running = self._engine.scheduler.running

@@ -49,7 +49,8 @@ _LOOKS = 32
 
 
 class DiskTier:
-    """Pages under `folder`, which is made. `has` may be asked from any thread, all else belongs to one.
+    """Pages under `folder`, which is made. `has`, `pages`, `used_bytes` and `damaged` may be asked from any
+    thread, all else belongs to one.
 
     Raises ConfigError when the folder cannot be had, or is not its user's own.
     """
@@ -59,6 +60,7 @@ class DiskTier:
         _make_private(folder)
         self.bound_bytes = disk_share_bytes(folder) if bound_bytes is None else bound_bytes
         self._files: OrderedDict[bytes, int] = OrderedDict()  # bytes by key, least recently used first
+        self.damaged = 0  # pages that were not what they should be
         self._used_bytes = 0
         self._unseen_bytes = 0  # written since the folder was last looked at
         self._quiet_until_s = 0.0
@@ -70,15 +72,19 @@ class DiskTier:
         return key in self._files
 
     @property
+    def pages(self) -> int:
+        return len(self._files)
+
+    @property
     def used_bytes(self) -> int:
         return self._used_bytes
 
     def read(self, key: bytes, page_bytes: int) -> ByteArray | None:
         """The page, uint8 (page_bytes,); None, and the file is gone, where it is not sound."""
-        try:
+        page = None
+        with suppress(OSError):  # another process may have removed it
             page = self._read(key, page_bytes)
-        except OSError:
-            page = None
+            self.damaged += page is None
         if page is None:
             self._remove(key)
         return page

@@ -18,7 +18,7 @@ from ridgeline.cache.states import StateSlots
 from ridgeline.cache.table import SequencePages
 from ridgeline.cache.tiers import Tiers
 from ridgeline.config import PAGE_TOKENS, pages_for
-from ridgeline.types import Move, PageCopy, PageFill, PageSpill
+from ridgeline.types import Move, PageCopy, PageFill, PageSpill, SlotCopy
 
 
 class KVCache:
@@ -99,6 +99,14 @@ class KVCache:
         """Share of the fullest pool that is in use, 0 to 1; what is kept for nobody in particular is not."""
         return max([pool.used_pages / pool.pages for pool in self.pools if pool.pages], default=0.0)
 
+    def filled(self, sequences: Iterable[tuple[SequencePages, int]]) -> float:
+        """Share of the slots of pages in use that hold a token or wait for one that is known, 0 to 1: 1 but
+        for the ends of last pages, which nobody shares. `sequences` are all that have pages, each with the
+        length of what is known of it."""
+        slots = PAGE_TOKENS * sum(pool.used_pages for pool in self.pools)
+        empty = len(self.pools) * sum(max(pages.slots - length, 0) for pages, length in sequences)
+        return 1 - min(empty / slots, 1.0) if slots else 1.0
+
     # ------------------------------------------------------------------------------------- beginning
 
     def restore(
@@ -175,6 +183,35 @@ class KVCache:
             for group, (source, table) in enumerate(zip(sources, pages.tables, strict=True))
         )
         return True
+
+    def compact(self, pages: SequencePages, begin: int, kept: Sequence[int]) -> None:
+        """Of the slots from `begin` on, keep those that are `begin + kept[i]`, ascending, and let them lie
+        side by side. Planning the same again before it is made is harmless."""
+        targets = [begin + place for place, slot in enumerate(kept) if slot != place]
+        sources = [begin + slot for place, slot in enumerate(kept) if slot != place]
+        if not targets:
+            return
+        for group, table in enumerate(pages.tables):
+            numbers = (
+                [table[slot // PAGE_TOKENS] * PAGE_TOKENS + slot % PAGE_TOKENS for slot in slots]
+                for slots in (sources, targets)
+            )
+            move = SlotCopy(group, *numbers)
+            if move not in self._moves:
+                self._moves.append(move)
+
+    def drop_compactions(self) -> None:
+        """What was to be compacted and is not needed any more."""
+        self._moves = [move for move in self._moves if not isinstance(move, SlotCopy)]
+
+    def _cancel(self, group: int, pages: Sequence[int]) -> None:
+        """Copies to these pages, which are given back, are not made. Their sources are let go of first: they
+        may be in the tree, where nothing is evictable before what is behind it."""
+        given = set(pages)
+        for move in list(self._moves):
+            if isinstance(move, PageCopy) and move.group == group and move.target in given:
+                self._moves.remove(move)
+                self.pools[group].free([move.source])
 
     def moved(self) -> None:
         """The moves are launched."""
@@ -255,6 +292,7 @@ class KVCache:
         whole = tokens // PAGE_TOKENS
         if whole <= begin:
             return 0
+        self.tiers.fetched_tokens += tokens - begin * PAGE_TOKENS
         self._cut(pages, begin)
         self.trim(pages, tokens)
         for group, (pool, table) in enumerate(zip(self.pools, pages.tables, strict=True)):
@@ -347,6 +385,8 @@ class KVCache:
             return
         for group, (pool, table) in enumerate(zip(self.pools, pages.tables, strict=True)):
             live = max(pages.first_live[group], length)
+            if self._moves:
+                self._cancel(group, table[live:])
             pool.free(table[live:][::-1])
             del table[length:]
             pages.first_live[group] = min(pages.first_live[group], length)

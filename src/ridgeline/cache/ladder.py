@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 
 from ridgeline.cache.disk import DiskTier
 from ridgeline.cache.memory import MemoryTier
 from ridgeline.cache.names import group_of
+from ridgeline.records import TierRecord
 from ridgeline.resources.transfers import FetchChoice
 from ridgeline.types import ByteArray, HostPage
 
@@ -55,11 +56,13 @@ class Ladder:
         self.page_bytes = page_bytes
         self.memory, self.disk = memory, disk
         self.choice = choice or FetchChoice()
-        self.dropped = 0
+        self.spilled = self.dropped = 0  # pages that were taken in, and others
         self._queue_bytes = max(queue_bytes, *page_bytes)
         self._put: OrderedDict[bytes, HostPage] = OrderedDict()  # until they are in a tier
         self._put_bytes = 0
         self._fetches: deque[Fetch] = deque()
+        self._fetched: Counter[str] = Counter()  # pages that came up, by link
+        self._fetch_s: dict[str, float] = {MEMORY: 0.0, DISK: 0.0}
         self._unsaved: OrderedDict[bytes, None] = OrderedDict()  # in memory and not on disk
         self._changed = threading.Condition()  # guards all of the above
         self._closing = False
@@ -85,6 +88,7 @@ class Ladder:
             if self._closing or key in self._put or not self.room(nbytes):
                 self.dropped += 1
                 return
+            self.spilled += 1
             self._put[key] = page
             self._put_bytes += nbytes
             self._changed.notify_all()
@@ -111,6 +115,14 @@ class Ladder:
 
         with self._changed:
             return self._changed.wait_for(drained, timeout_s)
+
+    def records(self) -> tuple[TierRecord, ...]:
+        """What the tiers hold and have given. Safe to call from any thread, as `spilled` and the like are."""
+        return tuple(
+            TierRecord(name, tier.pages, tier.used_bytes, self._fetched[name], self._fetch_s[name])
+            for name, tier in ((MEMORY, self.memory), (DISK, self.disk))
+            if tier is not None
+        )
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Save what can be saved in as long, and end the thread. Idempotent."""
@@ -203,6 +215,7 @@ class Ladder:
             if page is None:
                 break
             fetch.pages.append(page)
+            self._fetched[link] += 1
             if link != before and before is not None:
                 began_s, nbytes = self._measure(before, nbytes, began_s)
             before, nbytes = link, nbytes + page.nbytes
@@ -224,4 +237,5 @@ class Ladder:
     def _measure(self, link: str, nbytes: int, began_s: float) -> tuple[float, int]:
         now_s = time.perf_counter()
         self.choice.link(link).observe(nbytes, now_s - began_s)
+        self._fetch_s[link] += now_s - began_s
         return now_s, 0

@@ -8,7 +8,8 @@ from ridgeline.types import ByteArray
 
 
 class MemoryTier:
-    """At most `bound_bytes` of pages. `has` may be asked from any thread, all else belongs to one."""
+    """At most `bound_bytes` of pages. `has`, `pages` and `used_bytes` may be asked from any thread, all else
+    belongs to one."""
 
     def __init__(self, bound_bytes: int) -> None:
         self.bound_bytes = bound_bytes
@@ -17,6 +18,10 @@ class MemoryTier:
 
     def has(self, key: bytes) -> bool:
         return key in self._pages
+
+    @property
+    def pages(self) -> int:
+        return len(self._pages)
 
     @property
     def used_bytes(self) -> int:

@@ -105,6 +105,10 @@ class PagePool:
             del self._evictable[page]
             self._free.append(page)
 
+    def places(self) -> dict[int, int]:
+        """Evictable pages, and as how many-th each goes."""
+        return {page: place for place, page in enumerate(self._evictable)}
+
     def users(self, page: int) -> int:
         return self._users[page]
 

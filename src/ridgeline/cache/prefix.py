@@ -274,22 +274,25 @@ class PrefixCache:
                 standing[id(pages.node)] = standing.get(id(pages.node), 0) + 1
                 self._check_path(pages)
         held = [0] * len(self._pools)
+        places = [pool.places() for pool in self._pools]
         for node in self._tree.nodes():
             assert node.users == standing.pop(id(node), 0), "a node counts other users than it has"
             for group, (pool, column) in enumerate(zip(self._pools, node.columns, strict=True)):
                 kept = [page for page in column if page != HOLE]
                 held[group] += len(kept)
                 assert all(pool.is_kept(page) for page in kept), "a page in the tree is not kept"
-                self._check_locks(group, column)
+                before = node.parent.columns[group][-1:] if node.parent is not None else column[:0]
+                self._check_order(group, before + column, places[group])
         assert not standing, "a sequence stands outside of the tree"
         assert held == [pool.kept_pages for pool in self._pools], "a page is kept outside of the tree"
 
-    def _check_locks(self, group: int, column: array[int]) -> None:
-        """Where everything is attended to there are no holes, and nothing is in use behind what is not."""
+    def _check_order(self, group: int, column: array[int], places: dict[int, int]) -> None:
+        """Where everything is attended to there are no holes, nothing is in use behind what is not, and what
+        is behind goes first. `places` is the order in which evictable pages go."""
         if self._windows[group] is None:
-            used = [self._pools[group].users(page) > 0 for page in column]
             assert HOLE not in column, "a page is missing in the midst of a prefix"
-            assert used == sorted(used, reverse=True), "a page is locked behind one that is not"
+            order = [places.get(page, len(places)) for page in column]
+            assert order == sorted(order, reverse=True), "a page is locked, or stays longer, behind another"
 
     def _check_path(self, pages: SequencePages) -> None:
         """A sequence's shared pages are those on its path."""

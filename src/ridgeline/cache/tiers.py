@@ -15,14 +15,13 @@ from ridgeline.cache.prefix import STATE_WINDOW, Columns, PrefixCache, first_vis
 from ridgeline.cache.radix import HOLE, NAME_BYTES, Scope
 from ridgeline.cache.table import SequencePages
 from ridgeline.config import PAGE_TOKENS
+from ridgeline.records import TiersRecord
 from ridgeline.types import ByteArray, HostPage, PageSpill
 
 FETCH_BYTES = 32 << 20
 """About as much is fetched at once: what comes up is copied into the pools before one step."""
 SAVE_BYTES = 8 << 20
 """So much is copied out of the pools in a moment without work."""
-_TELLING_TOKENS = 128
-"""Steps of fewer tokens are not how prompts that are worth fetching are read."""
 
 Places = list[tuple[int, int]]
 """Page of tokens and memory group of each page that is fetched."""
@@ -50,8 +49,9 @@ class Fetching:
 class Tiers:
     """Owns the ladder. `identity` stands for all that makes pages of one engine useless to another.
 
-    `compute_s(begin, end)` predicts how long it takes to compute tokens; without it, past steps tell. With
-    `states`, slots of recurrent state are the pages of one more group.
+    `compute_s(begin, end)` predicts how long it takes to compute these tokens of a sequence. Without it, as
+    on a machine that nobody has measured, what is there is fetched. With `states`, slots of recurrent state
+    are the pages of one more group.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Tiers:
         self._spilled_bytes = 0
         self._unsaved: dict[tuple[int, int], None] = {}  # pages that may not be below
         self._fetching: dict[bytes, Fetching] = {}  # by the name of the first page
+        self.fetched_tokens = self._misses = self._declined = 0
 
     def root(self, scope: Scope) -> bytes:
         """The name before a scope's first page."""
@@ -90,11 +91,10 @@ class Tiers:
     def _spill(self, group: int, page: int, name: bytes) -> None:
         """Save a page, unless it is below or there is no room for it."""
         key, nbytes = key_of(name, group), self.ladder.page_bytes[group]
-        if (
-            key in self._spilled
-            or self.ladder.link(key)
-            or not self.ladder.room(self._spilled_bytes + nbytes)
-        ):
+        if key in self._spilled or self.ladder.link(key):
+            return
+        if not self.ladder.room(self._spilled_bytes + nbytes):
+            self.ladder.dropped += 1
             return
         self._spilled[key] = host = HostPage()
         self._spilled_bytes += nbytes
@@ -144,11 +144,15 @@ class Tiers:
         other = self._fetching.get(name)
         if other is not None and not other.fetch.done:
             return True  # what another's fetch brings is found in the tree
-        if self._full is not None and self.ladder.link(key_of(name, self._full)) is None:
+        places: Places = []
+        if self._full is None or self.ladder.link(key_of(name, self._full)) is not None:
+            names = pages.name(token_ids, begin, end, self.root)
+            end, places = self._reach(names, begin, end, prefixes)
+        if not places:
+            self._misses += 1
             return False
-        names = pages.name(token_ids, begin, end, self.root)
-        end, places = self._reach(names, begin, end, prefixes)
-        if end <= begin or not self._pays(names, begin, end, places):
+        if not self._pays(names, begin, end, places):
+            self._declined += 1
             return False
         keys = [key_of(_nth(names, place - begin), group) for place, group in places]
         pages.fetch = self._fetching[name] = Fetching(self.ladder.fetch(keys), name, begin, end, places)
@@ -163,15 +167,24 @@ class Tiers:
                 del self._fetching[fetching.name]
         return fetching
 
-    def computed(self, tokens: int, elapsed_s: float) -> None:
-        """A step has read so many tokens of prompts."""
-        if tokens >= _TELLING_TOKENS:
-            self.ladder.choice.computing.observe(tokens, elapsed_s)
-
     def wait(self, timeout_s: float) -> None:
         """Until something that was fetched is there, if anything is fetched."""
         if self._fetching:
             self.ladder.wait([fetching.fetch for fetching in self._fetching.values()], timeout_s)
+
+    def record(self) -> TiersRecord:
+        """What is there and what was done. Safe to call from any thread."""
+        ladder = self.ladder
+        damaged = 0 if ladder.disk is None else ladder.disk.damaged
+        return TiersRecord(
+            ladder.records(),
+            fetched_tokens=self.fetched_tokens,
+            misses=self._misses,
+            declined=self._declined,
+            spilled_pages=ladder.spilled,
+            dropped_pages=ladder.dropped,
+            damaged_pages=damaged,
+        )
 
     @property
     def _full(self) -> int | None:
@@ -215,9 +228,10 @@ class Tiers:
             link = self.ladder.link(key_of(_nth(names, place - begin), group))
             if link is not None:
                 nbytes[link] = nbytes.get(link, 0) + self.ladder.page_bytes[group]
-        tokens = (begin * PAGE_TOKENS, end * PAGE_TOKENS)
-        compute_s = None if self._compute_s is None else self._compute_s(*tokens)
-        return self.ladder.choice.pays(nbytes, tokens[1] - tokens[0], compute_s)
+        compute_s = None
+        if self._compute_s is not None:
+            compute_s = self._compute_s(begin * PAGE_TOKENS, end * PAGE_TOKENS)
+        return self.ladder.choice.pays(nbytes, compute_s)
 
     def check_integrity(self, sequences: Sequence[SequencePages]) -> None:
         """Raise AssertionError unless the fetches are those of `sequences`."""

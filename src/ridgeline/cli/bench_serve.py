@@ -41,6 +41,7 @@ OutputTokens = Annotated[
 Spread = Annotated[float, flag("spread", "How far random lengths differ: 0.5 is half to one and a half.")]
 Temperature = Annotated[float, flag("temperature", "0 takes the likeliest token.")]
 IgnoreEos = Annotated[bool, flag("ignore-eos", "Ask for answers of full length, where the server can.")]
+Tier = Annotated[str | None, flag("service-tier", "Service class to ask for, as keystroke or batch.")]
 Seed = Annotated[int, flag("seed", "Of random prompts and arrivals.")]
 Warmup = Annotated[int, flag("warmup", "Requests before what is measured, besides a first one.")]
 Goodput = Annotated[
@@ -65,6 +66,7 @@ def bench_serve(
     spread: Spread = 0.0,
     temperature: Temperature = 0.0,
     ignore_eos: IgnoreEos = False,
+    service_tier: Tier = None,
     seed: Seed = 0,
     warmup: Warmup = 1,
     goodput: Goodput = None,
@@ -94,6 +96,7 @@ def bench_serve(
             temperature,
             ignore_eos,
             timeout_s=timeout,
+            service_tier=service_tier,
         ),
         loads=loads,
         dataset=dataset,

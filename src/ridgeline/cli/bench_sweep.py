@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"[0-9]{1,6}")
 def check(sweep: str | None, png: Path | None, others: Mapping[str, bool]) -> tuple[int, ...]:
     """The batch sizes that --sweep asks for, none without it. Raises ConfigError for a plot without a sweep,
     for one that cannot be written, and for those of the `others` that were given beside a sweep."""
-    from ridgeline.apps.roofline_plot import check_png
+    from ridgeline.apps.png import check_png
     from ridgeline.types import ConfigError
 
     if sweep is None:

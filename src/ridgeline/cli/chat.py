@@ -35,6 +35,7 @@ def chat(
     threads: options.Threads = None,
     device: options.Device = None,
     no_packed_cache: options.NoPackedCache = False,
+    speculation: options.Speculation = None,
 ) -> None:
     """Talk with a model, in several turns. Has slash commands, and renders markdown as it streams."""
     sampling = given(
@@ -48,6 +49,7 @@ def chat(
         threads=threads,
         device=device,
         packed_cache=options.packed_cache(no_packed_cache),
+        speculation=speculation,
     )
     from ridgeline.types import RequestError, SamplingParams
 

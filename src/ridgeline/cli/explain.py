@@ -32,6 +32,10 @@ Url = Annotated[
     str | None, flag("url", "Explain the recent steps of this server, as http://127.0.0.1:8000, instead.")
 ]
 Recent = Annotated[int, flag("recent", "Of a server: how many steps.")]
+Try = Annotated[
+    bool,
+    flag("try", "Try the first suggestion right away, in turns with the settings as they are."),
+]
 ApiKey = Annotated[str | None, flag("api-key", "Key of the server.")]
 
 
@@ -48,6 +52,7 @@ def explain(
     threads: options.Threads = None,
     device: options.Device = None,
     no_packed_cache: options.NoPackedCache = False,
+    try_: Try = False,
     url: Url = None,
     recent: Recent = 256,
     api_key: ApiKey = None,
@@ -55,11 +60,13 @@ def explain(
 ) -> None:
     """Run a workload and say where its time went, how far that is from the ceilings, and what to change."""
     if url is not None:
+        _refuse_to_try(try_)
         _explain_server(url, recent, api_key, model, kv_format, json)
         return
     from ridgeline.apps.benchmark import Workload
     from ridgeline.apps.explain.answer import Targets
     from ridgeline.apps.explain.answer import explain as answer
+    from ridgeline.apps.explain.attempt import attempt, explained_by_fits
     from ridgeline.apps.explain.suggest import Command
     from ridgeline.apps.operations import bench_config, run
     from ridgeline.apps.plan.model import open_model
@@ -78,11 +85,23 @@ def explain(
     fetch(model)
     done = run(config, workload, repeats, "once")
     with open_model(resolve(config.model)) as source:
-        report = RunReport(answer(source, done, config, targets, command), targets)
+        if try_:
+            found = explained_by_fits(done, lambda: answer(source, done, config, targets, command))
+        else:
+            found = answer(source, done, config, targets, command)
+    tried = attempt(found.suggestions[0], config, workload, repeats) if try_ and found.suggestions else None
+    report = RunReport(found, targets, tried)
     if json:
         print_json(report.to_json())
     else:
         report.show()
+
+
+def _refuse_to_try(asked: bool) -> None:
+    from ridgeline.types import ConfigError
+
+    if asked:
+        raise ConfigError("--try is given beside --url; accepted: one of them")
 
 
 def _explain_server(

@@ -12,6 +12,7 @@ from ridgeline.cli.output import console, milliseconds, size, table
 if TYPE_CHECKING:
     from ridgeline.apps.explain.answer import Explanation, Targets
     from ridgeline.apps.explain.attach import Served
+    from ridgeline.apps.explain.attempt import Attempt
     from ridgeline.apps.explain.run import Finding
     from ridgeline.apps.explain.suggest import Suggestion
 
@@ -29,8 +30,11 @@ _HOST_SHARE = 0.15
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
+    """`tried` is the first suggestion, where that was asked for and there is one."""
+
     explanation: Explanation
     targets: Targets
+    tried: Attempt | None = None
 
     def to_json(self) -> dict[str, Any]:
         found = self.explanation
@@ -49,6 +53,7 @@ class RunReport:
             },
             "operations": {name: list(rows) for name, rows in found.operations.items()},
             "suggestions": [_suggested(one, found.findings) for one in found.suggestions],
+            "tried": None if self.tried is None else _tried(self.tried),
             "ceilings": run.ceilings.to_json(),
         }
 
@@ -68,6 +73,8 @@ class RunReport:
             longest = sorted(rows, key=lambda row: -row["step_s"])[:_OPERATIONS]
             show_operations(f"{phase} step", longest)
         _show_suggestions(found.suggestions, found.findings)
+        if self.tried is not None:
+            _show_tried(self.tried)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +201,28 @@ def _show_suggestions(suggestions: Sequence[Suggestion], findings: Mapping[str, 
         _say(f"   {one.command}")
         if one.caveat:
             console().print(f"   {one.caveat}", style="dim", soft_wrap=True)
+
+
+def _show_tried(one: Attempt) -> None:
+    """Measured beside predicted."""
+    gains, (least, most) = one.measured, one.between
+    console().print()
+    _say(
+        f"The first one tried, in turns with the settings as they are: {gains.run:.2f}x {one.suggestion.of} "
+        f"(prefill {gains.prefill:.2f}x, decode {gains.decode:.2f}x), {least:.2f}x to {most:.2f}x in "
+        f"{one.rounds} rounds; {one.suggestion.gains.run:.2f}x was predicted, {one.error:+.0%}."
+    )
+
+
+def _tried(one: Attempt) -> dict[str, Any]:
+    return {
+        "command": one.suggestion.command,
+        "predicted": asdict(one.suggestion.gains),
+        "measured": asdict(one.measured),
+        "between": list(one.between),
+        "rounds": one.rounds,
+        "error": one.error,
+    }
 
 
 def _gain(one: Suggestion, findings: Mapping[str, Finding]) -> str:

@@ -51,6 +51,9 @@ Plot = Annotated[Path | None, flag("plot", "File for the roofline plot, as PNG; 
 Trace = Annotated[
     Path | None, flag("trace", "File for a timeline of steps and requests, for ui.perfetto.dev.")
 ]
+Speculation = Annotated[
+    str | None, flag("speculation", "How tokens are guessed ahead: auto, grammar, ngram, suffix or off.")
+]
 Json = Annotated[bool, flag("json", "Print JSON.")]
 
 

@@ -47,6 +47,9 @@ Power = Annotated[float | None, flag("power", "Watts of each device (default: th
 Check = Annotated[
     bool, flag("check", "Run steps here, and show predictions beside measurements. Takes a minute or more.")
 ]
+Cells = Annotated[
+    str | None, flag("cells", "Of the check: only steps with this in their names, as prefill or 'batch 8'.")
+]
 Sweep = Annotated[bool, flag("sweep", "Also: batches of 1 to 64 sequences.")]
 
 
@@ -66,6 +69,7 @@ def plan(
     power: Power = None,
     sweep: Sweep = False,
     check: Check = False,
+    cells: Cells = None,
     json: options.Json = False,
 ) -> None:
     """Say what fits a machine, how fast it can be and likely will be, what bounds it, and what to change."""
@@ -76,6 +80,7 @@ def plan(
     from ridgeline.config import EngineConfig
     from ridgeline.loading import kv_format_of
     from ridgeline.model.catalog import resolve_metadata
+    from ridgeline.types import ConfigError
 
     for name, value in {"price": price, "power": power}.items():
         _check_positive(name, value)
@@ -83,8 +88,10 @@ def plan(
         **options.given(weights=weights, kv_format=kv_format, device=device, threads=threads)
     )
     if check:
-        _run_check(model, wanted, machine, json)
+        _run_check(model, wanted, machine, cells, json)
         return
+    if cells is not None:
+        raise ConfigError(f"cells is {cells!r} without a check; accepted: with --check")
     workload = Workload(prompt, output, users, _seconds(ttft), _seconds(itl))
     with open_model(resolve_metadata(model)) as source:
         host, more = _host(machine, wanted, device, power, price)
@@ -97,9 +104,9 @@ def plan(
         report.show()
 
 
-def _run_check(model: str, wanted: EngineConfig, machine: str | None, json: bool) -> None:
+def _run_check(model: str, wanted: EngineConfig, machine: str | None, named: str | None, json: bool) -> None:
     """Predictions beside what this machine does; raises ConfigError where another one is meant."""
-    from ridgeline.apps.plan.check import check
+    from ridgeline.apps.plan.check import cells_named, check
     from ridgeline.cli.plan_report import show_check
     from ridgeline.cli.progress import fetch
     from ridgeline.model.catalog import resolve
@@ -107,13 +114,14 @@ def _run_check(model: str, wanted: EngineConfig, machine: str | None, json: bool
 
     if machine is not None:
         raise ConfigError(f"machine is {machine!r} with --check; accepted: this machine, without --machine")
+    chosen = cells_named(named or "")
     fetch(model)
     config = replace(wanted, model=model, device=_device(wanted))
-    cells = check(resolve(model), config)
+    found = check(resolve(model), config, cells=chosen)
     if json:
-        print_json([{**asdict(cell), "error": cell.error} for cell in cells])
+        print_json([{**asdict(one), "error": one.error} for one in found])
     else:
-        show_check(cells)
+        show_check(found)
 
 
 def _device(wanted: EngineConfig) -> str:

@@ -25,7 +25,7 @@ def probe(
     json: Json = False,
 ) -> None:
     """Measure the bandwidths, arithmetic peaks and fixed costs of a CPU or GPU. Takes some seconds, once."""
-    from ridgeline.apps.roofline_plot import check_png
+    from ridgeline.apps.png import check_png
     from ridgeline.resources.probe import survey
 
     threads = check_threads(threads)

@@ -46,6 +46,7 @@ def run(
     threads: options.Threads = None,
     device: options.Device = None,
     no_packed_cache: options.NoPackedCache = False,
+    speculation: options.Speculation = None,
     trace: options.Trace = None,
 ) -> None:
     """Answer PROMPT, streamed to standard output. A model without a chat template continues it instead."""
@@ -61,6 +62,7 @@ def run(
         threads=threads,
         device=device,
         packed_cache=options.packed_cache(no_packed_cache),
+        speculation=speculation,
         trace=options.trace_file(trace),
     )
     from ridgeline.types import SamplingParams

@@ -101,6 +101,7 @@ def serve(
     no_packed_cache: options.NoPackedCache = False,
     seed: options.Seed = None,
     trace: options.Trace = None,
+    speculation: options.Speculation = None,
     class_targets: ClassTargets = None,
     max_queue: MaxQueue = None,
     max_queue_tokens: MaxQueueTokens = None,
@@ -134,6 +135,7 @@ def serve(
             packed_cache=options.packed_cache(no_packed_cache),
             seed=seed,
             trace=options.trace_file(trace),
+            speculation=speculation,
             **({} if class_targets is None else targets(class_targets)),
         )
     )

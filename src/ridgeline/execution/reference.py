@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial, singledispatchmethod
+from itertools import pairwise, starmap
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,11 +53,12 @@ from ridgeline.types import (
     NO_STATE,
     ByteArray,
     Float32Array,
-    Int32Array,
     Move,
     PageCopy,
     PageFill,
+    PageSpill,
     SequenceRows,
+    SlotCopy,
     Step,
     StepResult,
 )
@@ -157,6 +159,7 @@ class ReferenceExecutor:
             for each, values in zip(slots, np.split(move.source.view(np.float32), ends), strict=True):
                 each[move.target] = values
         else:
+            assert isinstance(move, PageSpill), "states have no slots of tokens to be copied"
             spilled = np.concatenate([each[move.source] for each in slots])
             move.target.put(partial(_bytes_of, spilled))
 
@@ -169,6 +172,12 @@ class ReferenceExecutor:
             if isinstance(move, PageCopy):
                 for layer in layers:
                     self._memory[layer][:, move.target] = self._memory[layer][:, move.source]
+            elif isinstance(move, SlotCopy):
+                sources, targets = (
+                    divmod(np.array(slots, np.int64), PAGE_TOKENS) for slots in (move.sources, move.targets)
+                )
+                for layer in layers:
+                    self._memory[layer][:, *targets] = self._memory[layer][:, *sources]
             elif isinstance(move, PageFill):
                 held = move.source.view(np.float32).reshape(len(layers), 2, PAGE_TOKENS, -1)
                 for layer, values in zip(layers, held, strict=True):
@@ -288,9 +297,12 @@ class ReferenceExecutor:
         query = run.values[op.query.name]
         out = np.zeros((len(query), op.heads, op.head_dim), np.float32)
         for sequence, begin in enumerate(run.arrays.sequence_row_begin[:-1]):
-            rows = slice(begin, run.arrays.sequence_row_begin[sequence + 1])
-            q = query[rows].reshape(-1, op.heads, op.head_dim)
-            out[rows] = self._attend(op, q, run.arrays, sequence, run.arrays.positions[rows])
+            end = run.arrays.sequence_row_begin[sequence + 1]
+            # Each row of a tree has a context of its own.
+            cuts = range(begin, end + 1) if run.arrays.is_tree(sequence) else (begin, end)
+            for rows in starmap(slice, pairwise(cuts)):
+                q = query[rows].reshape(-1, op.heads, op.head_dim)
+                out[rows] = self._attend(op, q, run.arrays, sequence, rows)
         return out.reshape(query.shape)
 
     def _attend(
@@ -299,19 +311,24 @@ class ReferenceExecutor:
         q: Float32Array,
         arrays: StepArrays,
         sequence: int,
-        rows: Int32Array,
+        rows: slice,
     ) -> Float32Array:
-        """Attention of one sequence's rows over all of its segments: (rows, heads, head_dim)."""
+        """Attention of rows of one sequence over all of its segments: (rows, heads, head_dim). Of a tree, one
+        row at a time."""
         keys, values, biases, visible = [], [], [], []
+        at = arrays.positions[rows, None]
         for segment in range(arrays.segment_begin[sequence], arrays.segment_begin[sequence + 1]):
             slots = np.arange(arrays.segment_length[segment])
+            if arrays.is_tree(sequence) and segment == arrays.segment_begin[sequence + 1] - 1:
+                start = arrays.slots[arrays.sequence_row_begin[sequence]]
+                slots = np.concatenate([slots[:start], arrays.path_slots(rows.start)])
             pages = arrays.tables[op.group][arrays.table_begin[segment] + slots // PAGE_TOKENS]
-            positions = slots + arrays.segment_first_position[segment]
-            seen = np.ones((len(rows), len(slots)), bool)
+            positions = np.arange(len(slots)) + arrays.segment_first_position[segment]
+            seen = np.ones((len(at), len(slots)), bool)
             if arrays.segment_causal[segment]:
-                seen &= positions <= rows[:, None]
+                seen &= positions <= at
             if op.window is not None:
-                seen &= positions > rows[:, None] - op.window
+                seen &= positions > at - op.window
             used = seen.any(axis=0)  # a slot that nobody sees may hold anything, NaN included
             held = self._memory[op.layer][:, pages[used], slots[used] % PAGE_TOKENS].astype(np.float64)
             keys.append(held[0])

@@ -17,6 +17,8 @@ from ridgeline.config import PAGE_TOKENS
 from ridgeline.model.spec import RopeSpec
 from ridgeline.types import Float32Array, Int32Array, Segment, Step
 
+_NO_PARENTS: Int32Array = np.empty(0, np.int32)
+
 
 class StepArrays(msgspec.Struct, frozen=True, eq=False):
     """Rows in order, grouped by sequence; segments in order, grouped by sequence.
@@ -26,6 +28,9 @@ class StepArrays(msgspec.Struct, frozen=True, eq=False):
     sequence_row_begin, segment_begin. Per segment: segment_length, segment_first_position, table_begin
     as offsets with an end into the columns of tables (groups, pages), segment_bias (float32) and
     segment_causal (uint8).
+
+    parents: for each row the row that it follows, -1 where that is none of the step's; empty where nothing
+    is a tree.
     """
 
     tokens: Int32Array
@@ -34,6 +39,7 @@ class StepArrays(msgspec.Struct, frozen=True, eq=False):
     row_sequence: Int32Array
     sequence_row_begin: Int32Array
     output_rows: Int32Array
+    parents: Int32Array
     segment_begin: Int32Array
     segment_length: Int32Array
     segment_first_position: Int32Array
@@ -54,12 +60,17 @@ class StepArrays(msgspec.Struct, frozen=True, eq=False):
         owners: list[int] = []
         outputs: list[int] = []
         segments: list[Segment] = []
+        trees = False
         rows_end, segments_end = [0], [0]
         for index, rows in enumerate(step.sequences):
             begin, count = len(tokens), len(rows.tokens)
             first = rows.segments[-1].first_position + rows.start
             tokens.extend(rows.tokens)
-            positions.extend(range(first, first + count))
+            if rows.parents:
+                trees = True
+                positions.extend([first + depth for depth in rows.depths])
+            else:
+                positions.extend(range(first, first + count))
             slots.extend(range(rows.start, rows.start + count))
             owners.extend(repeat(index, count))
             outputs.extend([begin + row for row in rows.outputs])
@@ -76,6 +87,7 @@ class StepArrays(msgspec.Struct, frozen=True, eq=False):
             owners,
             rows_end,
             outputs,
+            _parents(step) if trees else [],
             segments_end,
             lengths,
             firsts,
@@ -112,6 +124,7 @@ class StepArrays(msgspec.Struct, frozen=True, eq=False):
             row_sequence=numbers[:-1],
             sequence_row_begin=numbers,
             output_rows=numbers[:-1],
+            parents=_NO_PARENTS,
             segment_begin=numbers,
             segment_length=lengths,
             segment_first_position=np.array(firsts, np.int32) if moved else usual.zeros,
@@ -126,6 +139,33 @@ class StepArrays(msgspec.Struct, frozen=True, eq=False):
         last = self.segment_begin[1:][self.row_sequence] - 1
         pages: Int32Array = self.tables[group][self.table_begin[last] + self.slots // PAGE_TOKENS]
         return pages
+
+    def is_tree(self, sequence: int) -> bool:
+        """Whether a row of a sequence stands elsewhere than its slot lies."""
+        if not len(self.parents):
+            return False
+        begin, end = self.sequence_row_begin[sequence : sequence + 2]
+        first = self.segment_first_position[self.segment_begin[sequence + 1] - 1]
+        return bool((self.positions[begin:end] != first + self.slots[begin:end]).any())
+
+    def path_slots(self, row: int) -> Int32Array:
+        """Of a tree's row: the slots of the rows on its path, in order, its own last."""
+        path = []
+        while row >= 0:
+            path.append(row)
+            row = int(self.parents[row])
+        slots: Int32Array = self.slots[path[::-1]]
+        return slots
+
+
+def _parents(step: Step) -> list[int]:
+    """The row of the step that each row follows; without parents, the one before it in its sequence."""
+    parents: list[int] = []
+    for rows in step.sequences:
+        begin = len(parents)
+        given = rows.parents or range(-1, len(rows.tokens) - 1)
+        parents.extend([begin + parent if parent >= 0 else -1 for parent in given])
+    return parents
 
 
 class _Usual(NamedTuple):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ridgeline.model.spec import Activation, NormSpec, RopeSpec
-from ridgeline.types import SequenceRows, Step, StepWork, Work
+from ridgeline.types import Segment, SequenceRows, Step, StepWork, Work
 
 Kind = Literal["tokens", "positions", "f32", "bf16", "A8-g32", "kv", "routes", "logits", "drawn"]
 
@@ -119,21 +119,32 @@ def _visible(sequences: Sequence[SequenceRows], window: int | None) -> tuple[int
         # Nearly all are like this, and every step counts them.
         if window is None and len(sequence.segments) == 1 and own.causal:
             slots += min(own.length, sequence.start + rows)
-            pairs += rows * sequence.start + rows * (rows + 1) // 2
+            pairs += rows * (sequence.start + 1)
+            pairs += sum(sequence.depths) if sequence.parents else rows * (rows - 1) // 2
             continue
         first = own.first_position + sequence.start
-        last = first + rows - 1
-        for segment in sequence.segments:
+        runs = [(first, first + rows - 1)]
+        if sequence.parents:  # rows that stand side by side are counted one by one
+            runs = [(first + depth, first + depth) for depth in sequence.depths]
+        # Rows of a tree all see their own slots, wherever they stand.
+        lasts = [max(last for _, last in runs)] * (len(sequence.segments) - 1) + [first + rows - 1]
+        for segment, last in zip(sequence.segments, lasts, strict=True):
+            pairs += sum(_pairs(segment, window, *run) for run in runs)
             begin, end = segment.first_position, segment.first_position + segment.length
             low = begin if window is None else max(begin, first - window + 1)
             slots += max(0, (min(end, last + 1) if segment.causal else end) - low)
-            seen = _up_to_row(begin, first, last) - _up_to_row(end, first, last)
-            if not segment.causal:
-                seen = (last - first + 1) * segment.length
-            if window is not None:
-                seen -= _up_to_row(begin + window, first, last) - _up_to_row(end + window, first, last)
-            pairs += seen
     return pairs, slots
+
+
+def _pairs(segment: Segment, window: int | None, first: int, last: int) -> int:
+    """(row, slot) pairs that rows at positions first..last see of a segment."""
+    begin, end = segment.first_position, segment.first_position + segment.length
+    seen = _up_to_row(begin, first, last) - _up_to_row(end, first, last)
+    if not segment.causal:
+        seen = (last - first + 1) * segment.length
+    if window is not None:
+        seen -= _up_to_row(begin + window, first, last) - _up_to_row(end + window, first, last)
+    return seen
 
 
 def _up_to_row(begin: int, first: int, last: int) -> int:

@@ -101,6 +101,10 @@ def dequantise_a8(a8: NDArray[np.uint8], width: int) -> NDArray[np.float32]:
 def copy_page(pool: _Pool, source: int, target: int) -> None:
     """Copy one page of one layer's KV pool."""
 
+def copy_slots(pool: _Pool, head_dim: int, sources: NDArray[np.int32], targets: NDArray[np.int32]) -> None:
+    """Copy single slots of one layer's KV pool, as if all were read before any is written. Slot s of page p
+    is number p * PAGE_TOKENS + s."""
+
 def probe_read(team: Team, working_set_bytes: int, seconds: float) -> list[tuple[str, list[float]]]:
     """Bytes per second of reading from memory by several access patterns, about `seconds` each: samples.
 
@@ -193,7 +197,8 @@ class StepInputs:
     tokens, positions, slots, row_sequence: int32 (rows,); sequence_row_begin int32 (sequences + 1,);
     output_rows int32 (outputs,); segment_begin int32 (sequences + 1,); segment_length, segment_first_position
     int32, segment_bias float32, segment_causal uint8 (segments,); table_begin int32 (segments + 1,);
-    tables int32 (groups, pages); logits float32 (at least outputs, vocabulary).
+    tables int32 (groups, pages); logits float32 (at least outputs, vocabulary). Where a sequence is a tree,
+    parents int32 (rows,) has for each row the row that it follows, -1 where that is none of the step's.
     """
 
     def __init__(
@@ -212,6 +217,7 @@ class StepInputs:
         table_begin: NDArray[np.int32],
         tables: NDArray[np.int32],
         logits: NDArray[np.float32],
+        parents: NDArray[np.int32] | None = None,
     ) -> None: ...
     @property
     def rows(self) -> int: ...

@@ -12,7 +12,8 @@ struct PyStep {
   PyStep(nb::object tokens, nb::object positions, nb::object slots, nb::object row_sequence,
          nb::object sequence_row_begin, nb::object output_rows, nb::object segment_begin,
          nb::object segment_length, nb::object segment_first_position, nb::object segment_bias,
-         nb::object segment_causal, nb::object table_begin, nb::object tables, nb::object logits_) {
+         nb::object segment_causal, nb::object table_begin, nb::object tables, nb::object logits_,
+         nb::object parents) {
     logits = Array<float>(logits_, "logits", 2, Access::write);
     bias = Array<float>(segment_bias, "segment_bias", 1);
     causal = Array<uint8_t>(segment_causal, "segment_causal", 1);
@@ -26,6 +27,7 @@ struct PyStep {
     view.segment_begin = ints(segment_begin, "segment_begin", view.sequences + 1);
     view.output_rows = ints(output_rows, "output_rows", -1);
     view.outputs = last_size_;
+    if (!parents.is_none()) view.parents = ints(parents, "parents", view.rows);
     view.segment_length = ints(segment_length, "segment_length", -1);
     view.segments = last_size_;
     view.segment_first_position = ints(segment_first_position, "segment_first_position", view.segments);
@@ -273,10 +275,11 @@ void bind_tape(nb::module_& m) {
                                     "accumulate"_a = false);
   nb::class_<PyStep>(m, "StepInputs")
       .def(nb::init<nb::object, nb::object, nb::object, nb::object, nb::object, nb::object, nb::object,
-                    nb::object, nb::object, nb::object, nb::object, nb::object, nb::object, nb::object>(),
+                    nb::object, nb::object, nb::object, nb::object, nb::object, nb::object, nb::object,
+                    nb::object>(),
            "tokens"_a, "positions"_a, "slots"_a, "row_sequence"_a, "sequence_row_begin"_a, "output_rows"_a,
            "segment_begin"_a, "segment_length"_a, "segment_first_position"_a, "segment_bias"_a,
-           "segment_causal"_a, "table_begin"_a, "tables"_a, "logits"_a)
+           "segment_causal"_a, "table_begin"_a, "tables"_a, "logits"_a, "parents"_a = nb::none())
       .def_prop_ro("rows", [](const PyStep& s) { return s.view.rows; })
       .def_prop_ro("outputs", [](const PyStep& s) { return s.view.outputs; });
   nb::class_<PyTape>(m, "Tape")

@@ -186,6 +186,7 @@ struct Kernels {
   void (*softcap)(const SoftcapLaunch&, const StepView&, Worker&);
   void (*rope_store)(const RopeStoreLaunch&, const StepView&, Worker&);
   void (*attention)(const AttentionLaunch&, const StepView&, Worker&);
+  size_t (*linear_scratch_bytes)(const LinearLaunch&);
   size_t (*attention_scratch_bytes)(const AttentionLaunch&);
   size_t (*expert_scratch_bytes)(const ExpertLaunch&);
   size_t (*route_partial_bytes)(const RouteLaunch&);  // of StepView::partials

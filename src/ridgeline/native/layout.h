@@ -15,6 +15,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace ridgeline {
 
@@ -69,6 +70,37 @@ RIDGELINE_INLINE constexpr size_t page_bytes(KvFormat format, int head_dim) {
   const size_t values = page_values(head_dim);
   if (format == KvFormat::int8) return values + size_t(2) * kPageTokens * sizeof(float);
   return values * (format == KvFormat::f32 ? sizeof(float) : sizeof(uint16_t));
+}
+
+// What a page of one head holds of a slot: `planes` pieces of a key, kPageTokens pieces apart; a value.
+struct SlotLayout {
+  size_t piece_bytes, planes, value_bytes;
+};
+RIDGELINE_INLINE constexpr SlotLayout slot_layout(KvFormat format, int head_dim) {
+  const size_t dims = size_t(head_dim);
+  if (format == KvFormat::bf16) return {4, dims / 2, 2 * dims};
+  return format == KvFormat::f32 ? SlotLayout{4, dims, 4 * dims} : SlotLayout{1, dims, dims};
+}
+
+// A slot of one page to one of another, of any heads.
+template <size_t kPieceBytes>
+RIDGELINE_INLINE void copy_key(size_t planes, const uint8_t* source, uint8_t* target) {
+  for (size_t i = 0; i < planes; ++i)
+    std::memcpy(target + i * kPageTokens * kPieceBytes, source + i * kPageTokens * kPieceBytes, kPieceBytes);
+}
+RIDGELINE_INLINE void copy_slot(KvFormat format, int head_dim, const uint8_t* source, int source_slot,
+                                uint8_t* target, int target_slot) {
+  const SlotLayout layout = slot_layout(format, head_dim);
+  const size_t from = size_t(source_slot), to = size_t(target_slot), values = kPageTokens * layout.value_bytes;
+  if (layout.piece_bytes == 1)
+    copy_key<1>(layout.planes, source + from, target + to);
+  else
+    copy_key<4>(layout.planes, source + 4 * from, target + 4 * to);
+  std::memcpy(target + values + to * layout.value_bytes, source + values + from * layout.value_bytes,
+              layout.value_bytes);
+  if (format != KvFormat::int8) return;
+  for (size_t scales = 2 * values; scales < page_bytes(format, head_dim); scales += kPageTokens * sizeof(float))
+    std::memcpy(target + scales + to * sizeof(float), source + scales + from * sizeof(float), sizeof(float));
 }
 
 }  // namespace ridgeline

@@ -144,6 +144,46 @@ void copy_page(nb::object pool, int64_t source, int64_t target) {
   copy_page_of<uint16_t>(pool, source, target);
 }
 
+template <class T>
+void copy_slots_of(KvFormat format, nb::object pool, int64_t head_dim, nb::object sources, nb::object targets) {
+  const Array<T> pages(pool, "pool", 3, Access::write);
+  if (head_dim < 2 || head_dim > kMaxHeadDim || head_dim % 2 != 0)
+    refuse("head_dim", std::to_string(head_dim), "an even number, 2 to " + std::to_string(kMaxHeadDim));
+  const size_t bytes = page_bytes(format, int(head_dim));
+  pages.expect(2, int64_t(bytes / sizeof(T)), "pool");
+  const Array<int32_t> from(sources, "sources", 1), to(targets, "targets", 1);
+  to.expect(0, from.size(0), "targets");
+  for (int64_t i = 0; i < from.size(0); ++i) {
+    for (const auto& [name, slot] : {std::pair{"sources", from.data()[i]}, std::pair{"targets", to.data()[i]}}) {
+      const int64_t slots = pages.size(0) * kPageTokens;
+      if (slot < 0 || slot >= slots) refuse(name, std::to_string(slot), "0 to " + std::to_string(slots - 1));
+    }
+  }
+  // All are read before any is written.
+  std::vector<uint8_t> held((size_t(from.size(0)) + kPageTokens - 1) / kPageTokens * bytes);
+  const KvPool all{pages.data(), pages.size(0), format};
+  const int kv_heads = int(pages.size(1));
+  for (int head = 0; head < kv_heads; ++head) {
+    const auto page = [&](int32_t slot) {
+      return all.head(slot / kPageTokens, kv_heads, head, int(head_dim));
+    };
+    for (int32_t i = 0; i < from.size(0); ++i)
+      copy_slot(format, int(head_dim), page(from.data()[i]), from.data()[i] % kPageTokens,
+                held.data() + size_t(i / kPageTokens) * bytes, i % kPageTokens);
+    for (int32_t i = 0; i < from.size(0); ++i)
+      copy_slot(format, int(head_dim), held.data() + size_t(i / kPageTokens) * bytes, i % kPageTokens,
+                page(to.data()[i]), to.data()[i] % kPageTokens);
+  }
+}
+
+void copy_slots(nb::object pool, int64_t head_dim, nb::object sources, nb::object targets) {
+  if (Array<float>::holds(pool))
+    return copy_slots_of<float>(KvFormat::f32, pool, head_dim, sources, targets);
+  if (Array<uint8_t>::holds(pool))
+    return copy_slots_of<uint8_t>(KvFormat::int8, pool, head_dim, sources, targets);
+  copy_slots_of<uint16_t>(KvFormat::bf16, pool, head_dim, sources, targets);
+}
+
 void check_seconds(const char* name, double seconds) {
   if (!(seconds >= 0.0 && seconds <= 60.0)) refuse(name, std::to_string(seconds), "0 to 60");
 }
@@ -260,6 +300,7 @@ NB_MODULE(_native, m) {
   m.def("quantise", &quantise, "x"_a, "isa"_a);
   m.def("dequantise_a8", &dequantise_a8, "a8"_a, "width"_a);
   m.def("copy_page", &copy_page, "pool"_a, "source"_a, "target"_a);
+  m.def("copy_slots", &copy_slots, "pool"_a, "head_dim"_a, "sources"_a, "targets"_a);
   m.def("probe_read", &probe_read, "team"_a, "working_set_bytes"_a, "seconds"_a);
   m.def("probe_cached_read", &probe_cached_read, "team"_a, "isa"_a, "worker_bytes"_a, "seconds"_a);
   m.def("probe_peak", &probe_peak, "team"_a, "isa"_a, "format"_a, "seconds"_a);

@@ -3,11 +3,14 @@
 
 #include <cstdint>
 
+#include "layout.h"
+
 namespace ridgeline {
 
-// Query rows of one sequence that attention handles together.
+// Query rows of one sequence that attention handles together. The first `in_place` of them lie where they stand;
+// the others are on side branches of a tree, and from slot `fork` on the slots that they see are not in order.
 struct RowBlock {
-  int32_t sequence, row_begin, row_count;
+  int32_t sequence, row_begin, row_count, in_place, fork;
 };
 
 constexpr int kBlockRows = 16;
@@ -20,6 +23,7 @@ struct StepView {
   const int32_t* row_sequence;            // (rows)
   const int32_t* sequence_row_begin;      // (sequences + 1)
   const int32_t* output_rows;             // (outputs)
+  const int32_t* parents;                 // (rows) the row before, -1 for none; null where nothing is a tree
   const int32_t* segment_begin;           // (sequences + 1)
   const int32_t* segment_length;          // (segments)
   const int32_t* segment_first_position;  // (segments)
@@ -35,5 +39,16 @@ struct StepView {
   uint8_t* partials;  // memory that the workers share within a launch
   int64_t partial_bytes;
 };
+
+// The slot from which on those that a row sees are not in order: the first on its path that does not lie where it
+// stands, or the one behind it. The last segment's slots begin at position `first`.
+RIDGELINE_INLINE int32_t path_fork(const StepView& step, int64_t row, int64_t first) {
+  int64_t fork = step.positions[row] - first + 1;
+  while (row >= 0 && step.positions[row] - first != step.slots[row]) {
+    fork = step.positions[row] - first;
+    row = step.parents[row];
+  }
+  return int32_t(fork);
+}
 
 }  // namespace ridgeline

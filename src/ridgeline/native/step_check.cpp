@@ -48,6 +48,27 @@ void check_rows(const StepView& step, const StepNeeds& needs) {
   }
 }
 
+// A step with trees: rows of a sequence lie in slots that follow each other and stand one behind their parents, so
+// that every path leads back to slots that are in order.
+void check_trees(const StepView& step) {
+  if (step.parents == nullptr) return;
+  for (int32_t s = 0; s < step.sequences; ++s) {
+    const int32_t begin = step.sequence_row_begin[s], last = step.segment_begin[s + 1] - 1;
+    for (int32_t row = begin; row < step.sequence_row_begin[s + 1]; ++row) {
+      const int32_t parent = step.parents[row], slot = step.slots[begin];
+      require(parent == -1 || (parent >= begin && parent < row), "parents", row, parent,
+              "-1, or " + range(begin, int64_t(row) - 1));
+      require(step.slots[row] - slot == row - begin, "slots", row, step.slots[row],
+              std::to_string(int64_t(slot) + row - begin));
+      const int64_t first = int64_t(step.segment_first_position[last]) + slot;
+      const int64_t place = parent < 0 ? first : int64_t(step.positions[parent]) + 1;
+      require(step.positions[row] == place, "positions", row, step.positions[row], std::to_string(place));
+      require(step.segment_causal[last] != 0 || place == first + row - begin, "segment_causal", last, 0,
+              "1 for a tree");
+    }
+  }
+}
+
 void check_segments(const StepView& step) {
   for (int32_t s = 0; s < step.sequences; ++s) {
     require(step.segment_begin[s + 1] > step.segment_begin[s], "segment_begin", s + 1,
@@ -77,6 +98,10 @@ void check_readable(const StepView& step, const GroupUse& use, int32_t sequence,
   for (int64_t page = begin / kPageTokens; page * kPageTokens < end; ++page) {
     check_page(step, use, step.table_begin[segment] + page);
   }
+  // A tree's rows may lie behind where any of them stands.
+  if (step.parents == nullptr || segment + 1 != step.segment_begin[sequence + 1]) return;
+  for (int32_t row = begin_row; row < end_row; ++row)
+    check_page(step, use, step.table_begin[segment] + step.slots[row] / kPageTokens);
 }
 
 void check_tables(const StepView& step, const GroupUse& use) {
@@ -110,6 +135,7 @@ void check_step(const StepView& step, int64_t logits_rows, const StepNeeds& need
   check_offsets("table_begin", step.table_begin, step.segments, step.pages, true);
   check_segments(step);
   check_rows(step, needs);
+  check_trees(step);
   for (const GroupUse& use : needs.groups) check_tables(step, use);
 }
 

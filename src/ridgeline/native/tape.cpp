@@ -19,12 +19,28 @@ constexpr size_t kPartialBytes = size_t(16) << 20;
 // Routing is three phases, attention by splits two, every other launch one at most.
 constexpr int kPhasesPerLaunch = 3;
 
+// Finds the rows that do not lie where they stand. They come last: where the ancestors of one are not all the rows
+// before it, neither are those of the rows after it.
+void find_branches(const StepView& step, RowBlock& block) {
+  block.in_place = block.row_count;
+  block.fork = INT32_MAX;
+  if (step.parents == nullptr) return;
+  const int64_t first = step.segment_first_position[step.segment_begin[block.sequence + 1] - 1];
+  for (int32_t i = block.row_count - 1; i >= 0; --i) {
+    const int32_t row = block.row_begin + i;
+    if (step.positions[row] - first == step.slots[row]) return;
+    block.in_place = i;
+    block.fork = std::min(block.fork, path_fork(step, row, first));
+  }
+}
+
 void cut_blocks(const StepView& step, std::vector<RowBlock>& blocks) {
   blocks.clear();
   for (int32_t s = 0; s < step.sequences; ++s) {
     const int32_t end = step.sequence_row_begin[s + 1];
     for (int32_t row = step.sequence_row_begin[s]; row < end; row += kBlockRows) {
-      blocks.push_back({s, row, std::min(kBlockRows, end - row)});
+      blocks.push_back({s, row, std::min(kBlockRows, end - row), 0, 0});
+      find_branches(step, blocks.back());
     }
   }
 }
@@ -52,6 +68,7 @@ void Tape::collect(const AnyLaunch& launch) {
             limit = std::min(limit, l.matrix.rows);
           },
           [&](const LinearLaunch& l) {
+            scratch_bytes_ = std::max(scratch_bytes_, kernels_.linear_scratch_bytes(l));
             for (const LinearPart& part : l.parts) {
               if (part.out.is_logits()) needs_.logits_width = std::max(needs_.logits_width, part.matrix.rows);
             }

@@ -17,7 +17,7 @@ from ridgeline.native import (
 )
 from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.machine import free_memory_bytes, last_level_cache_bytes, machine
-from ridgeline.resources.measurement import Measurement, best, typical
+from ridgeline.resources.measurement import Measurement, best, quickest, typical
 from ridgeline.types import CapacityError
 
 FORMATS = ("int8", "bf16", "fp32")
@@ -29,8 +29,10 @@ MOST_THREAD_COUNTS = 5
 PAUSE_S = 2e-3
 """Longer than the team's threads wait awake for the next step."""
 
-_GRID_S = 0.05
-_COST_S = 0.1
+GRID_S = 0.05
+COST_S = 0.1
+"""Seconds for each working set of a cache, and for each cost."""
+
 _WARM_S = 0.06
 _CACHES_DEEP = 8
 """Working set in sizes of the last-level cache. A pass that a preempted thread breaks up finds there what the
@@ -59,7 +61,7 @@ def measure_ceilings(threads: int, isa: str, seconds: float) -> tuple[Measuremen
     which the system let them run. Raises CapacityError when there is too little memory to measure.
     """
     with _team(threads, isa) as team:
-        barrier = typical("barrier", "s", probe_barrier(team, min(seconds, _COST_S)), threads=threads)
+        barrier = quickest("barrier", "s", probe_barrier(team, min(seconds, COST_S)), threads=threads)
         return (
             _memory(team, working_set_bytes(), seconds),
             *(found for name in FORMATS for found in _peak(team, isa, name, seconds)),
@@ -67,7 +69,7 @@ def measure_ceilings(threads: int, isa: str, seconds: float) -> tuple[Measuremen
         )
 
 
-def measure_levels(threads: int, isa: str, seconds: float = _GRID_S) -> tuple[Measurement, ...]:
+def measure_levels(threads: int, isa: str, seconds: float = GRID_S) -> tuple[Measurement, ...]:
     """Reading by working set and number of threads, and the peaks by number of threads.
 
     Leaves out what `measure_ceilings` measures: memory and peaks at `threads`. Raises CapacityError.
@@ -87,12 +89,12 @@ def measure_levels(threads: int, isa: str, seconds: float = _GRID_S) -> tuple[Me
     return tuple(found)
 
 
-def measure_starts(threads: int, isa: str, seconds: float = _COST_S) -> tuple[Measurement, ...]:
+def measure_starts(threads: int, isa: str, seconds: float = COST_S) -> tuple[Measurement, ...]:
     """What the start of a step takes: of a team that is awake, and of one that a pause let sleep."""
     with _team(threads, isa) as team:
         return (
-            typical("start", "s", probe_start(team, 0.0, seconds), threads=threads),
-            typical("start after a pause", "s", probe_start(team, PAUSE_S, seconds), threads=threads),
+            quickest("start", "s", probe_start(team, 0.0, seconds), threads=threads),
+            quickest("start after a pause", "s", probe_start(team, PAUSE_S, seconds), threads=threads),
         )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 _UNITS = ("B/s", "op/s", "s", "share")
 _DIGITS = 5
+_Rule = Callable[[Sequence[float]], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +55,52 @@ class Measurement:
 
 def best(what: str, unit: str, samples: Sequence[float], **more: Any) -> Measurement:
     """A rate: the best sample counts, because whatever else runs on the machine only makes it lower."""
-    kept = _rounded(samples)
-    return Measurement(what, unit, max(kept), kept, **more)
+    return _measured(max, what, unit, samples, more)
+
+
+def quickest(what: str, unit: str, samples: Sequence[float], **more: Any) -> Measurement:
+    """A cost that whatever else runs only makes higher: the median of the lowest quarter counts, for the
+    very lowest is luck."""
+    return _measured(_of_lowest_quarter, what, unit, samples, more)
 
 
 def typical(what: str, unit: str, samples: Sequence[float], **more: Any) -> Measurement:
     """A cost that is paid each time, or a rate that the hardware itself varies: the median counts."""
+    return _measured(median, what, unit, samples, more)
+
+
+def together(passes: Sequence[Sequence[Measurement]]) -> tuple[Measurement, ...]:
+    """What was measured of a CPU in several passes, each thing once, with the samples of all passes: rates at
+    their best, costs at their quickest, shares of time as they usually were."""
+    found: dict[tuple[object, ...], list[Measurement]] = {}
+    for one in (one for each in passes for one in each):
+        key = (one.what, one.threads, one.bytes_each, one.how if one.unit == "share" else "")
+        found.setdefault(key, []).append(one)
+    return tuple(_together(same) for same in found.values())
+
+
+def _together(same: Sequence[Measurement]) -> Measurement:
+    first = same[0]
+    rules: dict[str, _Rule] = {"s": _of_lowest_quarter, "share": median}
+    how = max(same, key=lambda one: one.figure).how  # of rates: the way that was the best of all
+    samples = [sample for one in same for sample in one.samples]
+    more = {"threads": first.threads, "bytes_each": first.bytes_each, "how": how}
+    return _measured(rules.get(first.unit, max), first.what, first.unit, samples, more)
+
+
+def _measured(
+    figure: _Rule,
+    what: str,
+    unit: str,
+    samples: Sequence[float],
+    more: Mapping[str, Any],
+) -> Measurement:
     kept = _rounded(samples)
-    return Measurement(what, unit, median(kept), kept, **more)
+    return Measurement(what, unit, figure(kept), kept, **more)
+
+
+def _of_lowest_quarter(samples: Sequence[float]) -> float:
+    return median(sorted(samples)[: -(-len(samples) // 4)])
 
 
 def spread(samples: Sequence[float]) -> float:

@@ -11,10 +11,13 @@ from contextlib import suppress
 from ridgeline.resources.ceilings import FULL_PROBE_S, Ceilings, load_ceilings, save_ceilings
 from ridgeline.resources.cuda import cuda_device
 from ridgeline.resources.machine import choose_isa, usable_cores
-from ridgeline.resources.measurement import Measurement
+from ridgeline.resources.measurement import Measurement, together
 from ridgeline.resources.paths import cache_dir
 from ridgeline.resources.survey import Survey, load_survey, save_survey
 from ridgeline.types import CapacityError
+
+PASSES = 3
+"""Of the full probe of a CPU, which takes its time in so many parts."""
 
 QUICK_PROBE_S = 0.05
 BESIDE_PROBE_S = 0.1
@@ -32,7 +35,10 @@ def measure(
         from ridgeline.resources.cuda_probe import measure_gpu
 
         return measure_gpu(seconds)
-    return _measure_cpu(threads, isa, seconds)[0]
+    from ridgeline.resources.cpu_probe import ceilings_from, measure_ceilings
+
+    threads, isa = threads or usable_cores(), isa or choose_isa()
+    return ceilings_from(measure_ceilings(threads, isa, seconds), threads, isa, seconds)
 
 
 def known_ceilings(
@@ -73,22 +79,18 @@ def survey(
     return found
 
 
-def _measure_cpu(
-    threads: int | None, isa: str | None, seconds: float
-) -> tuple[Ceilings, tuple[Measurement, ...]]:
-    from ridgeline.resources.cpu_probe import ceilings_from, measure_ceilings
-
-    threads, isa = threads or usable_cores(), isa or choose_isa()
-    found = measure_ceilings(threads, isa, seconds)
-    return ceilings_from(found, threads, isa, seconds), found
-
-
 def _survey_cpu(threads: int, isa: str) -> Survey:
-    from ridgeline.resources.cpu_probe import measure_levels, measure_starts
+    """In several passes: what comes and goes within seconds, as other tenants do, is then in the spread, and
+    the best of all passes is steadier than that of one."""
+    from ridgeline.resources import cpu_probe
 
-    ceilings, found = _measure_cpu(threads, isa, FULL_PROBE_S)
-    found += measure_levels(threads, isa) + measure_starts(threads, isa)
-    return _with_disk(ceilings, found)
+    passes = []
+    for _ in range(PASSES):
+        found = cpu_probe.measure_ceilings(threads, isa, FULL_PROBE_S / PASSES)
+        found += cpu_probe.measure_levels(threads, isa, cpu_probe.GRID_S / PASSES)
+        passes.append(found + cpu_probe.measure_starts(threads, isa, cpu_probe.COST_S / PASSES))
+    whole = together(passes)
+    return _with_disk(cpu_probe.ceilings_from(whole, threads, isa, FULL_PROBE_S), whole)
 
 
 def _survey_gpu() -> Survey:

@@ -23,7 +23,7 @@ from ridgeline.types import StepWork, Work
 Bound = Literal["weights", "KV cache", "activations", "arithmetic", "overhead"]
 
 
-class Prediction(msgspec.Struct, frozen=True):
+class Prediction(msgspec.Struct, frozen=True, gc=False):
     """The seconds that a step will likely take, and what takes most of them."""
 
     seconds: float
@@ -33,7 +33,9 @@ class Prediction(msgspec.Struct, frozen=True):
 class StepTimeModel:
     """Predicts steps on one machine, and corrects itself by those that were measured.
 
-    Steps with one row per sequence and others are corrected apart. Not safe for concurrent use.
+    What it learns is how fast memory and arithmetic are just now, by each step as far as they took its time:
+    so what decodes have shown of memory holds for steps of any size, and the times of steps of many sizes lie
+    on one curve. Not safe for concurrent use.
     """
 
     def __init__(self, limits: Limits, costs: StepCosts) -> None:
@@ -43,7 +45,9 @@ class StepTimeModel:
         self._bf16_s = 1 / (limits.bf16_flops_per_s or fp32)
         self._fp32_s = 1 / fp32
         self._byte_s = 1 / limits.read_bytes_per_s
-        self._regimes = (_Regime(), _Regime())
+        self._memory, self._arithmetic = _Speed(), _Speed()
+        self._errors: deque[float] = deque(maxlen=_REMEMBERED)
+        self._seen = 0
 
     @classmethod
     def of(cls, limits: Limits, costs: StepCosts) -> StepTimeModel:
@@ -52,38 +56,56 @@ class StepTimeModel:
 
     def predict(self, work: StepWork) -> Prediction:
         """What to expect of a step, corrected by the steps that were observed."""
-        seconds, bound = self._uncorrected(work)
-        return Prediction(seconds * self._regime(work).factor, bound)
+        seconds, bound, _, _ = self._parts(work)
+        return Prediction(seconds, bound)
 
     def observe(self, work: StepWork, elapsed_s: float) -> Prediction:
         """Take in what a step took, and say what was to be expected. Times that are no positive number are
         passed over."""
-        seconds, bound = self._uncorrected(work)
-        regime = self._regime(work)
-        expected = Prediction(seconds * regime.factor, bound)
+        seconds, bound, memory, arithmetic = self._parts(work)
         if 0 < elapsed_s < math.inf:
-            regime.observe(min(max(elapsed_s / seconds, 1e-6), 1e6))
-        return expected
+            self._learn(min(max(elapsed_s / seconds, 1e-6), 1e6), memory, arithmetic)
+        return Prediction(seconds, bound)
+
+    def _learn(self, ratio: float, memory: float, arithmetic: float) -> None:
+        """A step took `ratio` times what was expected, of which so large shares were memory and arithmetic.
+        Both move so far that its prediction moves by a part of what was wrong: by their shares, and by half
+        of the other's, as what slows one (a neighbour, the clock) is likely to slow both. It is a normalised
+        gradient step in the logarithms (Widrow and Hoff, "Adaptive Switching Circuits", 1960)."""
+        self._errors.append(abs(ratio - 1))
+        self._seen += 1
+        allowed = math.log(_STEP_LIMIT)
+        # The first steps count as much as each other, so that a start is not slow.
+        part = max(_DECAY, 1 / self._seen) * min(max(math.log(ratio), -allowed), allowed)
+        by_memory = memory + _ALIKE * arithmetic
+        by_arithmetic = arithmetic + _ALIKE * memory
+        length = memory * by_memory + arithmetic * by_arithmetic
+        if length > 0:
+            self._memory.move(part * by_memory / length)
+            self._arithmetic.move(part * by_arithmetic / length)
 
     @property
     def error(self) -> float:
         """The median of |measured / predicted - 1| of recent steps, each predicted before it was observed;
         0 before the first."""
-        errors = [error for regime in self._regimes for error in regime.errors]
-        return median(errors) if errors else 0.0
+        return median(self._errors) if self._errors else 0.0
 
-    def _regime(self, work: StepWork) -> _Regime:
-        return self._regimes[work.rows > work.sequences]
-
-    def _uncorrected(self, work: StepWork) -> tuple[float, Bound]:
+    def _parts(self, work: StepWork) -> tuple[float, Bound, float, float]:
+        """A step's seconds and what takes most of them; the shares by which the seconds grow with those of
+        memory and of arithmetic."""
         costs, dense, attention = self.costs, work.dense, work.attention
-        reading = dense.bytes * self._byte_s / costs.memory
-        computing = self._arithmetic_s(dense) / costs.arithmetic
-        attending_reads = attention.bytes * self._byte_s / costs.attention_memory
-        attending_computes = self._arithmetic_s(attention) / costs.attention_arithmetic
+        memory, arithmetic = self._memory.factor, self._arithmetic.factor
+        reading = memory * dense.bytes * self._byte_s / costs.memory
+        computing = arithmetic * self._arithmetic_s(dense) / costs.arithmetic
+        attending_reads = memory * attention.bytes * self._byte_s / costs.attention_memory
+        attending_computes = arithmetic * self._arithmetic_s(attention) / costs.attention_arithmetic
         overhead = costs.step_s + work.launches * costs.launch_s + work.sequences * costs.sequence_s
-        seconds = math.hypot(reading, computing) + attending_reads + attending_computes + overhead
-        return seconds, _bound(work, reading + attending_reads, computing + attending_computes, overhead)
+        both = math.hypot(reading, computing) or 1.0
+        by_memory = reading * reading / both + attending_reads
+        by_arithmetic = computing * computing / both + attending_computes
+        seconds = by_memory + by_arithmetic + overhead
+        bound = _bound(work, reading + attending_reads, computing + attending_computes, overhead)
+        return seconds, bound, by_memory / seconds, by_arithmetic / seconds
 
     def _arithmetic_s(self, work: Work) -> float:
         return work.int8_ops * self._int8_s + work.bf16_flops * self._bf16_s + work.fp32_flops * self._fp32_s
@@ -103,6 +125,9 @@ def _bound(work: StepWork, reading: float, computing: float, overhead: float) ->
 _DECAY = 0.1
 """Share by which one step moves the correction."""
 
+_ALIKE = 0.5
+"""How far memory and arithmetic are taken to be slowed alike."""
+
 _STEP_LIMIT = 1.5
 """The most by which one step can say that the last correction was wrong: a step that the system interrupted
 moves it no further."""
@@ -110,25 +135,20 @@ moves it no further."""
 _LIMIT = 4.0
 """The most that a correction can be, up or down: beyond it the ceilings are another machine's."""
 
+_REMEMBERED = 128
+"""Steps whose errors are remembered."""
 
-class _Regime:
-    """The correction of steps of one kind: a decayed mean of log(measured / predicted), clipped around
-    itself."""
 
-    __slots__ = ("_log", "_seen", "errors", "factor")
+class _Speed:
+    """A correction of the seconds of one resource."""
+
+    __slots__ = ("_log", "factor")
 
     def __init__(self) -> None:
         self.factor = 1.0
-        self.errors: deque[float] = deque(maxlen=64)
         self._log = 0.0
-        self._seen = 0
 
-    def observe(self, ratio: float) -> None:
-        self.errors.append(abs(ratio / self.factor - 1))
-        self._seen += 1
-        allowed = math.log(_STEP_LIMIT)
-        wrong = min(max(math.log(ratio) - self._log, -allowed), allowed)
+    def move(self, change: float) -> None:
         most = math.log(_LIMIT)
-        # The first steps count as much as each other, so that a start is not slow.
-        self._log = min(max(self._log + max(_DECAY, 1 / self._seen) * wrong, -most), most)
+        self._log = min(max(self._log + change, -most), most)
         self.factor = math.exp(self._log)

@@ -1,7 +1,8 @@
 """Whether to fetch what is kept elsewhere, or to compute it again.
 
-Fetching pays where bytes / bandwidth is less than the time of computing. Both sides are learned from what was
-measured: the bandwidth of each link from its transfers, the time of computing from the steps that computed.
+Fetching pays where bytes / bandwidth is less than the time of computing. The bandwidth of each link is
+learned from its transfers; what computing takes, the step-time model says. The way down, on which nobody
+waited for a page, is paid by then and does not count.
 """
 
 from __future__ import annotations
@@ -33,27 +34,28 @@ class Rate:
 
 
 class FetchChoice:
-    """Chooses for one machine. `links` are the rates of the links by their names, in bytes a second, and
-    `computing` that of steps that read prompts, in tokens a second.
+    """Chooses for one machine. `links` are the rates of the links by their names, in bytes a second;
+    `device_bytes_per_s` is that of the link from host memory to the device, which everything takes in the
+    end, 0 where these are one.
 
     What was never measured is tried. So is, every now and then, what did not pay: a link that was slow once
     would otherwise never be measured again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device_bytes_per_s: float = 0.0) -> None:
         self.links: dict[str, Rate] = {}
-        self.computing = Rate()
+        self._device_bytes_per_s = device_bytes_per_s
         self._declined = 0
 
     def link(self, name: str) -> Rate:
         return self.links.setdefault(name, Rate())
 
-    def pays(self, nbytes: Mapping[str, int], tokens: int, compute_s: float | None = None) -> bool:
-        """Whether to fetch so many bytes, by link, or else to compute so many tokens, in `compute_s` if a
-        model of steps says so."""
+    def pays(self, nbytes: Mapping[str, int], compute_s: float | None) -> bool:
+        """Whether to fetch so many bytes, by link, or else to compute for so long; None: nobody knows how
+        long."""
         fetching = [self.link(name).seconds(count) for name, count in nbytes.items() if count]
-        if compute_s is None:
-            compute_s = self.computing.seconds(tokens)
+        if self._device_bytes_per_s:
+            fetching.append(sum(nbytes.values()) / self._device_bytes_per_s)
         known = [seconds for seconds in fetching if seconds is not None]
         if compute_s is None or len(known) < len(fetching) or sum(known) < compute_s:
             return True

@@ -223,8 +223,8 @@ class Constraint:
     masks, and never while another call touches the matcher.
     """
 
-    __slots__ = ("_ends", "_failure", "_form", "_grammar", "_mask", "_matcher", "_ready", "_thinking",
-                 "_thread", "_token", "_tokens", "ended")  # fmt: skip
+    __slots__ = ("_ends", "_failure", "_forced", "_form", "_grammar", "_mask", "_matcher", "_ready",
+                 "_thinking", "_thread", "_token", "_tokens", "ended", "handed")  # fmt: skip
 
     def __init__(
         self,
@@ -243,7 +243,9 @@ class Constraint:
         self._thread = thread
         self._thinking = form.thinking is not None and form.thinking.open
         self._tokens = 0
-        self._token: int | None = None  # to be taken in by the thread
+        self._token: int | None = None  # to be taken in
+        self._forced: Sequence[int] | None = None  # the tokens that must come next, once somebody has asked
+        self.handed = False  # whether the thread has it, or has had it since the last token
         self._failure: str | None = None  # why nothing may come next
         self._ready = threading.Event()
         thread.add(self)
@@ -264,7 +266,7 @@ class Constraint:
             return
         self._wait()
         self._ready.clear()
-        self._token = token
+        self._token, self._forced, self.handed = token, None, False
         self._thread.add(self)
 
     def _wait(self) -> None:
@@ -272,17 +274,34 @@ class Constraint:
             self._thread.flush()
             self._ready.wait()
 
+    def _take_in(self) -> bool:
+        """Advance by the token that came last; False where it leads nowhere."""
+        token, self._token = self._token, None
+        return token is None or self._matcher.consume_token(token)
+
     def step(self) -> None:
         """Advance by the token that came last, and find those that may follow."""
         began_s = time.thread_time()
         try:
-            taken = self._token is None or self._matcher.consume_token(self._token)
-            found = taken and _compute_mask(self._matcher, self._mask)
+            found = self._take_in() and _compute_mask(self._matcher, self._mask)
             self._failure = None if found else self._matcher.get_error()
         except Exception as error:
             self._failure = f"{type(error).__name__}: {error}"
         self._grammar.mask_s += time.thread_time() - began_s
         self._ready.set()
+
+    def forced(self) -> Sequence[int]:
+        """The tokens that come next because no other may. Finding them takes some microseconds, a mask many
+        more: they are found here, and not while the thread is at it."""
+        if self._forced is not None:
+            return self._forced
+        if self._thinking or self.ended or self.handed or self._awaits_thinking:
+            return ()
+        try:
+            self._forced = () if not self._take_in() else self._matcher.compute_ff_tokens()
+        except Exception as error:
+            self._forced, self._failure = (), f"{type(error).__name__}: {error}"
+        return self._forced
 
     def mask(self) -> Int32Array:
         """A bit for each token that may follow, int32 (vocabulary / 32, rounded up), the lowest bit first;
@@ -296,12 +315,17 @@ class Constraint:
         if self._failure is not None:
             cause = " ".join(self._failure.removesuffix("<non-verbose/>").split())
             raise DeadEndError(f"the answer cannot go on in the form that was asked for ({cause})")
-        thinking = self._form.thinking
-        if thinking is None or self._tokens > 0:
+        if not self._awaits_thinking:
             return self._mask
-        mask = self._mask.copy()
-        mask[thinking.start // 32] |= _bit(thinking.start)
+        assert self._form.thinking is not None
+        mask, start = self._mask.copy(), self._form.thinking.start
+        mask[start // 32] |= _bit(start)
         return mask
+
+    @property
+    def _awaits_thinking(self) -> bool:
+        """Whether the answer may still begin with thinking."""
+        return self._form.thinking is not None and self._tokens == 0
 
 
 def _bit(token: int) -> int:
@@ -330,6 +354,8 @@ class _MaskThread:
         with self._lock:
             gathered, self._gathered = self._gathered, []
         if gathered:
+            for constraint in gathered:
+                constraint.handed = True
             self._queue.put(gathered)
 
     def _run(self) -> None:

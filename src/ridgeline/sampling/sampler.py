@@ -4,7 +4,7 @@ scores of the prompt's."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,13 +26,13 @@ from ridgeline.sampling.filters import compose_filters
 from ridgeline.sampling.history import TokenHistory
 from ridgeline.sampling.processors import compose_editors, top_n_sigma
 from ridgeline.sampling.words import Words
-from ridgeline.types import Draw, Float32Array, SamplingParams, Step, StepFuture, TokenLogprobs
+from ridgeline.types import Draw, Float32Array, SamplingParams, Step, StepFuture, StepResult, TokenLogprobs
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing by them leaves nothing but the largest logit."""
 
 
-class Sampled(msgspec.Struct, frozen=True):
+class Sampled(msgspec.Struct, frozen=True, gc=False):
     """The token chosen for one row, or the prompt's own with its score, or why there is none.
 
     `hidden` is the row's hidden state where that was asked for: memory of the step's result.
@@ -56,7 +56,7 @@ class Chooser:
 
     __slots__ = (
         "_draw", "_editors", "_filters", "_greedy", "_mirostat", "_sigma", "constraint", "history",
-        "logprobs", "needs_logits", "prompt_logprobs",
+        "logprobs", "needs_logits", "prompt_logprobs", "speculation",
     )  # fmt: skip
 
     def __init__(
@@ -84,6 +84,7 @@ class Chooser:
         self.constraint = constraint
         told = self.logprobs is not None or constraint is not None
         self.needs_logits = told or bool(self._editors) or self.narrows_rows
+        self.speculation = params.speculation
 
     @property
     def narrows_rows(self) -> bool:
@@ -141,7 +142,8 @@ class SampledRow(Protocol):
 
 class SamplingPlan(Protocol):
     """A step; for each of its outputs, the sequence and the position of the token behind the row. One inside
-    the prompt is known and scored, any other is sampled. The outputs of a `pooled` step are hidden states.
+    the prompt is known and scored, any other is sampled. Those that are not `certain` are behind guesses. The
+    outputs of a `pooled` step are hidden states.
     """
 
     @property
@@ -155,6 +157,9 @@ class SamplingPlan(Protocol):
 
     @property
     def pooled(self) -> bool: ...
+
+    @property
+    def certain(self) -> Iterable[int]: ...
 
 
 class Sampler:
@@ -171,7 +176,8 @@ class Sampler:
         self._rows = Drawer()
 
     def finish(self, future: StepFuture, plan: SamplingPlan) -> list[Sampled]:
-        """Wait for the step and choose a token for each of `plan.sampled`, in their order."""
+        """Wait for the step and choose a token for each of `plan.sampled`, in their order. Behind guesses,
+        only those are chosen yet that the executor drew."""
         result, rows = future.result(), plan.sampled
         if plan.pooled:
             return [Sampled(NOT_DRAWN, hidden=hidden) for hidden in result.logits]
@@ -179,11 +185,26 @@ class Sampler:
         if not len(rows) == len(draws) == len(result.tokens):
             raise ValueError(f"{len(result.tokens)} outputs and {len(draws)} draws for {len(rows)} sequences")
         sampled = [_drawn(token) for token in result.tokens.tolist()]
-        left = [place for place, draw in enumerate(draws) if draw is None]
-        mine = self._chosen(result.logits, [(rows[i], plan.positions[i]) for i in left]) if left else []
-        for place, chosen in zip(left, mine, strict=True):
-            sampled[place] = chosen
+        if None in draws:
+            self.choose(result, plan, plan.certain, sampled)
         return sampled
+
+    def choose(
+        self, result: StepResult, plan: SamplingPlan, outputs: Iterable[int], sampled: list[Sampled]
+    ) -> None:
+        """Choose what the executor did not draw for some outputs, into their places of `sampled`. What comes
+        behind a guess is chosen once its sequence has taken the guess on."""
+        draws = plan.step.draws or (None,) * len(sampled)
+        rows = dict(zip([i for i, draw in enumerate(draws) if draw is None], range(len(draws)), strict=False))
+        mine = [i for i in outputs if draws[i] is None]
+        if not mine:
+            return
+        logits = result.logits
+        if len(mine) < len(rows):
+            logits = logits[[rows[i] for i in mine]]
+        chosen = self._chosen(logits, [(plan.sampled[i], plan.positions[i]) for i in mine])
+        for output, sample in zip(mine, chosen, strict=True):
+            sampled[output] = sample
 
     def _chosen(self, logits: Float32Array, wanted: Sequence[tuple[SampledRow, int]]) -> list[Sampled]:
         """What is chosen for each row of logits."""

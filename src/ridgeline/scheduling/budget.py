@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from ridgeline.config import MAX_OUTPUT_ROWS, PAGE_TOKENS
+from ridgeline.sampling.drafting.tree import DraftTree
 from ridgeline.scheduling.pace import StepPace
 from ridgeline.scheduling.plan import Chunk
 from ridgeline.scheduling.sequence import Sequence
@@ -18,12 +19,12 @@ class Budget:
     pages, so nobody else gets a seat. `closed`: nobody gets one any more. `spent`: prompts of the class that
     is planned have no time left, or no tokens but the `kept` ones of lower classes. `decodes` and `begun` are
     the sequences with one row to run and with more, by class; since there were that many `preemptions`, some
-    may have given way.
+    may have given way. `drafts` has what is guessed behind decodes, by their arrival.
     """
 
     __slots__ = (
-        "begun", "chunks", "closed", "decodes", "first_pages", "kept", "outputs", "pace", "planned", "pooled",
-        "preemptions", "short", "spent", "tokens",
+        "begun", "chunks", "closed", "decodes", "drafts", "first_pages", "kept", "outputs", "pace", "planned",
+        "pooled", "preemptions", "short", "spent", "tokens",
     )  # fmt: skip
 
     def __init__(self, tokens: int, pooled: bool) -> None:
@@ -31,6 +32,7 @@ class Budget:
         self.pooled = pooled
         self.outputs = MAX_OUTPUT_ROWS  # overdrawn by sequences that want only their last row's
         self.chunks: list[Chunk] = []
+        self.drafts: dict[int, DraftTree] = {}
         self.planned: set[int] = set()
         self.first_pages: dict[Hashable, tuple[Sequence, int]] = {}  # of prefills, with their chunks' ends
         self.short = self.closed = self.spent = False
@@ -56,6 +58,12 @@ class Budget:
         self.outputs -= len(rows)
         self.chunks.append((sequence, tokens, rows))
         self.planned.add(sequence.arrival)
+
+    def draft(self, sequence: Sequence, tree: DraftTree) -> None:
+        """Plan guesses behind the row of a decode that is planned already."""
+        self.drafts[sequence.arrival] = tree
+        self.tokens -= len(tree)
+        self.outputs -= len(tree)
 
     def begin_prefills(self, level: int, kept: int) -> None:
         """Prompts of a class come next; `kept` tokens are left for lower ones."""

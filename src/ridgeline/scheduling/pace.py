@@ -5,7 +5,8 @@ time between tokens (after the choice of the chunk size in Agrawal et al., "Tami
 in LLM Inference with Sarathi-Serve", OSDI 2024). Three rules bound the time of a step:
 
 - Beside streams of their own class, prefills take what the target leaves, and at least as long as the streams
-  themselves: where a machine misses the target anyway, half of its time still goes to prompts.
+  themselves: where a machine misses the target anyway, half of its time still goes to prompts. Nor is such a
+  step longer than half of a higher class's target for a first token: somebody may come while it runs.
 - Rows of a lower class lengthen a step of a higher one by its guaranteed `SHARE`, or by `LATE_SHARE` once its
   oldest prompt is later than its target for a first token. This share is all that they get while a prompt of
   the higher class is in the step.
@@ -25,11 +26,14 @@ from ridgeline.resources.step_time import StepTimeModel
 from ridgeline.scheduling.plan import Chunk
 from ridgeline.types import Segment, SequenceRows, Step, StepWork
 
-SHARE, LATE_SHARE = 1 / 3, 1 / 2
-"""How much longer rows of a lower class may make a step: of the time without them."""
+SHARE, LATE_SHARE = 1 / 4, 1 / 3
+"""How much longer rows of a lower class may make a step: of the time without them. Steps a fifth longer than
+predicted still keep streams within 1.6 times the time between tokens that they have without."""
 LEAST_ROWS = PAGE_TOKENS
 """Rows of prompts that go on beside streams of their own class, whatever they take."""
 _TRIES = 6
+_UNUSED = 0.01
+"""Share of a limit that rows may leave unused: looking for them takes time too."""
 
 
 class WorkCounts(Protocol):
@@ -52,6 +56,19 @@ class Pace:
         """What a step of this load will take."""
         return self.times.predict(self.work.parts(load)).seconds
 
+    def computing_s(self, begin: int, end: int, at_once: int) -> float:
+        """What it takes to compute a sequence's tokens from `begin` to `end` and the one behind them, as many
+        as `at_once` in a step, beyond what that one takes: it is run in any case."""
+        starts = range(begin, end + 1, at_once)
+        loads = [self.load_of(start, min(at_once, end + 1 - start), 1) for start in starts]
+        return max(sum(map(self.seconds, loads)) - self.seconds(self.load_of(end, 1, 1)), 0.0)
+
+    def own_limit_s(self, level: int) -> float:
+        """How long a step may be that only has rows of one class: its streams wait for it, and so does who
+        comes meanwhile of a higher class, for half of the time to a first token at most."""
+        higher = [target.first_token_s / 2 for target in self.targets[:level]]
+        return min([self.targets[level].inter_token_s, *higher])
+
     def load_of(self, start: int, rows: int, outputs: int) -> StepLoad:
         """The load of a sequence's next rows."""
         segment = Segment(((),) * len(self.groups), start + rows)
@@ -65,6 +82,14 @@ class Pace:
             for group in self.groups
         )
         return StepLoad(len(contexts), len(contexts), seen, seen, len(contexts))
+
+    def load_of_chunks(self, chunks: Sequence[Chunk]) -> StepLoad:
+        """The load of what is planned of a step."""
+        load = self.load_of_decodes([sequence.computed + 1 for sequence, count, _ in chunks if count == 1])
+        for sequence, count, outputs in chunks:
+            if count > 1:
+                load += self.load_of(sequence.computed, count, len(outputs))
+        return load
 
 
 class StepPace:
@@ -132,7 +157,7 @@ class StepPace:
             self._limit_s = min(self._limit_s, (1 + self._share) * self._pace.seconds(self._planned()))
         elif own:
             alone_s = self._pace.seconds(self._planned())
-            self._limit_s = max(self._pace.targets[self._level].inter_token_s, 2 * alone_s)
+            self._limit_s = max(self._pace.own_limit_s(level), 2 * alone_s)
 
     def rows_that_fit(self, start: int, most: int, outputs: int) -> int:
         """How many of a prompt's next rows, `most` at most, keep the limit; a few do whatever they take."""
@@ -152,31 +177,32 @@ class StepPace:
         """The load of the plan so far."""
         new = self._chunks[self._counted :]
         self._counted = len(self._chunks)
-        decodes = [sequence.computed + 1 for sequence, count, _ in new if count == 1]
-        if decodes:
-            self._load += self._pace.load_of_decodes(decodes)
-        for sequence, count, outputs in new:
-            if count > 1:
-                self._load += self._pace.load_of(sequence.computed, count, len(outputs))
+        if new:
+            self._load += self._pace.load_of_chunks(new)
         return self._load
 
 
 def _largest(seconds: Callable[[int], float], most: int, limit_s: float) -> int:
-    """The largest count, 0 to `most`, that takes no more than the limit, within a fiftieth of `most`: by
-    interpolation, as times are nearly straight lines."""
-    if most < 1 or seconds(most) <= limit_s:
+    """The largest count, 0 to `most`, that takes no more than the limit, or one that takes nearly as long: by
+    interpolation from a count of 1 on, as times are nearly straight lines there. An end that stays where it
+    is counts half as much each time (the Illinois method), as long prompts bend the lines."""
+    if most < 1 or (above_s := seconds(most) - limit_s) <= 0:
         return most
-    low, low_s, high, high_s = 0, 0.0, most, math.inf
+    if most == 1 or (below_s := limit_s - seconds(1)) < 0:
+        return 0
+    low, high, rose = 1, most, False
     for attempt in range(_TRIES):
-        if high - low <= max(1, most // 50):
+        if high - low == 1 or below_s < _UNUSED * limit_s:
             break
-        middle = (low + high) // 2
-        if attempt % 2 and math.isfinite(high_s) and low_s:
-            guess = low + int((high - low) * (limit_s - low_s) / (high_s - low_s))
-            middle = min(max(guess, low + 1), high - 1)
-        taken_s = seconds(middle)
-        if taken_s <= limit_s:
-            low, low_s = middle, taken_s
+        guess = low + int((high - low) * below_s / (below_s + above_s))
+        middle = min(max(guess, low + 1), high - 1)
+        over_s = seconds(middle) - limit_s
+        fits = over_s <= 0
+        if fits:
+            low, below_s = middle, -over_s
         else:
-            high, high_s = middle, taken_s
+            high, above_s = middle, over_s
+        if attempt and fits is rose:
+            below_s, above_s = (below_s, above_s / 2) if fits else (below_s / 2, above_s)
+        rose = fits
     return low

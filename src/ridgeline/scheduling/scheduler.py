@@ -10,9 +10,11 @@ Every class that runs gets on in every step: no ready decode of the highest clas
 lower ones keep a share, of the step's tokens and, where there is a `pace`, of its time. Where that is not
 enough for all decodes of a lower class, those that have waited for the longest are next.
 
-Seats and pages are kept by rank (`preemption`): a preempted sequence loses its pages and keeps its tokens;
-what the prefix cache does not keep of it is computed again. Nobody waits for ever: those that are passed by
-too often, or give way too often, become overdue and rank first, the oldest of all.
+Seats and pages are kept by rank (`preemption`): a preempted sequence loses its pages and keeps its tokens.
+Its pages stay in the prefix cache until they are needed, and then go to a lower tier, if there is one. When
+it has a seat again they come back, where that is predicted to be faster than computing; meanwhile it keeps
+the seat, and no newcomer gets the room that it needs. Nobody waits for ever: those that are passed by too
+often, or give way too often, become overdue and rank first, the oldest of all.
 
 Where logits are wanted of many rows, a step has so few of them that their memory stays bounded: chunks are
 shortened, or wait. Sequences whose prompt is pooled run through another program than those that go on; where
@@ -32,8 +34,9 @@ from operator import attrgetter
 from ridgeline.cache.kv import KVCache
 from ridgeline.config import PAGE_TOKENS
 from ridgeline.scheduling.budget import Budget
+from ridgeline.scheduling.drafting import Drafting
 from ridgeline.scheduling.pace import Pace, StepPace
-from ridgeline.scheduling.plan import Plan, plan_of
+from ridgeline.scheduling.plan import Drafted, Plan, plan_of
 from ridgeline.scheduling.preemption import last_to_plan, lower_classes, note_yield, sit_down, stand_up
 from ridgeline.scheduling.sequence import Sequence
 from ridgeline.scheduling.waiting import OUTPUT_WEIGHT, WaitingLine
@@ -53,11 +56,17 @@ class Scheduler:
 
     `max_num_batched_tokens` bounds the rows of a step, `max_num_seqs` the sequences that run at once; those
     that the cache has state for are not exceeded. With a `pace`, streams keep their class's time between
-    tokens, as far as steps can be predicted.
+    tokens, as far as steps can be predicted. With `drafting`, decodes run with guesses of what comes next
+    behind their rows, but not of a recurrent model: what was wrong could not be taken back.
     """
 
     def __init__(
-        self, cache: KVCache, max_num_seqs: int, max_num_batched_tokens: int, pace: Pace | None = None
+        self,
+        cache: KVCache,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        pace: Pace | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(f"{max_num_seqs} sequences in steps of {max_num_batched_tokens} tokens")
@@ -65,10 +74,13 @@ class Scheduler:
         self.max_num_seqs = min(max_num_seqs, cache.max_sequences or max_num_seqs)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.pace = pace
+        self.drafting = drafting
         self.running: list[Sequence] = []  # by rank
         self.waiting = WaitingLine()
         self.preemptions = 0
         self.steps = 0
+        # By arrival, how many tokens lay in their places before guesses that were right were to move there.
+        self._moving: dict[int, int] = {}
         self._pooled_sequences = 0
         self._pooled_last = False
         self._departures = 0  # of sequences from their pages
@@ -85,6 +97,8 @@ class Scheduler:
         sequence.level = sequence.standing = _LEVELS[service_class]
         sequence.arrived_s = now_s
         sequence.queued = True
+        if self.drafting is not None and not sequence.pooled:
+            sequence.speculation = self.drafting.wanted(sequence.chooser.speculation)
         self.waiting.enter(sequence, tenant)
         self._pooled_sequences += sequence.pooled
 
@@ -98,6 +112,8 @@ class Scheduler:
                 self.waiting.leave(sequence, waits=False)
             else:
                 self.waiting.leave(sequence, waits=True)
+            if self.drafting is not None:
+                self.drafting.forget(sequence)
         self._release(sequence)
 
     def schedule(self, now_s: float) -> Plan:
@@ -114,37 +130,62 @@ class Scheduler:
         if self.cache.states is not None:
             for sequence, count, _ in budget.chunks:
                 self.cache.states.plan(sequence.pages, sequence.computed, sequence.computed + count)
-        return plan_of(budget.chunks, budget.pooled, now_s, self.cache.moves)
+        elif self.drafting is not None and not budget.pooled:
+            self._draft(self.drafting, budget)
+        return plan_of(budget.chunks, budget.pooled, now_s, self.cache.moves, budget.drafts)
 
     def advance(self, plan: Plan) -> None:
         """Note that the step is launched: its rows' keys and values are stored before any later step reads
         them, and its drawn tokens are there for the next one."""
         self.steps += 1
         recurrent = self.cache.has_states
+        guesses = {each.sequence.arrival: len(each.tree) for each in plan.drafted}
         for sequence, rows in zip(plan.sequences, plan.step.sequences, strict=True):
             sequence.served = self.steps
             before = sequence.computed
             sequence.computed += len(rows.tokens)
+            if guesses:
+                sequence.computed -= guesses.get(sequence.arrival, 0)
             if recurrent:
                 self.cache.launched(sequence.pages, sequence.token_ids, before, sequence.computed)
             elif sequence.computed // PAGE_TOKENS > sequence.pages.shared:
                 self.cache.store(sequence.pages, sequence.token_ids, sequence.computed)
         self.cache.moved()
+        self._moving.clear()
         self._pooled_last = plan.pooled
         draws = plan.step.draws or (None,) * len(plan.sampled)
         for output, (sequence, draw) in enumerate(zip(plan.sampled, draws, strict=True)):
+            if guesses and sequence.arrival in guesses:
+                continue  # it awaits what becomes of them
             if plan.positions[output] >= sequence.prompt_length:
                 sequence.account.used += OUTPUT_WEIGHT
                 sequence.draw(None if draw is None else drawn_token(output))
 
-    def begin_again(self, plan: Plan) -> None:
-        """An interrupt struck while a step was launched, which may have run or not. To write keys and values
-        twice does no harm, but states that have moved on are of no use to sequences that have not."""
-        if self.cache.states is None:
-            return
-        for sequence in plan.sequences:
-            self.cache.states.drop(sequence.pages)
-            self._release(sequence)
+    def settle(self, drafted: Drafted, nodes: list[int]) -> None:
+        """These guesses of a step were right, and the sequence has taken them on: their keys and values are
+        its own, and those of the others as if they had never been. Settling twice is harmless."""
+        sequence = drafted.sequence
+        if self.drafting is None or sequence.computed != drafted.start + 1:
+            return  # it has lost its pages meanwhile, or was settled before an interrupt
+        self.drafting.verified(drafted, nodes)
+        if nodes != [*range(len(nodes))]:
+            self._moving[sequence.arrival] = drafted.start + 1
+            self.cache.compact(sequence.pages, drafted.start + 1, nodes)
+        sequence.account.used += OUTPUT_WEIGHT * (1 + len(nodes))
+        sequence.computed += len(nodes)
+
+    def relaunch(self, plan: Plan) -> None:
+        """An interrupt struck while a step and its moves were launched, and nobody knows which were made.
+        Those of right guesses cannot be made twice: these tokens are run again instead. Nor may states move
+        on twice: the step's sequences begin again."""
+        for sequence in self.running:
+            sequence.computed = min(sequence.computed, self._moving.get(sequence.arrival, sequence.computed))
+        self._moving.clear()
+        self.cache.drop_compactions()
+        if self.cache.states is not None:
+            for sequence in plan.sequences:
+                self.cache.states.drop(sequence.pages)
+                self._release(sequence)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues and pages agree."""
@@ -346,6 +387,25 @@ class Scheduler:
             return False  # the other's state will be behind tokens that are not this one's
         return 2 * (min(alike, sequence.restorable) - sequence.computed) >= sequence.remaining
 
+    # -------------------------------------------------------------------------------------- guesses
+
+    def _draft(self, drafting: Drafting, budget: Budget) -> None:
+        """Put guesses behind decodes, as far as they pay, in the room and on the pages that are left."""
+        decodes = [s for s, count, rows in budget.chunks if count == 1 and rows and s.speculation is not None]
+        decodes = [s for s in decodes if s.drawn is None and s.computed + 1 == s.length]
+        room = min(budget.tokens, budget.outputs)
+        if not decodes or room < 1:
+            return
+        for sequence, tree in zip(decodes, drafting.draft(decodes, budget.chunks, room), strict=True):
+            if not len(tree):
+                continue
+            reachable = self.cache.reachable_slots(sequence.pages)
+            if reachable is not None:
+                tree = tree.head(reachable - sequence.computed - 1)
+            if len(tree):
+                self.cache.grow(sequence.pages, sequence.computed + 1 + len(tree))
+                budget.draft(sequence, tree)
+
     # ------------------------------------------------------------------------------------------ seats
 
     def _seat(self, sequence: Sequence, budget: Budget) -> bool:
@@ -415,8 +475,13 @@ class Scheduler:
         self.waiting.push(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        """Take a sequence's pages away; the cache keeps those that are full of known tokens."""
-        self.cache.store(sequence.pages, sequence.token_ids, sequence.computed)
+        """Take a sequence's pages away; the cache keeps those that are full of known tokens.
+
+        The last one, full in part, is let go of: its rows are fewer than a page has, and run beside the next
+        one, which has to be run in any case, in a step that takes hardly longer for them.
+        """
+        in_place = self._moving.pop(sequence.arrival, sequence.computed)
+        self.cache.store(sequence.pages, sequence.token_ids, min(sequence.computed, in_place))
         self.cache.release(sequence.pages)
         sequence.computed = 0
         self._departures += 1

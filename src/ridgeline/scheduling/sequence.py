@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence as Many
 from typing import TYPE_CHECKING
 
 from ridgeline.cache.table import SequencePages
 from ridgeline.sampling.sampler import Chooser
+from ridgeline.types import SpeculationParams
 
 if TYPE_CHECKING:
     from ridgeline.scheduling.waiting import Account
@@ -31,7 +33,8 @@ class Sequence:
     The rest is the scheduler's: `level` is the place of the service class, 0 the highest; `standing` the
     level by which memory and seats are kept; `yields` counts how often in a row, without progress since
     `yielded_length`, it gave way to a higher one; `served` is the step in which it last had rows; `charged`
-    counts the tokens of the prompt that are on its tenant's account.
+    counts the tokens of the prompt that are on its tenant's account; `speculation` says how its tokens may be
+    guessed, None: not at all.
     """
 
     __slots__ = (
@@ -55,6 +58,7 @@ class Sequence:
         "queued",
         "running",
         "served",
+        "speculation",
         "standing",
         "token_ids",
         "yielded_length",
@@ -91,7 +95,19 @@ class Sequence:
         self.charged = 0
         self.queued = self.running = False  # whether the scheduler has it, and whether it has a seat
         self.served = -1
+        self.speculation: SpeculationParams | None = None
         self.yields = self.yielded_length = 0
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is: what was computed or said for one is not used for another."""
+        return self.pages.scope.salt
+
+    @property
+    def forced(self) -> Many[int]:
+        """The next tokens, as far as the form of the answer leaves no choice and that is known by now."""
+        constraint = self.chooser.constraint
+        return () if constraint is None else constraint.forced()
 
     @property
     def remaining(self) -> int:

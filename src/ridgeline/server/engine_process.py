@@ -8,6 +8,7 @@ that the process lives and how long the step under way has taken.
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -156,6 +157,9 @@ class EngineWorker:
             running=len(running),
             waiting=len(scheduler.waiting),
             kv_used=scheduler.cache.usage,
+            drafters={} if scheduler.drafting is None else scheduler.drafting.totals,
+            tiers=None if scheduler.cache.tiers is None else scheduler.cache.tiers.record(),
+            kv_filled=scheduler.cache.filled((each.pages, each.length) for each in running),
         )
 
     def new_steps(self) -> Iterator[Steps]:
@@ -375,6 +379,8 @@ def main() -> None:
         sys.exit(1)
     line.at_end = loaded.engine.steps.close
     worker = EngineWorker(loaded.engine, commands, line.tell)
+    gc.collect()
+    gc.freeze()  # looking through the tokenizer again and again would hold up all streams for 0.1 s each time
     line.tell(Ready(card_of(loaded)))
     threading.Thread(target=_pulses, args=(worker, line), daemon=True).start()
     try:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from ridgeline.records import StepRecord
+from ridgeline.records import DraftTotals, StepRecord, TiersRecord
 from ridgeline.types import PoolingParams, SamplingParams, ServiceClass, TokenLogprobs
 
 MAX_FRAME_BYTES = 64 << 20
@@ -182,6 +182,9 @@ class Pulse(Message, frozen=True):
     running: int
     waiting: int
     kv_used: float  # share of the pages
+    drafters: dict[str, DraftTotals] = {}  # by their names
+    tiers: TiersRecord | None = None  # of the KV cache, where there are any
+    kv_filled: float = 1.0  # share of the slots of those pages
 
 
 class Steps(Message, frozen=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import get_args
 
 import psutil  # type: ignore[import-untyped]
@@ -34,6 +35,7 @@ from ridgeline.server.messages import (
     Steps,
 )
 from ridgeline.server.step_metrics import StepMetrics
+from ridgeline.server.tier_metrics import TierMetrics
 
 _TTFT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60)
 _ITL_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2)
@@ -74,6 +76,8 @@ class Metrics:
         self._define_requests()
         self._define_http()
         self._step_metrics = StepMetrics(self.registry, self._energy_source)
+        self._tier_metrics = TierMetrics()
+        self.registry.register(self._tier_metrics)
         ProcessCollector(registry=self.registry)
         self.registry.register(_State(client, model, version))
 
@@ -145,6 +149,7 @@ class Metrics:
         elif isinstance(message, Pulse):
             self._engine_steps.inc(max(0, message.steps - self._steps))
             self._steps = message.steps
+            self._tier_metrics.take(message.tiers)
         elif isinstance(message, Steps):
             self._step_metrics.take(message.records)
         elif isinstance(message, Embedded):
@@ -157,6 +162,7 @@ class Metrics:
             self._end_badly(message.id, "aborted")
         elif isinstance(message, Failed):
             self._steps = 0
+            self._tier_metrics.end()
             for number in list(self._lives):
                 self._end_badly(number, "engine_stopped")
 
@@ -226,15 +232,34 @@ class _State(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from self._load()
+        yield from self._drafts()
         yield from self._life()
         yield from self._process_of_engine()
 
     def _load(self) -> Iterator[Metric]:
         pulse = self._client.pulse
         running, waiting, kv_used = (pulse.running, pulse.waiting, pulse.kv_used) if pulse else (0, 0, 0.0)
+        kv_filled = pulse.kv_filled if pulse else 1.0
         yield _gauge("num_requests_running", "Sequences that run.", running)
         yield _gauge("num_requests_waiting", "Sequences that wait for a seat.", waiting)
         yield _gauge("kv_cache_usage_perc", "Share of the KV cache's pages that is in use, 0 to 1.", kv_used)
+        text = "Share of those pages' slots that hold tokens, 0 to 1."
+        yield _gauge("kv_cache_filled_perc", text, kv_filled)
+
+    def _drafts(self) -> Iterator[Metric]:
+        """What guesses have brought, by drafter. Tokens of a pass are accepted / passes + 1."""
+        pulse = self._client.pulse
+        totals = {} if pulse is None else pulse.drafters
+        for name, text, value in (
+            ("num_draft_tokens", "Tokens that were guessed and verified.", attrgetter("drafted")),
+            ("num_accepted_tokens", "Of those, the ones that were right.", attrgetter("accepted")),
+            ("num_drafts", "Guesses that were verified, each for one sequence.", attrgetter("passes")),
+            ("draft_seconds", "Time that guessing took.", attrgetter("elapsed_s")),
+        ):
+            family = CounterMetricFamily(f"ridgeline_spec_decode_{name}", text, labels=["drafter"])
+            for drafter, total in totals.items():
+                family.add_metric([drafter], value(total))
+            yield family
 
     def _life(self) -> Iterator[Metric]:
         client = self._client

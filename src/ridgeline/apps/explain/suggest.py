@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ridgeline.apps.explain.run import Case, RunTimes, run_times
 from ridgeline.apps.plan.answer import BATCHES, NOTABLY
@@ -58,7 +59,8 @@ class Gains:
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """A change by one flag. The gains are of `of`: each request's speed, or the tokens per second of all."""
+    """A change by one flag. The gains are of `of`: each request's speed, or the tokens per second of all.
+    `changes` are those of the engine's settings or of the workload, none where this machine cannot try it."""
 
     kind: str
     text: str
@@ -66,6 +68,7 @@ class Suggestion:
     gains: Gains
     command: str
     caveat: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,7 @@ def _formats(subject: Subject, now: RunTimes) -> Iterator[Suggestion]:
             _gains(now, then),
             subject.command.but(weights=name),
             caveat="fewer bits cost quality: `ridgeline perplexity` says how much",
+            changes={"weights": name},
         )
 
 
@@ -145,6 +149,7 @@ def _kv_format(subject: Subject, now: RunTimes) -> Iterator[Suggestion]:
         "each request",
         _gains(now, then),
         subject.command.but(kv_format="KV8"),
+        changes={"kv_format": "KV8"},
     )
 
 
@@ -160,6 +165,7 @@ def _threads(subject: Subject, now: RunTimes) -> Iterator[Suggestion]:
         "each request",
         _gains(now, then),
         subject.command.but(threads=None),
+        changes={"threads": None},
     )
 
 
@@ -178,7 +184,8 @@ def _batch(subject: Subject, now: RunTimes) -> Iterator[Suggestion]:
             break
         gains = _gains(now, then, batch / work.batch)
         text = f"{batch} at once decode {gains.decode:.1f}x the tokens/s at {slower:.1f}x the time per token"
-        found = Suggestion("batch", text, "all tokens/s", gains, subject.at_once(batch))
+        command = subject.at_once(batch)
+        found = Suggestion("batch", text, "all tokens/s", gains, command, changes={"batch": batch})
     if found is not None and found.gains.decode >= _NOTABLE:
         yield found
 

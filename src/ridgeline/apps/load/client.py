@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +21,8 @@ MAX_ANSWER_BYTES = 4 << 20  # of an answer that is no stream
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """How every request is asked. A server may refuse the optional fields, which are then left out."""
+    """How every request is asked. A server may refuse the optional fields, which are then left out;
+    `service_tier` is sent where there is one."""
 
     model: str
     endpoint: str = "chat"
@@ -28,6 +30,7 @@ class Asking:
     ignore_eos: bool = False
     include_usage: bool = True
     timeout_s: float = 600.0
+    service_tier: str | None = None
 
     def __post_init__(self) -> None:
         if self.endpoint not in PATHS:
@@ -45,6 +48,8 @@ class Asking:
             fields["stream_options"] = {"include_usage": True}
         if self.ignore_eos:
             fields["ignore_eos"] = True
+        if self.service_tier is not None:
+            fields["service_tier"] = self.service_tier
         return msgspec.json.encode(fields)
 
 
@@ -163,10 +168,17 @@ def _message(data: bytes) -> str:
     return " ".join(text.split())[:300] or "no message"
 
 
-async def ask(connections: Connections, asking: Asking, sample: Sample) -> Answer:
-    """Send a request and read its stream to the end. What fails is in the answer's `cause`."""
+async def ask(
+    connections: Connections,
+    asking: Asking,
+    sample: Sample,
+    on_begin: Callable[[Answer], None] = lambda answer: None,
+) -> Answer:
+    """Send a request and read its stream to the end. What fails is in the answer's `cause`. `on_begin` gets
+    the answer before there is anything in it."""
     body = asking.body(sample)
     answer = Answer(sample.output_tokens or DEFAULT_OUTPUT_TOKENS, time.perf_counter())
+    on_begin(answer)
     reader = _Reader(answer)
     try:
         status = await connections.exchange(

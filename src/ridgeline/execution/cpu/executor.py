@@ -26,10 +26,30 @@ from ridgeline.execution.step_arrays import StepArrays
 from ridgeline.model.program import MemoryGroup, Program, Rope, StepLoad, Value, Weight
 from ridgeline.model.spec import RopeSpec
 from ridgeline.model.weights import Weights
-from ridgeline.native import Drawer, Matrix, StepInputs, Tape, Team, allocate, copy_page, pack
+from ridgeline.native import (
+    Drawer,
+    Matrix,
+    StepInputs,
+    Tape,
+    Team,
+    allocate,
+    copy_page,
+    copy_slots,
+    pack,
+)
 from ridgeline.precision.storage import Tensor, float32_tensor
 from ridgeline.resources.machine import choose_isa
-from ridgeline.types import ByteArray, Float32Array, Move, PageCopy, PageFill, PageSpill, Step, StepResult
+from ridgeline.types import (
+    ByteArray,
+    Float32Array,
+    Move,
+    PageCopy,
+    PageFill,
+    PageSpill,
+    SlotCopy,
+    Step,
+    StepResult,
+)
 
 if TYPE_CHECKING:
     from ridgeline.execution.cpu.packed_cache import PackedCache
@@ -170,11 +190,19 @@ class CpuExecutor:
             if isinstance(move, PageCopy):
                 for layer in self._groups[move.group].layers:
                     copy_page(self._pools[layer], move.source, move.target)
+            elif isinstance(move, SlotCopy):
+                self._copy_slots(move)
             elif isinstance(move, PageFill):
                 for page, held in self._layers(move.group, move.target, move.source):
                     page[...] = held
             else:
                 self._spill(move)
+
+    def _copy_slots(self, move: SlotCopy) -> None:
+        group = self._groups[move.group]
+        sources, targets = (np.array(slots, np.int32) for slots in (move.sources, move.targets))
+        for layer in group.layers:
+            copy_slots(self._pools[layer], group.head_dim, sources, targets)
 
     def _spill(self, move: PageSpill) -> None:
         spilled = np.empty(self.host_page_bytes[move.group], np.uint8)
@@ -263,4 +291,5 @@ def _inputs(arrays: StepArrays, logits: Float32Array) -> StepInputs:
         arrays.table_begin,
         arrays.tables,
         logits,
+        arrays.parents if len(arrays.parents) else None,
     )

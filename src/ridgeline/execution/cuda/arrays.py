@@ -142,15 +142,21 @@ class NormWeights:
 
 # An item of attention's work is a block of rows of one sequence, and which part of its memory to look at:
 # the splits `split_begin` … `split_end` − 1 of each of the segments `segment_begin` … `segment_end` − 1.
-# Its result is final where `partial` is −1, and else goes to that place of the partial results.
+# Its result is final where `partial` is −1, and else goes to that place of the partial results. Its path
+# begins at place `path` of `WorkList.paths`.
 ITEM_ROW, ITEM_ROWS, ITEM_SEGMENT_BEGIN, ITEM_SEGMENT_END = 0, 1, 2, 3
-ITEM_SPLIT_BEGIN, ITEM_SPLIT_END, ITEM_PARTIAL = 4, 5, 6
+ITEM_SPLIT_BEGIN, ITEM_SPLIT_END, ITEM_PARTIAL, ITEM_PATH = 4, 5, 6, 7
 ITEM_FIELDS = 8
 
 # A segment: slots that hold tokens, rotary position of the first one, score bias (the bits of a float32),
 # 1 where causal, and where its table of page ids begins in the group's tables.
 SEGMENT_LENGTH, SEGMENT_FIRST_POSITION, SEGMENT_BIAS, SEGMENT_CAUSAL, SEGMENT_TABLE = 0, 1, 2, 3, 4
 SEGMENT_FIELDS = 8
+
+# A path says where a row on a side branch of a tree finds what it sees: in segment `segment`, what stands in
+# slot `fork` and behind it lies in the slots that are listed from `slots` on. The first path, that of all
+# other rows, is of no segment.
+PATH_SEGMENT, PATH_FORK, PATH_SLOTS = 0, 1, 2
 
 # A merge: a block of rows whose partial results `first` … `first + count` − 1 become one, in that order.
 MERGE_ROW, MERGE_ROWS, MERGE_FIRST, MERGE_COUNT = 0, 1, 2, 3
@@ -163,7 +169,7 @@ class WorkList:
 
     `counts` (2,) says how many of `items` (capacity, ITEM_FIELDS) and `merges` (capacity, MERGE_FIELDS)
     are to be done; what follows them is left over from other steps. `segments` (capacity, SEGMENT_FIELDS),
-    `tables` (capacity,) page ids.
+    `tables` (capacity,) page ids. `paths` (capacity,) are those of a step with trees.
     """
 
     counts: Tensor
@@ -171,6 +177,7 @@ class WorkList:
     merges: Tensor
     segments: Tensor
     tables: Tensor
+    paths: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

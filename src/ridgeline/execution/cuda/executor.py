@@ -28,15 +28,26 @@ from ridgeline.execution.cuda.inputs import StepInputs, StepSize
 from ridgeline.execution.cuda.kernels.pages import copy_pages, independent_runs
 from ridgeline.execution.cuda.launches import CudaLaunch, Run
 from ridgeline.execution.cuda.lower import lower
+from ridgeline.execution.cuda.slots import copy_slots
 from ridgeline.execution.cuda.weights import DeviceWeights
-from ridgeline.execution.cuda.work_list import attention_work
+from ridgeline.execution.cuda.work_list import attention_work, branch_paths
 from ridgeline.execution.draw import NOT_DRAWN, Drawer, RowDrawer
 from ridgeline.execution.lowering import Footprint, WorkModel
 from ridgeline.execution.step_arrays import StepArrays
 from ridgeline.model.program import MemoryGroup, Program, StepLoad
 from ridgeline.model.weights import Weights
 from ridgeline.resources.machine import choose_isa, usable_cores
-from ridgeline.types import CapacityError, Draw, Move, PageFill, PageSpill, Step, StepResult, StepWork
+from ridgeline.types import (
+    CapacityError,
+    Draw,
+    Move,
+    PageFill,
+    PageSpill,
+    SlotCopy,
+    Step,
+    StepResult,
+    StepWork,
+)
 
 _DRAWING_THREADS = 8
 """Threads of the host that draw from logits which have come there, where there are as many cores."""
@@ -146,14 +157,16 @@ class CudaExecutor:
         groups = handle.program.groups
         arrays = StepArrays.of(step, len(groups))
         draws = step.draws or (None,) * step.outputs
-        size = StepSize(step.rows, step.outputs, step.rows == len(step.sequences))
+        paths = branch_paths(arrays) if len(arrays.parents) else None
+        size = StepSize(step.rows, step.outputs, step.rows == len(step.sequences), paths is not None)
         bucket = handle.graphs.bucket(size) if self._use_graphs else None
         target = bucket or size
-        work = [attention_work(arrays, *handle.binding.work_rule(g, target)) for g in range(len(groups))]
+        rules = [handle.binding.work_rule(group, target) for group in range(len(groups))]
+        work = [attention_work(arrays, *rule, paths=paths) for rule in rules]
         self._turns.reverse()
         turn = self._turns[0]
         turn.started.record()
-        if self._inputs.fill(arrays, draws, target, work):
+        if self._inputs.fill(arrays, draws, target, work, paths):
             for book in self._books:  # all programs read the same inputs
                 book.clear()
         handle.binding.make_room(target)
@@ -208,6 +221,9 @@ class CudaExecutor:
             spill_pages(pool, moves, self._device)
         elif kind is PageFill:
             fill_pages(pool, moves, self._device)
+        elif kind is SlotCopy:
+            for move in moves:
+                copy_slots(pool, move, self._device)
         else:
             for pairs in independent_runs([(m.source, m.target) for m in moves]):
                 where = torch.tensor(pairs, dtype=torch.int32).to(self._device.where)

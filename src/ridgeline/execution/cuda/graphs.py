@@ -3,7 +3,7 @@
 A graph is recorded for a bucket: so many rows and outputs, and whether every sequence has a single row. A
 step runs in the smallest bucket that holds it, filled up with rows that nobody reads; attention's work list
 lies in buffers of fixed size, so a graph knows nothing of sequences and contexts. A step that fits no
-bucket runs eagerly with the same kernels.
+bucket, or has paths of a tree's side branches, runs eagerly with the same kernels.
 
 A bucket's first step runs eagerly in the bucket's size, which compiles its kernels; its second records.
 """
@@ -57,7 +57,7 @@ class GraphBook:
         """
         sizes = self._single if size.single else self._mixed
         place = bisect_left(sizes, size.rows)
-        if place == len(sizes) or size.outputs > self._single[-1]:
+        if place == len(sizes) or size.outputs > self._single[-1] or size.paths:
             return None
         rows = sizes[place]
         outputs = rows if size.single else self._single[-1] if size.outputs else 0

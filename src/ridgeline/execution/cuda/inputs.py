@@ -21,7 +21,7 @@ from ridgeline.execution.cuda.arrays import (
     WorkList,
 )
 from ridgeline.execution.cuda.device import Device
-from ridgeline.execution.cuda.work_list import HostWork, segment_records
+from ridgeline.execution.cuda.work_list import HostWork, Paths, segment_records
 from ridgeline.execution.step_arrays import StepArrays
 from ridgeline.types import Draw
 
@@ -31,11 +31,13 @@ _IN_FLIGHT = 2
 
 @dataclass(frozen=True, slots=True)
 class StepSize:
-    """What kernels are launched for: rows, outputs, and whether every sequence has a single row."""
+    """What kernels are launched for: rows, outputs, whether every sequence has a single row, and whether
+    there are paths, of rows on side branches of trees."""
 
     rows: int
     outputs: int
     single: bool
+    paths: bool = False
 
 
 class Mirror:
@@ -80,8 +82,8 @@ class Mirror:
 
 
 class StepInputs:
-    """The arrays of the step that is launched next. Tables and segments grow when a step needs more; their
-    place then changes, and `fill` says so.
+    """The arrays of the step that is launched next. Tables, segments and paths grow when a step needs more;
+    their place then changes, and `fill` says so.
 
     `drawn` (outputs,) int32 holds the tokens of the step before until this step draws its own.
     """
@@ -112,29 +114,38 @@ class StepInputs:
         self._draws = Mirror(device, torch.int64, {"draws": (max_rows, DRAW_FIELDS)})
         self.draws = self._draws["draws"]
         self.drawn = torch.full((max_rows,), -1, dtype=torch.int32, device=device.where)
-        self._grow(max_pages, 256)
+        self._grow(max_pages, 256, 1024)
 
-    def work(self, group: int) -> WorkList:
-        """Attention's work for a memory group."""
+    def work(self, group: int, paths: bool = False) -> WorkList:
+        """Attention's work for a memory group, of a step with paths or without."""
         return WorkList(
             self._rows["counts"][group],
             self._rows[f"items{group}"],
             self._rows[f"merges{group}"],
             self._memory["segments"],
             self._memory[f"tables{group}"],
+            self._memory["paths"] if paths else None,
         )
 
     def fill(
-        self, arrays: StepArrays, draws: Sequence[Draw | None], size: StepSize, work: Sequence[HostWork]
+        self,
+        arrays: StepArrays,
+        draws: Sequence[Draw | None],
+        size: StepSize,
+        work: Sequence[HostWork],
+        paths: Paths | None = None,
     ) -> bool:
         """Send a step to the device, filled up to `size` with rows that nobody reads. Returns whether
         buffers had to move."""
-        moved = self._fit(arrays)
+        moved = self._fit(arrays, 0 if paths is None else len(paths.records))
         self._fill_rows(arrays, draws, size, work)
         memory = self._memory.begin()
         segments = segment_records(arrays)
         memory["segments"][: len(segments)] = segments
         used = {"segments": segments.size}
+        if paths is not None:
+            memory["paths"][: len(paths.records)] = paths.records
+            used["paths"] = len(paths.records)
         for group, table in enumerate(arrays.tables):
             memory[f"tables{group}"][: len(table)] = table
             used[f"tables{group}"] = len(table)
@@ -169,18 +180,19 @@ class StepInputs:
             host[f"merges{group}"][: len(mine.merges)] = mine.merges
         self._rows.send()
 
-    def _fit(self, arrays: StepArrays) -> bool:
-        pages, segments = arrays.tables.shape[1], len(arrays.segment_length)
-        if pages <= self._pages and segments <= self._segments:
+    def _fit(self, arrays: StepArrays, paths: int) -> bool:
+        wanted = (arrays.tables.shape[1], len(arrays.segment_length), paths)
+        if all(count <= room for count, room in zip(wanted, self._room, strict=True)):
             return False
-        self._grow(max(self._pages, 2 * pages), max(self._segments, 2 * segments))
+        self._grow(*(max(room, 2 * count) for count, room in zip(wanted, self._room, strict=True)))
         return True
 
-    def _grow(self, pages: int, segments: int) -> None:
+    def _grow(self, pages: int, segments: int, paths: int) -> None:
         shapes: dict[str, tuple[int, ...]] = {f"tables{g}": (pages,) for g in range(self._groups)}
         shapes["segments"] = (segments, SEGMENT_FIELDS)
+        shapes["paths"] = (paths,)
         self._memory = Mirror(self._device, torch.int32, shapes)
-        self._pages, self._segments = pages, segments
+        self._room = (pages, segments, paths)
 
 
 def draw_record(draw: Draw | None) -> tuple[int, ...]:

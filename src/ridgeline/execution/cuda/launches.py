@@ -269,7 +269,7 @@ class AttentionLaunch(Launch):
                 to.tensor(self.out, size),
                 pool,
                 to.inputs.positions[: size.rows],
-                to.inputs.work(op.group),
+                to.inputs.work(op.group, size.paths),
                 partials,
                 scale=op.scale,
                 window=op.window,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ridgeline.execution.cuda.arrays import (
     ITEM_FIELDS,
     ITEM_PARTIAL,
+    ITEM_PATH,
     ITEM_ROW,
     ITEM_ROWS,
     ITEM_SEGMENT_BEGIN,
@@ -61,6 +62,15 @@ class HostWork:
 
 
 @dataclass(frozen=True, slots=True)
+class Paths:
+    """Paths of a step with trees, int32: the `records` one behind the other, as `arrays.PATH_*` lays them
+    out, and where each row's begins, (rows,): at 0 for all rows but those on side branches."""
+
+    records: Int32Array
+    of_row: Int32Array
+
+
+@dataclass(frozen=True, slots=True)
 class _Blocks:
     """Rows of one sequence each: the first one, how many, the sequence, positions of the first and last."""
 
@@ -100,16 +110,18 @@ def attention_work(
     block_rows: int,
     limits: WorkLimits,
     split_tokens: int = SPLIT_TOKENS,
+    paths: Paths | None = None,
 ) -> HostWork:
     """Items and merges of a step for a memory group with this window.
 
-    Rows form blocks of at most `block_rows` rows of a sequence. A block is one item that gives the final
+    Rows form blocks of at most `block_rows` rows of a sequence, those with a path of their own each a block.
+    A block is one item that gives the final
     result, unless it sees clearly more splits than a program's even share of the step: then each split that
     it sees becomes an item with a partial result, and a merge follows. Blocks that see most are cut first,
     as far as the limits go. Raises ValueError where there are more blocks than `limits.items`; there never
     are where the limit is at least the number of rows.
     """
-    blocks = _row_blocks(arrays, block_rows)
+    blocks = _row_blocks(arrays, block_rows, paths)
     if len(blocks.row) > limits.items:
         raise ValueError(f"{len(blocks.row)} blocks of rows do not fit into {limits.items} items")
     if not len(blocks.row):
@@ -121,18 +133,41 @@ def attention_work(
     whole = _whole_items(arrays, blocks, views)
     if len(pieces):
         whole = np.concatenate((whole[~cut], pieces))
+    if paths is not None:
+        whole[:, ITEM_PATH] = paths.of_row[whole[:, ITEM_ROW]]
     return HostWork(whole, merges, len(pieces))
 
 
-def _row_blocks(arrays: StepArrays, block_rows: int) -> _Blocks:
+def branch_paths(arrays: StepArrays) -> Paths | None:
+    """The paths of a step's rows that lie elsewhere than they stand; None where there are none."""
+    of_row = np.zeros(len(arrays.slots), np.int32)
+    records = [-1, 0]
+    for sequence in range(len(arrays.segment_begin) - 1):
+        if not arrays.is_tree(sequence):
+            continue
+        segment = int(arrays.segment_begin[sequence + 1]) - 1
+        start = int(arrays.slots[arrays.sequence_row_begin[sequence]])
+        for row in range(*arrays.sequence_row_begin[sequence : sequence + 2].tolist()):
+            if arrays.positions[row] - arrays.segment_first_position[segment] != arrays.slots[row]:
+                of_row[row] = len(records)
+                records += [segment, start, *arrays.path_slots(row).tolist()]
+    return Paths(np.array(records, np.int32), of_row) if len(records) > 2 else None
+
+
+def _row_blocks(arrays: StepArrays, block_rows: int, paths: Paths | None) -> _Blocks:
     row_begin = arrays.sequence_row_begin
     if len(row_begin) - 1 == len(arrays.positions) == row_begin[-1] and (np.diff(row_begin) == 1).all():
         ones = np.ones(len(arrays.positions), np.int32)  # a decode step: every sequence has one row
         return _Blocks(row_begin[:-1], ones, arrays.row_sequence, arrays.positions, arrays.positions)
-    sequence, place = _numbered(-(-np.diff(row_begin) // block_rows))
-    row = row_begin[sequence] + place * block_rows
-    rows = np.minimum(block_rows, row_begin[sequence + 1] - row)
-    return _Blocks(row, rows, sequence, arrays.positions[row], arrays.positions[row + rows - 1])
+    begin = row_begin
+    if paths is not None:
+        begin = np.unique(np.concatenate((row_begin, np.flatnonzero(paths.of_row)))).astype(np.int32)
+    run, place = _numbered(-(-np.diff(begin) // block_rows))
+    row = begin[run] + place * block_rows
+    rows = np.minimum(block_rows, begin[run + 1] - row)
+    return _Blocks(
+        row, rows, arrays.row_sequence[row], arrays.positions[row], arrays.positions[row + rows - 1]
+    )
 
 
 def _views(arrays: StepArrays, blocks: _Blocks, window: int | None, split_tokens: int) -> _Views:

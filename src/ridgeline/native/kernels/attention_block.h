@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "attention.h"
+#include "attention_path.h"
 #include "rows.h"
 #include "vector_math.h"
 
@@ -85,6 +86,7 @@ struct Buffers {
   const uint16_t** rounded_q;
   SlotRange* visible;
   State split, total;
+  uint8_t* path;  // pages of a tile
 };
 
 RIDGELINE_INLINE Buffers lay_out(const AttentionLaunch& launch, Arena& arena) {
@@ -103,6 +105,7 @@ RIDGELINE_INLINE Buffers lay_out(const AttentionLaunch& launch, Arena& arena) {
   b.visible = arena.take<SlotRange>(queries);
   b.split = arena.take_state(queries, stride);
   b.total = arena.take_state(queries, stride);
+  b.path = arena.take<uint8_t>(kTilePages * page_bytes(launch.pool.format, launch.head_dim));
   return b;
 }
 
@@ -154,7 +157,11 @@ class BlockTask {
     clear(state);
     for (int i = 0; i < queries_; ++i) store(b_.lanes + 16 * i, zero());
     for (int tile = slots.begin / kTileSlots * kTileSlots; tile < slots.end; tile += kTileSlots) {
-      run_tile(segment, tile, clip(slots, tile, tile + kTileSlots), all.end, state);
+      const SlotRange own = clip(slots, tile, tile + kTileSlots);
+      if (block_.fork < tile + kTileSlots && segment + 1 == step_.segment_begin[block_.sequence + 1])
+        run_tree_tile(segment, tile, own, state);
+      else
+        run_tile(segment, tile, own, all.end, {0, block_.row_count}, state);
     }
     for (int i = 0; i < queries_; ++i) state.sum[i] = reduce_add(load(b_.lanes + 16 * i));
   }
@@ -229,31 +236,56 @@ class BlockTask {
     }
   }
 
-  // The page of a slot, for this head.
-  const uint8_t* page_of(int segment, int slot) const {
-    const int32_t* table = step_.tables + launch_.group * step_.pages + step_.table_begin[segment];
-    return launch_.pool.head(table[slot / kPageTokens], launch_.kv_heads, kv_head_, launch_.head_dim);
-  }
-
   void prefetch_page(const uint8_t* page) const {
     const size_t bytes = page_bytes(launch_.pool.format, launch_.head_dim);
     for (size_t i = 0; i < bytes; i += kLineBytes) prefetch(page + i);
   }
 
+  // Rows of the block.
+  struct Rows {
+    int begin, count;
+  };
+
   // Slots [slots.begin, slots.end) of the tile that begins at slot `begin`; pages of others are not touched.
-  void run_tile(int segment, int begin, SlotRange slots, int next_end, const State& state) {
-    const SlotRange own{slots.begin - begin, slots.end - begin};
-    const PageRange pages{own.begin / kPageTokens, (own.end + kPageTokens - 1) / kPageTokens};
+  void run_tile(int segment, int begin, SlotRange slots, int next_end, Rows rows, const State& state) {
     for (int slot = begin + kTileSlots; slot < begin + 2 * kTileSlots && slot < next_end;
          slot += kPageTokens) {
-      prefetch_page(page_of(segment, slot));
+      prefetch_page(page_of(launch_, step_, segment, kv_head_, slot));
     }
+    const PageRange pages = pages_of(begin, slots);
+    TilePages held{};
+    for (int p = pages.begin; p < pages.end; ++p)
+      held.page[p] = page_of(launch_, step_, segment, kv_head_, begin + p * kPageTokens);
+    run_tile(segment, begin, slots, held, rows, state);
+  }
+
+  // A tile in which not all rows see their slots in order: those that do together, the others one by one.
+  void run_tree_tile(int segment, int begin, SlotRange slots, const State& state) {
+    if (block_.in_place > 0) {
+      const SlotRange first = b_.visible[0], last = b_.visible[(block_.in_place - 1) * ratio_];
+      const SlotRange own = clip(slots, first.begin, last.end);
+      if (own.begin < own.end) run_tile(segment, begin, own, last.end, {0, block_.in_place}, state);
+    }
+    for (int i = block_.in_place; i < block_.row_count; ++i) {
+      const SlotRange own = clip(slots, b_.visible[i * ratio_].begin, b_.visible[i * ratio_].end);
+      if (own.begin >= own.end) continue;
+      const PathRow row{block_.row_begin + i, segment, kv_head_};
+      const TilePages held = path_pages(launch_, step_, row, begin, pages_of(begin, own), b_.path);
+      run_tile(segment, begin, own, held, {i, 1}, state);
+    }
+  }
+
+  static PageRange pages_of(int begin, SlotRange slots) {
+    return {(slots.begin - begin) / kPageTokens, (slots.end - begin + kPageTokens - 1) / kPageTokens};
+  }
+
+  void run_tile(int segment, int begin, SlotRange slots, const TilePages& held, Rows rows, const State& state) {
+    const SlotRange own{slots.begin - begin, slots.end - begin};
+    const PageRange pages = pages_of(begin, slots);
     const auto run_on = [&](auto source) {
-      for (int p = pages.begin; p < pages.end; ++p) {
-        const uint8_t* page = page_of(segment, begin + p * kPageTokens);
-        source.page[p] = reinterpret_cast<std::remove_reference_t<decltype(source.page[p])>>(page);
-      }
-      run_tile(source, begin, own, pages, step_.segment_bias[segment], state);
+      for (int p = pages.begin; p < pages.end; ++p)
+        source.page[p] = reinterpret_cast<std::remove_reference_t<decltype(source.page[p])>>(held.page[p]);
+      run_tile(source, begin, own, pages, step_.segment_bias[segment], rows, state);
     };
     switch (launch_.pool.format) {
       case KvFormat::bf16: return run_on(Bf16Pages{{}, launch_.head_dim});
@@ -265,14 +297,15 @@ class BlockTask {
   // A single row sees all of the slots, so nothing is masked and its few queries read the pages as they are.
   // A few queries go through all of it before the next ones: what they need stays in the first-level cache.
   template <class Pages>
-  void run_tile(const Pages& source, int begin, SlotRange slots, PageRange pages, float bias,
+  void run_tile(const Pages& source, int begin, SlotRange slots, PageRange pages, float bias, Rows rows,
                 const State& state) {
-    const bool alone = block_.row_count == 1;
+    const bool alone = rows.count == 1;
     if (!alone && !packed_) widen_keys(source, pages);
     const bool finite = alone || widen_values(source, slots, pages);
-    by_queries(queries_, [&](auto count, int first) RIDGELINE_INLINED {
+    by_queries(rows.count * ratio_, [&](auto count, int place) RIDGELINE_INLINED {
       constexpr int kQueries = decltype(count)::value;
-      score_queries<kQueries>(source, pages, first);
+      const int first = rows.begin * ratio_ + place;
+      score_queries<kQueries>(source, alone, pages, first);
       for (int i = first; i < first + kQueries; ++i) softmax(source, i, begin, pages, bias, state);
       const float *p = b_.p + first * kTileSlots, *decay = b_.decay + first;
       float* o = state.o + first * b_.value_stride;
@@ -283,13 +316,13 @@ class BlockTask {
   }
 
   template <int kQueries, class Pages>
-  void score_queries(const Pages& source, PageRange pages, int first) const {
+  void score_queries(const Pages& source, bool alone, PageRange pages, int first) const {
     float* out = b_.p + first * kTileSlots;
     if constexpr (std::is_same_v<Pages, Bf16Pages>) {
       if (packed_)
         return score<kQueries>(PackedKeys{source}, pages, b_.rounded_q + first, launch_.head_dim, out);
     }
-    if (block_.row_count == 1) return score<kQueries>(source, pages, b_.q + first, launch_.head_dim, out);
+    if (alone) return score<kQueries>(source, pages, b_.q + first, launch_.head_dim, out);
     score<kQueries>(b_.widened, pages, b_.q + first, launch_.head_dim, out);
   }
 

@@ -59,7 +59,7 @@ InputRows gather(const ExpertLaunch& launch, const int32_t* pairs, int count, ui
 // Pairs of tiles [first, last) for the rows of a block.
 void run_block(const ExpertLaunch& launch, const StepView& step, const RouteBlock& block, int64_t first,
                int64_t last, uint8_t* scratch) {
-  alignas(64) float y[kMaxTokens * kResultStride];
+  alignas(64) float y[kMaxTokens * kResultStride], gate[kMaxTokens * kResultStride];
   const LinearPart part = part_of(launch.part, block.expert);
   const int32_t* pairs = launch.routes.pairs() + block.begin;
   for (int begin = 0; begin < block.count; begin += kMaxTokens) {
@@ -67,7 +67,7 @@ void run_block(const ExpertLaunch& launch, const StepView& step, const RouteBloc
     const InputRows x = gather(launch, pairs + begin, tokens, scratch);
     for (int64_t pair = first; pair < last; ++pair) {
       const PairInput in{part, x, pair};
-      compute_pair(in, tokens, y);
+      compute_pair(in, tokens, y, gate);
       for (int t = 0; t < tokens; ++t) write_values(in, step, pairs[begin + t], 1, y + t * kResultStride);
     }
   }

@@ -5,6 +5,26 @@ RIDGELINE_BEGIN
 
 namespace {
 
+// Most rows of a unit whose weights are unpacked for all of its rows, and least for which that pays off: with
+// scales for each half of a group only one tile is multiplied at once otherwise.
+constexpr int64_t kPanelRows = 264, kLeastPanelRows = 48, kLeastHalvesRows = 24;
+constexpr int64_t kRegisterRows = 12;  // whole register tiles of any number of rows
+
+bool uses_panels(const MatrixView& matrix, int64_t rows) {
+  const int64_t least = has_halves(matrix.storage) ? kLeastHalvesRows : kLeastPanelRows;
+  return has_panels(matrix.storage) && rows >= least;
+}
+
+bool uses_panels(const LinearPart& part, int64_t rows) {
+  return uses_panels(part.matrix, rows) && (part.gate.data == nullptr || uses_panels(part.gate, rows));
+}
+
+bool uses_panels(const LinearLaunch& launch, int64_t rows) {
+  bool any = false;
+  for (const LinearPart& part : launch.parts) any = any || uses_panels(part, rows);
+  return any;
+}
+
 // How a launch is cut into units. It decides who computes what, never how.
 struct Cut {
   int64_t pairs;           // of output tiles, over all parts
@@ -13,12 +33,20 @@ struct Cut {
   int64_t pair_units, units;
 };
 
+// Even runs of rows, enough of them to give every worker something to do.
+int64_t panel_rows(int64_t rows, int64_t pairs, int threads) {
+  int64_t runs = (rows + kPanelRows - 1) / kPanelRows;
+  while (pairs * runs < 4 * threads && rows / (2 * runs) >= 2 * kLeastPanelRows) runs *= 2;
+  return int64_t(round_up(size_t((rows + runs - 1) / runs), kRegisterRows));
+}
+
 Cut cut(const LinearLaunch& launch, int64_t rows, int threads) {
   constexpr int64_t kRowsPerUnit = 66, kUnitsPerWorker = 8;
   constexpr int64_t kBytesPerUnit = 128 << 10;  // of weights, to stay in the second-level cache
   Cut c{};
   for (const LinearPart& part : launch.parts) c.pairs += pair_count(part.matrix);
   c.rows_per_unit = rows < kRowsPerUnit ? rows : kRowsPerUnit;
+  if (uses_panels(launch, rows)) c.rows_per_unit = panel_rows(rows, c.pairs, threads);
   const int64_t row_units = (rows + c.rows_per_unit - 1) / c.rows_per_unit;
   const LinearPart& part = launch.parts.front();
   const int64_t fitting = kBytesPerUnit / pair_bytes(part),
@@ -30,40 +58,66 @@ Cut cut(const LinearLaunch& launch, int64_t rows, int threads) {
   return c;
 }
 
-void run_pair(const PairInput& in, const StepView& step, int64_t row, int tokens) {
-  alignas(64) float y[kMaxTokens * kResultStride];
-  compute_pair(in, tokens, y);
-  write_values(in, step, row, tokens, y);
+// Where a worker keeps the results of a pair, and of its gates.
+struct Results {
+  float *y, *gate;
+};
+
+// Pairs [first, first + count) of a part for some rows, at most `most` at once.
+struct Span {
+  int64_t first, count, begin, end;
+};
+void run_pairs(const LinearLaunch& launch, const LinearPart& part, const StepView& step, const Span& span,
+               int64_t most, const Results& results) {
+  // A few rows stay in the first-level cache while the unit's weights pass from the second.
+  const int64_t rows = span.end - span.begin, blocks = (rows + most - 1) / most;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t row = span.begin + rows * block / blocks;
+    const int count = int(span.begin + rows * (block + 1) / blocks - row);
+    const InputRows x{launch.x.data + row * launch.x.row_bytes, launch.x.row_bytes};
+    for (int64_t pair = span.first; pair < span.first + span.count; ++pair) {
+      const PairInput in{part, x, pair};
+      compute_pair(in, count, results.y, results.gate);
+      write_values(in, step, row, count, results.y);
+    }
+  }
 }
 
-// Pairs [first, first + count) of all parts, for a few rows.
-void run_pairs(const LinearLaunch& launch, const StepView& step, int64_t first, int64_t count, int64_t row,
-               int tokens) {
-  const InputRows x{launch.x.data + row * launch.x.row_bytes, launch.x.row_bytes};
+// Pairs of all parts, counted through.
+void run_unit(const LinearLaunch& launch, const StepView& step, Span span, uint8_t* scratch) {
+  alignas(64) float y[kMaxTokens * kResultStride], gate[kMaxTokens * kResultStride];
+  float* many = reinterpret_cast<float*>(scratch);
   for (const LinearPart& part : launch.parts) {
-    const int64_t pairs = pair_count(part.matrix);
-    for (; first < pairs && count > 0; ++first, --count) run_pair({part, x, first}, step, row, tokens);
-    if (count == 0) return;
-    first -= pairs;
+    const int64_t left = pair_count(part.matrix) - span.first, count = span.count < left ? span.count : left;
+    const bool panels = uses_panels(part, span.end - span.begin);
+    if (count > 0) {
+      const Results results = panels ? Results{many, many + kPanelRows * kResultStride} : Results{y, gate};
+      const Span some = {span.first, count, span.begin, span.end};
+      run_pairs(launch, part, step, some, panels ? kPanelRows : kMaxTokens, results);
+      span.count -= count;
+      span.first = 0;
+    } else {
+      span.first = -left;
+    }
+    if (span.count == 0) return;
   }
 }
 
 }  // namespace
+
+size_t linear_scratch_bytes(const LinearLaunch& launch) {
+  return uses_panels(launch, kPanelRows) ? 2 * sizeof(float) * size_t(kPanelRows * kResultStride) : 0;
+}
 
 void linear(const LinearLaunch& launch, const StepView& step, Worker& worker) {
   const int64_t rows = launch.outputs_only ? step.outputs : step.rows;
   if (rows == 0) return;
   const Cut c = cut(launch, rows, worker.team->threads());
   worker.for_units(c.units, [&](int64_t unit) {
-    const int64_t row_begin = unit / c.pair_units * c.rows_per_unit;
-    const int64_t row_end = row_begin + c.rows_per_unit < rows ? row_begin + c.rows_per_unit : rows;
-    // A few rows stay in the first-level cache while the unit's weights pass from the second.
-    const int64_t count = row_end - row_begin, blocks = (count + kMaxTokens - 1) / kMaxTokens;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t row = row_begin + count * block / blocks;
-      const int tokens = int(row_begin + count * (block + 1) / blocks - row);
-      run_pairs(launch, step, unit % c.pair_units * c.pairs_per_unit, c.pairs_per_unit, row, tokens);
-    }
+    const int64_t begin = unit / c.pair_units * c.rows_per_unit;
+    const int64_t end = begin + c.rows_per_unit < rows ? begin + c.rows_per_unit : rows;
+    const int64_t first = unit % c.pair_units * c.pairs_per_unit;
+    run_unit(launch, step, {first, c.pairs_per_unit, begin, end}, worker.scratch);
   });
 }
 

@@ -4,7 +4,7 @@
 
 #include "bf16_tile.h"
 #include "float_tile.h"
-#include "quantised_tile.h"
+#include "panel_tile.h"
 
 RIDGELINE_BEGIN
 
@@ -14,6 +14,12 @@ void multiply_tiles(Storage storage, const TileInput& in, int tokens, float* y);
 void multiply_groups_tiles(Storage storage, const TileInput& in, int tokens, float* y);
 void multiply_k_tiles(Storage storage, const TileInput& in, int tokens, float* y);
 void multiply_super_tiles(Storage storage, const TileInput& in, int tokens, float* y);
+
+// Of more than kMaxTokens rows and a storage that has panels (panel_tile.h).
+void multiply_panels(Storage storage, const TileInput& in, int rows, float* y);
+void multiply_groups_panels(Storage storage, const TileInput& in, int rows, float* y);
+void multiply_k_panels(Storage storage, const TileInput& in, int rows, float* y);
+void multiply_super_panels(Storage storage, const TileInput& in, int rows, float* y);
 
 template <Storage kStorage, int kTiles, int kTokens>
 RIDGELINE_INLINE void one_kernel(const TileInput& in, float* y) {
@@ -40,6 +46,11 @@ RIDGELINE_INLINE void multiply_tiles_of(Storage storage, const TileInput& in, in
     if (tokens != kTokens) return;
     ((storage == kStorages ? multiply_pair<kStorages, kTokens>(in, y) : void()), ...);
   });
+}
+
+template <Storage... kStorages>
+RIDGELINE_INLINE void multiply_panels_of(Storage storage, const TileInput& in, int rows, float* y) {
+  ((storage == kStorages ? storage_panels<kStorages>(in, rows, y) : void()), ...);
 }
 
 RIDGELINE_END

@@ -22,12 +22,14 @@ RIDGELINE_INLINE int64_t pair_bytes(const LinearPart& part) {
   return int64_t(tile_bytes(part.matrix.storage, part.matrix.cols)) * (part.gate.data != nullptr ? 4 : 2);
 }
 
-void multiply(const PairInput& in, const MatrixView& matrix, int tokens, float* y) {
+// More than kMaxTokens rows are for storages that have panels.
+void multiply(const PairInput& in, const MatrixView& matrix, int rows, float* y) {
   const int64_t bytes = int64_t(tile_bytes(matrix.storage, matrix.cols)), tile = 2 * in.pair;
   const bool both = tile + 1 < tile_count(matrix.rows);
-  const uint8_t* first = matrix.data + tile * bytes;
-  multiply_tiles(matrix.storage, {first, both ? bytes : 0, in.x.data, in.x.row_bytes, matrix.cols}, tokens, y);
-  for (int t = 0; !both && t < tokens; ++t) store(y + t * kResultStride + kTileRows, zero());
+  const TileInput tiles = {matrix.data + tile * bytes, both ? bytes : 0, in.x.data, in.x.row_bytes,
+                           matrix.cols};
+  (rows > kMaxTokens ? multiply_panels : multiply_tiles)(matrix.storage, tiles, rows, y);
+  for (int t = 0; !both && t < rows; ++t) store(y + t * kResultStride + kTileRows, zero());
 }
 
 RIDGELINE_INLINE vfloat load_bias(const float* bias, int64_t column, int64_t width) {
@@ -53,13 +55,12 @@ void finish_values(const PairInput& in, int tokens, float* y, const float* gate)
   });
 }
 
-// y[t][0..31] = the pair's results for row t; 1 <= tokens <= kMaxTokens.
-void compute_pair(const PairInput& in, int tokens, float* y) {
-  alignas(64) float gate[kMaxTokens * kResultStride];
+// y[t][0..31] = the pair's results for row t. `gate` is as large as y.
+void compute_pair(const PairInput& in, int rows, float* y, float* gate) {
   const bool has_gate = in.part.gate.data != nullptr;
-  multiply(in, in.part.matrix, tokens, y);
-  if (has_gate) multiply(in, in.part.gate, tokens, gate);
-  finish_values(in, tokens, y, has_gate ? gate : nullptr);
+  multiply(in, in.part.matrix, rows, y);
+  if (has_gate) multiply(in, in.part.gate, rows, gate);
+  finish_values(in, rows, y, has_gate ? gate : nullptr);
 }
 
 // Results of `tokens` rows from `row` of the target.

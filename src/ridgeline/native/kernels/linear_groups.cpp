@@ -9,4 +9,8 @@ void multiply_groups_tiles(Storage storage, const TileInput& in, int tokens, flo
   multiply_tiles_of<q5_0, q5_1, iq4_nl, mxfp4>(storage, in, tokens, y);
 }
 
+void multiply_groups_panels(Storage storage, const TileInput& in, int rows, float* y) {
+  multiply_panels_of<q5_0, q5_1, iq4_nl, mxfp4>(storage, in, rows, y);
+}
+
 RIDGELINE_END

@@ -23,4 +23,10 @@ void multiply_tiles(Storage storage, const TileInput& in, int tokens, float* y) 
   }
 }
 
+void multiply_panels(Storage storage, const TileInput& in, int rows, float* y) {
+  multiply_groups_panels(storage, in, rows, y);
+  multiply_k_panels(storage, in, rows, y);
+  multiply_super_panels(storage, in, rows, y);
+}
+
 RIDGELINE_END

@@ -23,7 +23,7 @@
 //   dot_bf16, kFastBf16Dot                        adds the products of 16 pairs of bfloat16; how it rounds is
 //                                                 the backend's; fast where it is one instruction
 //   store_codes                                   16 int32 as int8, saturated
-//   prefetch                                      into the second-level cache
+//   prefetch, prefetch_near                       into the second-level cache, and the first
 // Every function is inlined: a kernel's object file must hold no code that another ISA level could link to.
 #pragma once
 

@@ -314,5 +314,6 @@ RIDGELINE_INLINE void store_codes(int8_t* p, vint a) {
   }
 }
 RIDGELINE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+RIDGELINE_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 RIDGELINE_END

@@ -262,5 +262,6 @@ RIDGELINE_INLINE void store_codes(int8_t* p, vint a) {
   for (int i = 0; i < 16; ++i) p[i] = int8_t(a[i] < -128 ? -128 : a[i] > 127 ? 127 : a[i]);
 }
 RIDGELINE_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+RIDGELINE_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 RIDGELINE_END

@@ -19,6 +19,7 @@ void combine(const CombineLaunch&, const StepView&, Worker&);
 void softcap(const SoftcapLaunch&, const StepView&, Worker&);
 void rope_store(const RopeStoreLaunch&, const StepView&, Worker&);
 void attention(const AttentionLaunch&, const StepView&, Worker&);
+size_t linear_scratch_bytes(const LinearLaunch&);
 size_t attention_scratch_bytes(const AttentionLaunch&);
 size_t expert_scratch_bytes(const ExpertLaunch&);
 size_t route_partial_bytes(const RouteLaunch&);
@@ -42,6 +43,7 @@ const Kernels kernels = {RIDGELINE_NAME(RIDGELINE_ISA),
                          softcap,
                          rope_store,
                          attention,
+                         linear_scratch_bytes,
                          attention_scratch_bytes,
                          expert_scratch_bytes,
                          route_partial_bytes,

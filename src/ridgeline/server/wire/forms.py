@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from ridgeline.server.errors import bad_request
 from ridgeline.server.wire.base import Accepts, Body, anything, only
-from ridgeline.types import StructuredOutputsParams
+from ridgeline.types import SpeculationParams, StructuredOutputsParams
 
 
 class JsonSchema(Body):
@@ -67,8 +67,18 @@ class StructuredOutputs(Body):
         return StructuredOutputsParams(**given)
 
 
+class Speculation(Body):
+    drafter: str = "auto"
+    max_tokens: int | None = None
+
+    def params(self) -> SpeculationParams:
+        """Raises RequestError."""
+        return SpeculationParams(self.drafter, self.max_tokens)
+
+
 ResponseFormatField = Annotated[ResponseFormat, _checked(ResponseFormat)]
 StructuredOutputsField = Annotated[StructuredOutputs, _checked(StructuredOutputs)]
+SpeculationField = bool | Annotated[Speculation, _checked(Speculation)]
 
 
 # ------------------------------------------------------------------------------------------ tool calls

@@ -9,7 +9,13 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from ridgeline.server.errors import bad_request
 from ridgeline.server.wire.base import Accepts, Body, anything, only
-from ridgeline.server.wire.forms import ResponseFormatField, StructuredOutputsField, forced_calls
+from ridgeline.server.wire.forms import (
+    ResponseFormatField,
+    Speculation,
+    SpeculationField,
+    StructuredOutputsField,
+    forced_calls,
+)
 from ridgeline.types import SamplingParams, StructuredOutputsParams
 
 MAX_PROMPTS = 1024
@@ -124,6 +130,7 @@ class Sampled(Queued):
     bad_words: Stops | None = None
     response_format: ResponseFormatField | None = None
     structured_outputs: StructuredOutputsField | None = None
+    speculation: SpeculationField | None = None
 
     unsupported: ClassVar[Mapping[str, Accepts]] = {
         "user": anything,
@@ -179,12 +186,15 @@ class Sampled(Queued):
     def sampling(self, defaults: SamplingParams, **fixed: Any) -> SamplingParams:
         """Parameters for the engine: the model's own, changed by what was sent and by `fixed`. Raises
         RequestError for a value out of range."""
-        own = {"best_of", "logit_bias", "logprobs", "max_tokens", "structured_outputs"}
+        own = {"best_of", "logit_bias", "logprobs", "max_tokens", "speculation", "structured_outputs"}
         names = set(SamplingParams.__dataclass_fields__) - own
         sent = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.logit_bias:
             sent["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         sent["structured_outputs"] = self.form()
+        guessed = self.speculation
+        if guessed is not None:
+            sent["speculation"] = guessed.params() if isinstance(guessed, Speculation) else guessed
         base = {name: getattr(defaults, name) for name in SamplingParams.__dataclass_fields__}
         return SamplingParams(**{**base, **sent, **fixed})
 

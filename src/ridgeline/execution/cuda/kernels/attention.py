@@ -21,6 +21,7 @@ from ridgeline.config import PAGE_TOKENS
 from ridgeline.execution.cuda.arrays import (
     ITEM_FIELDS,
     ITEM_PARTIAL,
+    ITEM_PATH,
     ITEM_ROW,
     ITEM_ROWS,
     ITEM_SEGMENT_BEGIN,
@@ -32,6 +33,9 @@ from ridgeline.execution.cuda.arrays import (
     MERGE_FIRST,
     MERGE_ROW,
     MERGE_ROWS,
+    PATH_FORK,
+    PATH_SEGMENT,
+    PATH_SLOTS,
     SEGMENT_BIAS,
     SEGMENT_CAUSAL,
     SEGMENT_FIELDS,
@@ -56,6 +60,8 @@ _ITEM_FIELDS, _ITEM_PARTIAL = tl.constexpr(ITEM_FIELDS), tl.constexpr(ITEM_PARTI
 _ITEM_ROW, _ITEM_ROWS = tl.constexpr(ITEM_ROW), tl.constexpr(ITEM_ROWS)
 _ITEM_SEGMENT_BEGIN, _ITEM_SEGMENT_END = tl.constexpr(ITEM_SEGMENT_BEGIN), tl.constexpr(ITEM_SEGMENT_END)
 _ITEM_SPLIT_BEGIN, _ITEM_SPLIT_END = tl.constexpr(ITEM_SPLIT_BEGIN), tl.constexpr(ITEM_SPLIT_END)
+_ITEM_PATH, _PATH_SEGMENT = tl.constexpr(ITEM_PATH), tl.constexpr(PATH_SEGMENT)
+_PATH_FORK, _PATH_SLOTS = tl.constexpr(PATH_FORK), tl.constexpr(PATH_SLOTS)
 _SEGMENT_FIELDS, _SEGMENT_LENGTH = tl.constexpr(SEGMENT_FIELDS), tl.constexpr(SEGMENT_LENGTH)
 _SEGMENT_FIRST_POSITION = tl.constexpr(SEGMENT_FIRST_POSITION)
 _SEGMENT_BIAS, _SEGMENT_CAUSAL = tl.constexpr(SEGMENT_BIAS), tl.constexpr(SEGMENT_CAUSAL)
@@ -131,7 +137,8 @@ def _store_rows(
 
 @triton.jit
 def _attend_split(
-    high, low, keys, pool_scales, table, begin, end, first_seen, end_seen, seen_from, seen_to, scale, bias,
+    high, low, keys, pool_scales, table, path, fork, begin, end, first_seen, end_seen, seen_from, seen_to,
+    scale, bias,
     KV_HEADS: tl.constexpr, PAGE_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
     CAP: tl.constexpr, MODE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -139,8 +146,9 @@ def _attend_split(
     """Online softmax over the tiles from slot `begin` to `end`: (mixed, top, total) of the split.
 
     A row sees the slots `seen_from` … `seen_to` − 1, the whole block `first_seen` … `end_seen` − 1. Other
-    slots are not read, nor is the table for them: they may belong to nobody, or hold NaN. What `pool_scales`
-    hold belongs to a whole key or value, so scores and probabilities are multiplied with it instead.
+    slots are not read, nor is the table for them: they may belong to nobody, or hold NaN. What stands in slot
+    `fork` and behind it lies in the slots that `path` lists. What `pool_scales` hold belongs to a whole key
+    or value, so scores and probabilities are multiplied with it instead.
     """
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -149,15 +157,20 @@ def _attend_split(
     for tile in range(begin, end, BLOCK_N):
         slots = tile + n
         used = (slots >= first_seen) & (slots < end_seen)
-        page = tl.load(table + slots // _PAGE_TOKENS, mask=used, other=0).to(tl.int64)
-        at = page * PAGE_STRIDE + (slots % _PAGE_TOKENS) * HEAD_DIM
+        held = slots
+        if path is not None:
+            held = tl.where(
+                slots < fork, slots, tl.load(path + slots - fork, mask=used & (slots >= fork), other=0)
+            )
+        page = tl.load(table + held // _PAGE_TOKENS, mask=used, other=0).to(tl.int64)
+        at = page * PAGE_STRIDE + (held % _PAGE_TOKENS) * HEAD_DIM
         inside = used[:, None] & (d < HEAD_DIM)[None, :]
         key = tl.load(keys + at[:, None] + d[None, :], mask=inside, other=0.0)
         value = tl.load(keys + _PAGE_TOKENS * HEAD_DIM + at[:, None] + d[None, :], mask=inside, other=0.0)
         if pool_scales is not None:  # int8 codes, each of which is a bfloat16
             key = float_of_code(key, 8).to(tl.bfloat16)
             value = float_of_code(value, 8).to(tl.bfloat16)
-            place = pool_scales + page * (KV_HEADS * 2 * _PAGE_TOKENS) + slots % _PAGE_TOKENS
+            place = pool_scales + page * (KV_HEADS * 2 * _PAGE_TOKENS) + held % _PAGE_TOKENS
         if MODE == _FLOAT32:
             scores = tl.dot(high, tl.trans(key), input_precision="ieee")
         else:
@@ -193,7 +206,7 @@ def _attend_split(
 
 @triton.jit
 def _attention_kernel(
-    query, out, pool, pool_scales, positions, sinks, counts, items, segments, tables,
+    query, out, pool, pool_scales, positions, sinks, counts, items, segments, tables, paths,
     partial_mixed, partial_top, partial_total, query_stride, out_stride, scale,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_STRIDE: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SPLIT: tl.constexpr, MODE: tl.constexpr,
@@ -246,14 +259,20 @@ def _attention_kernel(
             if WINDOW > 0:
                 seen_from = tl.maximum(seen_from, position - first + 1 - WINDOW)
                 first_seen = tl.maximum(first_seen, first_row - first + 1 - WINDOW)
+            path, fork = paths, end_seen
+            if paths is not None:
+                path = paths + tl.load(item + _ITEM_PATH)
+                fork = tl.where(tl.load(path + _PATH_SEGMENT) == number, tl.load(path + _PATH_FORK), length)
+                path += _PATH_SLOTS
             split_from = tl.maximum(split_begin, first_seen // SPLIT)
             split_to = tl.minimum(split_end, tl.cdiv(tl.maximum(end_seen, 0), SPLIT))
             for split in range(split_from, split_to):
                 begin = tl.maximum(first_seen, split * SPLIT) // BLOCK_N * BLOCK_N
                 end = tl.minimum(end_seen, split * SPLIT + SPLIT)
                 mixed_next, top_next, total_next = _attend_split(
-                    high, low, keys, pool_scales, table, begin, end, first_seen, end_seen, seen_from, seen_to,
-                    scale, bias, KV_HEADS, PAGE_STRIDE, HEAD_DIM, CAP, MODE, BLOCK_M, BLOCK_N, BLOCK_D,
+                    high, low, keys, pool_scales, table, path, fork,
+                    begin, end, first_seen, end_seen, seen_from, seen_to, scale, bias,
+                    KV_HEADS, PAGE_STRIDE, HEAD_DIM, CAP, MODE, BLOCK_M, BLOCK_N, BLOCK_D,
                 )  # fmt: skip
                 mixed, top, total = _merge(mixed, top, total, mixed_next, top_next, total_next)
 
@@ -359,7 +378,7 @@ def attention(
     grid = (programs, kv_heads)
     _attention_kernel[grid](
         query, out, pool, pool_scales, positions, sinks,
-        work.counts, work.items, work.segments, work.tables, *results,
+        work.counts, work.items, work.segments, work.tables, work.paths, *results,
         query.stride(0), out.stride(0), scale / softcap if softcap else scale * _LOG2_E,
         **shape, PAGE_STRIDE=pool.stride(0), WINDOW=window or 0, CAP=softcap or 0.0, SPLIT=split_tokens,
         MODE=mode,
@@ -391,7 +410,8 @@ def _check(
     for rows in (query, out):
         assert rows.stride(1) == 1, "a row's values lie side by side"
         assert rows.dtype in (torch.bfloat16, torch.float32)
-    for numbers in (positions, work.counts, work.items, work.merges, work.segments, work.tables):
+    paths = () if work.paths is None else (work.paths,)
+    for numbers in (positions, work.counts, work.items, work.merges, work.segments, work.tables, *paths):
         assert numbers.dtype == torch.int32
         assert numbers.is_contiguous()
     count = partials.top.shape[0]
@@ -435,6 +455,8 @@ def attention_reference(
                 slots = _visible_slots(segment, int(positions[row]), window)
                 split = slots // split_tokens
                 slots = slots[(split >= item[ITEM_SPLIT_BEGIN]) & (split < item[ITEM_SPLIT_END])]
+                if work.paths is not None and work.paths[item[ITEM_PATH] + PATH_SEGMENT] == number:
+                    slots = _on_path(slots, work.paths[item[ITEM_PATH] :])
                 pages = work.tables[int(segment[SEGMENT_TABLE]) + slots // PAGE_TOKENS].long()
                 held = pool[pages, :, :, slots % PAGE_TOKENS].double()  # (slots, kv_heads, 2, head_dim)
                 if pool_scales is not None:
@@ -451,6 +473,13 @@ def attention_reference(
         chances = torch.softmax(torch.cat(ends, dim=2), dim=2)[:, :, : seen.shape[2]]
         mixed = torch.einsum("khs,skd->khd", chances, torch.cat(values[row]))
         out[row] = mixed.reshape(heads * head_dim).to(out.dtype)
+
+
+def _on_path(slots: Tensor, path: Tensor) -> Tensor:
+    """Where what stands in `slots` lies."""
+    fork = int(path[PATH_FORK])
+    listed: Tensor = path[PATH_SLOTS + (slots - fork).clamp(min=0)]
+    return torch.where(slots < fork, slots, listed)
 
 
 def _visible_slots(segment: Tensor, position: int, window: int | None) -> Tensor:

@@ -1,0 +1,242 @@
+"""How much to draft, decided in each step from what was measured.
+
+Of all trees that the drafters propose for a step, the nodes are taken in the order of the probability with
+which they are accepted, for as long as tokens per second rise: with B sequences and their r best nodes the
+step gives B + Σ p tokens and takes t(rows + r). For a batch that is all alike this is the size k that
+maximises E(k) · t(B) / t(B (k+1)) (Leviathan et al., "Fast Inference from Transformers via Speculative
+Decoding", 2023); for any other, the sequences that gain most get most. A full batch leaves the rows no slack,
+and drafts shrink and end by themselves.
+
+What is not known to pay (asking a drafter that had nothing for long, verifying guesses that were wrong) is
+still tried now and then, from an allowance: a share of the time of the steps, which bounds its cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from ridgeline.sampling.drafting.acceptance import MOST, Acceptance, kind_of, trials
+from ridgeline.sampling.drafting.costs import Curve, Curves, StepCost, best_size
+from ridgeline.sampling.drafting.drafter import DraftedSequence
+from ridgeline.sampling.drafting.tree import NO_DRAFT, DraftTree
+from ridgeline.types import MAX_DRAFT_TOKENS
+
+MOST_NODES = 16
+"""Guesses for one sequence where its request does not say."""
+
+_SAVED_STEPS = 32
+"""So many steps' allowance is kept at most."""
+_PROBE_NODES = 2
+_GAIN_WEIGHT = 0.1
+
+
+@dataclass(slots=True)
+class DraftTime:
+    """A drafter's measured seconds, decayed: for asking it about one sequence, and of that for each token."""
+
+    ask_s: float = 1e-5
+    token_s: float = 0.0
+
+    def observe(self, asked: int, drafted: int, elapsed_s: float) -> None:
+        """Take in one call that proposed `drafted` tokens for `asked` sequences."""
+        if asked:
+            self.ask_s += 0.1 * (elapsed_s / asked - self.ask_s)
+        if drafted:
+            self.token_s += 0.1 * (elapsed_s / drafted - self.token_s)
+
+
+@dataclass(slots=True)
+class _Record:
+    """What is known of a sequence: its acceptance, and the decayed mean of tokens that asking for it gave."""
+
+    acceptance: Acceptance
+    gain: float = 1.0
+
+    def gained(self, tokens: int) -> None:
+        self.gain += _GAIN_WEIGHT * (tokens - self.gain)
+
+
+@dataclass(slots=True)
+class _Choice:
+    """How much of the trees a step takes: `rows` nodes in all, those of a value above `least`, and of those
+    equal to it `equals`, in the order of the sequences."""
+
+    rows: int = 0
+    least: float = 2.0
+    equals: int = 0
+
+    def take(self, tree: DraftTree, values: list[float]) -> DraftTree:
+        """The part that is taken of a tree whose nodes have these values."""
+        if max(values) < self.least:
+            return NO_DRAFT
+        if min(values) > self.least:
+            return tree
+        kept = [node for node, value in enumerate(values) if self._takes(value)]
+        return tree.subtree(kept) if kept else NO_DRAFT
+
+    def _takes(self, value: float) -> bool:
+        if value == self.least and self.equals:
+            self.equals -= 1
+            return True
+        return value > self.least
+
+
+@dataclass(slots=True)
+class Controller:
+    """Decides for each step and sequence. `allowance_share` of the time of steps may be spent on what is not
+    known to pay. Sequences are known from the first step to `forget`."""
+
+    allowance_share: float = 0.02
+    most_nodes: int = MOST_NODES
+    _common: Acceptance = field(default_factory=Acceptance)
+    _records: dict[int, _Record] = field(default_factory=dict)
+    _curves: Curves = field(default_factory=Curves)
+    _allowance_s: float = 0.0
+    _turn: int = 0
+
+    def limits(
+        self, sequences: Sequence[DraftedSequence], times: Sequence[DraftTime], cost: StepCost
+    ) -> list[int]:
+        """For each sequence, with the times of its drafter, how many nodes at most are to be proposed; 0: do
+        not ask."""
+        curve = self._curves.of(cost)
+        saved = _SAVED_STEPS * self.allowance_share * curve.at(0)
+        self._allowance_s = min(self._allowance_s + self.allowance_share * curve.at(0), saved)
+        limits = [0] * len(sequences)
+        if cost.room < 1 or not sequences:
+            return limits
+        unsure = []
+        for i, (sequence, time) in enumerate(zip(sequences, times, strict=True)):
+            limit = self._limit(sequence, self._ceiling(curve, cost, time), cost.room)
+            if limit > 0 and self._record(sequence).gain * curve.token_s < time.ask_s:
+                unsure.append(i)
+            limits[i] = limit
+        self._spend_on_asking(unsure, limits, times)
+        return limits
+
+    def _limit(self, sequence: DraftedSequence, ceiling: int, room: int) -> int:
+        params = sequence.speculation
+        if params is None or ceiling < 1:
+            return 0
+        # The target gives one token more than it accepts.
+        left = sequence.limit - len(sequence.token_ids) - 1
+        return min(ceiling, params.max_tokens or self.most_nodes, left, room)
+
+    def _ceiling(self, curve: Curve, cost: StepCost, time: DraftTime) -> int:
+        """The size that would pay if everything were accepted."""
+        size = curve.ceilings.get(id(time))
+        if size is None:
+            batch = cost.decodes
+            draft_s = time.token_s * batch
+            size = best_size(MOST, batch, lambda rows: curve.at(rows - batch), draft_s, MAX_DRAFT_TOKENS)
+            if size == 0 and self._any_pays(curve, batch, time):
+                size = 1
+            curve.ceilings[id(time)] = size
+        return size
+
+    def _any_pays(self, curve: Curve, batch: int, time: DraftTime) -> bool:
+        """Whether guesses for some of the sequences would."""
+        worth_s = MOST * curve.token_s - time.token_s
+        return any(extra * worth_s > curve.at(extra) - curve.at(0) for extra in range(1, batch))
+
+    def _spend_on_asking(self, unsure: Sequence[int], limits: list[int], times: Sequence[DraftTime]) -> None:
+        """Of sequences that asking does not pay for, leave those in whose turn it is and that the allowance
+        is enough for."""
+        if not unsure:
+            return
+        first, spent = self._turn % len(unsure), 0
+        for i in (*unsure[first:], *unsure[:first]):
+            if self._allowance_s >= times[i].ask_s:
+                self._allowance_s -= times[i].ask_s
+                spent += 1
+            else:
+                limits[i] = 0
+        self._turn += spent
+
+    def choose(
+        self,
+        sequences: Sequence[DraftedSequence],
+        limits: Sequence[int],
+        trees: Sequence[DraftTree],
+        cost: StepCost,
+    ) -> list[DraftTree]:
+        """The parts of the proposed trees that the step is to verify."""
+        curve = self._curves.of(cost)
+        values = [
+            self._record(sequence).acceptance.values(tree) if len(tree) else []
+            for sequence, tree in zip(sequences, trees, strict=True)
+        ]
+        choice = self._choose(values, curve, cost)
+        chosen = [
+            choice.take(tree, value) if value and choice.rows else NO_DRAFT
+            for tree, value in zip(trees, values, strict=True)
+        ]
+        self._probe(trees, values, chosen, curve)
+        for sequence, limit, tree in zip(sequences, limits, chosen, strict=True):
+            if limit and not len(tree):
+                self._record(sequence).gained(0)
+        return chosen
+
+    def _choose(self, values: Sequence[list[float]], curve: Curve, cost: StepCost) -> _Choice:
+        best_values: list[float] = []
+        for each in values:
+            best_values += each
+        best_values.sort(reverse=True)
+        choice = _Choice()
+        # Rows of prompts are worth what their part of the step takes.
+        tokens = curve.at(0) / curve.token_s
+        best_rate = tokens / curve.at(0)
+        sums = list(accumulate(best_values))
+        for rows, seconds in curve.sizes(min(len(best_values), cost.room)):
+            rate = (tokens + sums[rows - 1]) / seconds
+            if rate > best_rate:
+                best_rate, choice.rows = rate, rows
+        if choice.rows:
+            choice.least = best_values[choice.rows - 1]
+            choice.equals = choice.rows - best_values.index(choice.least)
+        return choice
+
+    def _probe(
+        self,
+        trees: Sequence[DraftTree],
+        values: Sequence[list[float]],
+        chosen: list[DraftTree],
+        curve: Curve,
+    ) -> None:
+        """Take the beginnings of some trees that do not seem to pay, while the allowance is enough, so that
+        they can show that they do: by turns the one that seems the best, and the one whose turn it is."""
+        left_out = [i for i, tree in enumerate(trees) if len(tree) and not len(chosen[i])]
+        rows = sum(map(len, chosen))
+        while left_out:
+            self._turn += 1
+            if self._turn % 2:
+                i = max(left_out, key=lambda i: values[i][0])
+            else:
+                i = left_out[self._turn // 2 % len(left_out)]
+            probe = trees[i].head(_PROBE_NODES)
+            cost_s = curve.at(rows + len(probe)) - curve.at(rows)
+            if rows + len(probe) > curve.room or cost_s > self._allowance_s:
+                self._turn -= 1  # as soon as there is enough
+                return
+            self._allowance_s -= cost_s
+            left_out.remove(i)
+            rows += len(probe)
+            chosen[i] = probe
+
+    def observe(self, sequence: DraftedSequence, tree: DraftTree, nodes: Sequence[int]) -> None:
+        """Take in how far the target has followed a tree that was verified."""
+        record = self._record(sequence)
+        record.acceptance.add(kind_of(tree), *trials(tree, nodes))
+        record.gained(len(nodes))
+
+    def forget(self, sequence: DraftedSequence) -> None:
+        """Drop what is known of a sequence."""
+        self._records.pop(sequence.arrival, None)
+
+    def _record(self, sequence: DraftedSequence) -> _Record:
+        record = self._records.get(sequence.arrival)
+        if record is None:
+            record = self._records[sequence.arrival] = _Record(Acceptance(self._common))
+        return record

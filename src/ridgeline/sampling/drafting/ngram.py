@@ -1,0 +1,75 @@
+"""Prompt lookup: what followed the last n tokens when the sequence had them before (Saxena, "Prompt Lookup
+Decoding", 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ridgeline.sampling.drafting.drafter import DraftedSequence
+from ridgeline.sampling.drafting.histories import Histories, History
+from ridgeline.sampling.drafting.index import LEAST_MATCH, LONGEST_MATCH, TokenIndex
+from ridgeline.sampling.drafting.tree import NO_DRAFT, DraftTree, cut, merge
+
+_DISCOUNT = 0.8
+"""What the next token of a branch counts, beside the first one of an equally frequent branch."""
+
+
+class NgramDrafter:
+    """Looks up the longest n-gram, of `max_tokens` to `min_tokens`, that stood in the sequence before. Of its
+    most recent occurrences, the last one's continuation is a branch, and so are the most frequent others that
+    begin with another token, `branches` in all; the probability of each is the share of the occurrences that
+    go on with its first token. Of a single token, only the last occurrence is looked at."""
+
+    name = "ngram"
+
+    def __init__(
+        self, histories: Histories, max_tokens: int = 4, min_tokens: int = 1, branches: int = 3
+    ) -> None:
+        if not 1 <= min_tokens <= max_tokens <= LONGEST_MATCH or branches < 1:
+            raise ValueError(f"n-grams of {min_tokens} to {max_tokens} tokens, {branches} branches")
+        self._longest, self._shortest = max_tokens, min_tokens
+        self._branches = branches
+        self._histories = histories
+
+    def propose(self, sequences: Sequence[DraftedSequence], budgets: Sequence[int]) -> list[DraftTree]:
+        """As `Drafter` says."""
+        return [
+            self._propose(self._histories.of(sequence), budget) if budget > 0 else NO_DRAFT
+            for sequence, budget in zip(sequences, budgets, strict=True)
+        ]
+
+    def _propose(self, history: History, budget: int) -> DraftTree:
+        index = history.index
+        found = history.trail.matches(len(index))
+        longest = min(max([length for _, length in found], default=1), self._longest)
+        if longest < max(self._shortest, LEAST_MATCH):
+            if history.alone < 0 or self._shortest > 1:
+                return NO_DRAFT
+            return DraftTree.chain(index.following(history.alone, budget), 1.0, self.name, 1)
+        return self._branched(index, [at for at, length in found if length >= longest], longest, budget)
+
+    def _branched(self, index: TokenIndex, found: list[int], match: int, budget: int) -> DraftTree:
+        if len(found) == 1:
+            return DraftTree.chain(index.following(found[0], budget), 1.0, self.name, match)
+        counts: dict[int, int] = {}
+        positions: dict[int, int] = {}
+        for position in found:
+            token = index.tokens[position]
+            counts[token] = counts.get(token, 0) + 1
+            positions.setdefault(token, position)
+        first, *others = positions
+        others.sort(key=counts.__getitem__, reverse=True)
+        branches = [
+            DraftTree.chain(
+                index.following(positions[token], budget), counts[token] / len(found), self.name, match
+            )
+            for token in (first, *others[: self._branches - 1])
+        ]
+        return branches[0] if len(branches) == 1 else cut(merge(branches), budget, _DISCOUNT)
+
+    def accepted(self, sequence: DraftedSequence, tree: DraftTree, nodes: Sequence[int]) -> None:
+        """Nothing to note: what was accepted is in the sequence's tokens."""
+
+    def forget(self, sequence: DraftedSequence) -> None:
+        """Drop the sequence's index."""
+        self._histories.forget(sequence)

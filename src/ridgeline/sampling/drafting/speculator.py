@@ -1,0 +1,121 @@
+"""Drafting for a batch: who is asked, what is verified, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from ridgeline.records import DraftTotals
+from ridgeline.sampling.drafting.controller import Controller, DraftTime
+from ridgeline.sampling.drafting.costs import StepCost
+from ridgeline.sampling.drafting.drafter import DraftedSequence, Drafter
+from ridgeline.sampling.drafting.grammar import GrammarDrafter
+from ridgeline.sampling.drafting.histories import Histories
+from ridgeline.sampling.drafting.ngram import NgramDrafter
+from ridgeline.sampling.drafting.outputs import PastOutputs
+from ridgeline.sampling.drafting.suffix import SuffixDrafter
+from ridgeline.sampling.drafting.tree import NO_DRAFT, DraftTree
+
+AUTO = "auto"
+
+
+@dataclass(slots=True)
+class _Source:
+    drafter: Drafter
+    time: DraftTime = field(default_factory=DraftTime)
+    totals: DraftTotals = field(default_factory=DraftTotals)
+
+
+class Speculator:
+    """Guesses tokens for the sequences of each step, as their requests want and as far as it pays.
+
+    `drafters` are those that a request can name; "auto" asks them in this order until one has a guess.
+    Between two calls of `draft`, `verified` is called for each sequence whose draft was run.
+    """
+
+    def __init__(
+        self,
+        drafters: Sequence[Drafter],
+        controller: Controller | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._sources = {drafter.name: _Source(drafter) for drafter in drafters}
+        self._controller = controller or Controller()
+        self._clock = clock
+
+    @classmethod
+    def of_lookups(cls) -> Speculator:
+        """One with the drafters that need no model."""
+        histories = Histories()
+        return cls((GrammarDrafter(), SuffixDrafter(histories, PastOutputs()), NgramDrafter(histories)))
+
+    @property
+    def totals(self) -> dict[str, DraftTotals]:
+        """What each drafter has brought, by its name."""
+        return {name: source.totals for name, source in self._sources.items()}
+
+    def draft(self, sequences: Sequence[DraftedSequence], cost: StepCost) -> list[DraftTree]:
+        """What is to be verified of each sequence in a step, with the token that it has last."""
+        slowest = max((source.time for source in self._sources.values()), key=attrgetter("ask_s"))
+        times = [self._time_of(sequence, slowest) for sequence in sequences]
+        limits = self._controller.limits(sequences, times, cost)
+        if not any(limits):
+            return [NO_DRAFT] * len(sequences)
+        trees = [NO_DRAFT] * len(sequences)
+        for name, source in self._sources.items():
+            places = [
+                i
+                for i, limit in enumerate(limits)
+                if limit and not len(trees[i]) and _wanted(sequences[i]) in (name, AUTO)
+            ]
+            if places:
+                self._propose(source, sequences, limits, places, trees)
+        return self._controller.choose(sequences, limits, trees, cost)
+
+    def _time_of(self, sequence: DraftedSequence, slowest: DraftTime) -> DraftTime:
+        """What asking about a sequence takes."""
+        wanted = _wanted(sequence)
+        if wanted in self._sources:
+            return self._sources[wanted].time
+        return _NO_TIME if wanted and sequence.forced else slowest
+
+    def _propose(
+        self,
+        source: _Source,
+        sequences: Sequence[DraftedSequence],
+        limits: Sequence[int],
+        places: Sequence[int],
+        trees: list[DraftTree],
+    ) -> None:
+        began_s = self._clock()
+        proposed = source.drafter.propose([sequences[i] for i in places], [limits[i] for i in places])
+        elapsed_s = self._clock() - began_s
+        for i, tree in zip(places, proposed, strict=True):
+            trees[i] = tree
+        source.totals.elapsed_s += elapsed_s
+        source.time.observe(len(places), sum(map(len, proposed)), elapsed_s)
+
+    def verified(self, sequence: DraftedSequence, tree: DraftTree, nodes: Sequence[int]) -> None:
+        """Take in which nodes of a draft the target said the same as, all of them taken on."""
+        source = self._sources[tree.drafter]
+        source.totals.drafted += len(tree)
+        source.totals.accepted += len(nodes)
+        source.totals.passes += 1
+        source.drafter.accepted(sequence, tree, nodes)
+        self._controller.observe(sequence, tree, nodes)
+
+    def forget(self, sequence: DraftedSequence) -> None:
+        """Note that a sequence has ended. Its output may serve others of its tenant from now on."""
+        for source in self._sources.values():
+            source.drafter.forget(sequence)
+        self._controller.forget(sequence)
+
+
+_NO_TIME = DraftTime(0.0, 0.0)
+
+
+def _wanted(sequence: DraftedSequence) -> str:
+    params = sequence.speculation
+    return "" if params is None else params.drafter

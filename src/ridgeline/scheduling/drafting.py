@@ -1,0 +1,84 @@
+"""Guesses behind the decodes of a step: for whom, and what verifying them is predicted to cost.
+
+Guesses come last, in the room that prompts have left, and their price is what the step takes longer with
+them: beside the rows of a prompt, which have made it a matter of arithmetic, little of them pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+
+from ridgeline.model.program import StepLoad
+from ridgeline.records import DraftTotals
+from ridgeline.sampling.drafting.costs import StepCost
+from ridgeline.sampling.drafting.speculator import Speculator
+from ridgeline.sampling.drafting.tree import DraftTree
+from ridgeline.scheduling.pace import Pace
+from ridgeline.scheduling.plan import Chunk, Drafted
+from ridgeline.scheduling.sequence import Sequence
+from ridgeline.types import SpeculationParams
+
+
+class Drafting:
+    """Owns the speculator of an engine. `pace` predicts the steps, `default` is for requests that do not say
+    whether and how tokens are to be guessed; None: not at all."""
+
+    def __init__(self, make: Callable[[], Speculator], pace: Pace, default: SpeculationParams | None) -> None:
+        self._make = make
+        self._speculator = make()
+        self._pace = pace
+        self._default = default
+
+    @property
+    def totals(self) -> dict[str, DraftTotals]:
+        """What each drafter has brought, by its name."""
+        return self._speculator.totals
+
+    def wanted(self, asked: SpeculationParams | bool | None) -> SpeculationParams | None:
+        """How the tokens of a request are guessed that asks for this."""
+        if isinstance(asked, SpeculationParams):
+            return asked
+        if asked is None:
+            return self._default
+        return SpeculationParams() if asked else None
+
+    def draft(self, decodes: Many[Sequence], chunks: Many[Chunk], room: int) -> list[DraftTree]:
+        """Guesses for some of the decodes in a planned step, of `room` rows in all at most."""
+        pace = self._pace
+        contexts = [sequence.computed + 1 for sequence, _, outputs in chunks if outputs]
+        loads: list[StepLoad] = []  # of the step as it is planned, and of its decodes: few steps ask for them
+
+        def seconds(rows: int) -> float:
+            if not loads:
+                loads.extend((pace.load_of_chunks(chunks), pace.load_of_decodes(contexts)))
+            planned, alone = loads
+            if rows < planned.rows:
+                return pace.seconds(pace.load_of_decodes(contexts[:rows]))
+            return pace.seconds(planned + _guesses(alone, rows - planned.rows))
+
+        planned_rows = sum([count for _, count, _ in chunks])
+        try:
+            return self._speculator.draft(decodes, StepCost(planned_rows, len(contexts), room, seconds))
+        except BaseException:  # an interrupt may have left indices half changed
+            self.restart()
+            raise
+
+    def restart(self) -> None:
+        """Forget everything: what was looked up, what was right, and past outputs."""
+        self._speculator = self._make()
+
+    def verified(self, drafted: Drafted, nodes: Many[int]) -> None:
+        """Take in which guesses were right."""
+        self._speculator.verified(drafted.sequence, drafted.tree, nodes)
+
+    def forget(self, sequence: Sequence) -> None:
+        """A sequence has ended."""
+        if sequence.speculation is not None:
+            self._speculator.forget(sequence)
+
+
+def _guesses(decodes: StepLoad, count: int) -> StepLoad:
+    """The load of so many guesses, each of which sees what a decode does in the mean."""
+    pairs = tuple(count * seen // decodes.rows for seen in decodes.pairs)
+    return StepLoad(count, count, pairs, (count,) * len(pairs), 0)
