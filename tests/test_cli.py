@@ -38,6 +38,7 @@ VERBS = (
     "probe",
     "bench",
     "serve",
+    "simulate",
     "budget",
     "doctor",
 )

@@ -96,7 +96,7 @@ class Engine:
 
     `detokenizer(skip_special_tokens)` makes the text side of one sequence. With `seed`, requests without
     a seed of their own are repeatable: theirs is derived from it by their order of arrival. `constraints`
-    compiles the forms that answers are to have.
+    compiles the forms that answers are to have. `clock` tells the time, in seconds.
     """
 
     def __init__(
@@ -110,6 +110,7 @@ class Engine:
         encoder: Callable[[], Any] | None = None,
         constraints: Constraints | None = None,
     ) -> None:
+        self.clock: Callable[[], float] = time.perf_counter
         self.model = model
         self.scheduler = scheduler
         self.stats = EngineStats()
@@ -159,7 +160,7 @@ class Engine:
             # what is under way first, before the device draws other tokens or uses results' memory again.
             self._launching = None
             return False
-        plan = self.scheduler.schedule(time.perf_counter())
+        plan = self.scheduler.schedule(self.clock())
         if not plan.sequences:
             self._move()
             return False
@@ -242,7 +243,7 @@ class Engine:
         params = request.params
         limit = self._check(tokens, params)
         scope = Scope(salt=request.cache_salt)
-        state = RequestState(request.id, prompt, tokens, stream, time.perf_counter())
+        state = RequestState(request.id, prompt, tokens, stream, self.clock())
         if isinstance(params, SamplingParams) and params.is_best_of:
             state.stream, state.best = False, params.n
         if isinstance(params, PoolingParams):
@@ -397,7 +398,7 @@ class Engine:
 
         A sequence that has ended meanwhile, or took its token on before an interrupt, is passed over.
         """
-        now_s = time.perf_counter()
+        now_s = self.clock()
         rows = plan.step.rows
         decode = len(plan.sequences) == rows - plan.guesses and not plan.pooled
         (self.stats.decode if decode else self.stats.prefill).add(rows, result)
@@ -464,6 +465,6 @@ class Engine:
 
     def _finish(self, state: RequestState) -> RequestOutput:
         del self._requests[state.id]
-        state.finished_s = time.perf_counter()
+        state.finished_s = self.clock()
         self.steps.ended(state)
         return state.output()

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -287,10 +287,17 @@ def settled(
 ) -> tuple[EngineConfig, Ledger]:
     """The config with nothing left to choose, and where the memory goes.
 
-    The device has been chosen already. A context that was not asked for is the model's, halved until one
-    sequence of it fits the memory.
-    Raises ConfigError when the model cannot do what was asked, CapacityError when the memory cannot.
+    The device has been chosen already. Raises ConfigError when the model cannot do what was asked,
+    CapacityError when the memory cannot.
     """
+    return settled_by(config, spec, lambda chosen: memory_ledger(chosen, program, weights))
+
+
+def settled_by(
+    config: EngineConfig, spec: ModelSpec, ledger_of: Callable[[EngineConfig], Ledger]
+) -> tuple[EngineConfig, tuple[int, ...]]:
+    """The same where `ledger_of` says what fits. A context that was not asked for is the model's, halved
+    until one sequence of it fits the memory."""
     from ridgeline.resources.machine import usable_cores
 
     longest = min(spec.context, spec.learned_positions or spec.context)
@@ -305,7 +312,7 @@ def settled(
     )
     while True:
         try:
-            ledger = memory_ledger(config, program, weights)
+            ledger = ledger_of(config)
         except CapacityError:
             context = (config.max_model_len or 0) // 2
             if asked is not None or context < _SHORTEST_CONTEXT:

@@ -21,7 +21,7 @@ from ridgeline.model.weights import Weights
 from ridgeline.scheduling.scheduler import Scheduler
 
 
-class _Silent:
+class Silent:
     """Implements `Detokenizer` for tokens that nobody reads."""
 
     def push(self, token_id: int) -> str:
@@ -73,6 +73,6 @@ def bare_engine(
         scheduler = Scheduler(cache, config.max_num_seqs, config.max_num_batched_tokens)
         assert config.max_model_len is not None
         facts = ModelFacts(spec.vocabulary, config.max_model_len)
-        engine = Engine(executor, handle, scheduler, facts, lambda _: _Silent())
+        engine = Engine(executor, handle, scheduler, facts, lambda _: Silent())
         stack.callback(engine.close)
         yield BareEngine(config, engine, program, handle.work, before, weights_bytes)

@@ -21,6 +21,7 @@ from ridgeline.cli import (
     run,
     serve,
     show,
+    simulate,
 )
 from ridgeline.cli import list as list_verb
 
@@ -47,6 +48,7 @@ _bench.callback(invoke_without_command=True)(bench.bench)
 _bench.command("serve")(bench_serve.bench_serve)
 app.add_typer(_bench, name="bench")
 app.command()(plan.plan)
+app.command()(simulate.simulate)
 app.command()(explain.explain)
 app.command()(budget.budget)
 app.command()(doctor.doctor)

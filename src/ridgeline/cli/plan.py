@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ridgeline.cli import options
+from ridgeline.cli.hosts import Device, Machine, Threads, device_here, host_of
 from ridgeline.cli.options import flag
 from ridgeline.cli.output import print_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from ridgeline.apps.plan.host import Host
     from ridgeline.config import EngineConfig
 
 Model = Annotated[
@@ -29,17 +27,6 @@ Output = Annotated[int, flag("output", "Tokens of each answer.", "-n")]
 Users = Annotated[int, flag("users", "Sequences at once.", "-u")]
 Ttft = Annotated[float | None, flag("ttft", "Target: at most so many ms to the first token.")]
 Itl = Annotated[float | None, flag("itl", "Target: at most so many ms from a token to the next.")]
-Machine = Annotated[
-    str | None,
-    flag(
-        "machine",
-        "Machines as H200x8 (default: this one); `ridgeline list --machines` has the names.",
-    ),
-]
-Device = Annotated[
-    str | None, flag("device", "Of this machine: cpu or cuda (default: the GPU, if it can be used).")
-]
-Threads = Annotated[int | None, flag("threads", "CPU threads of this machine (default: all usable cores).")]
 Price = Annotated[
     float | None, flag("price", "US dollars per device and hour (default: the machine's, if known).")
 ]
@@ -94,7 +81,7 @@ def plan(
         raise ConfigError(f"cells is {cells!r} without a check; accepted: with --check")
     workload = Workload(prompt, output, users, _seconds(ttft), _seconds(itl))
     with open_model(resolve_metadata(model)) as source:
-        host, more = _host(machine, wanted, device, power, price)
+        host, more = host_of(machine, wanted, device, power, price)
         narrower = "KV8" if wanted.kv_format == "auto" else None
         question = Question(workload, host, wanted.weights, kv_format_of(wanted), narrower, more)
         report = Report(model, source, answer(source, question, sweep))
@@ -116,49 +103,12 @@ def _run_check(model: str, wanted: EngineConfig, machine: str | None, named: str
         raise ConfigError(f"machine is {machine!r} with --check; accepted: this machine, without --machine")
     chosen = cells_named(named or "")
     fetch(model)
-    config = replace(wanted, model=model, device=_device(wanted))
+    config = replace(wanted, model=model, device=device_here(wanted))
     found = check(resolve(model), config, cells=chosen)
     if json:
         print_json([{**asdict(one), "error": one.error} for one in found])
     else:
         show_check(found)
-
-
-def _device(wanted: EngineConfig) -> str:
-    """What runs the model here."""
-    from ridgeline.resources.cuda import choose_device
-    from ridgeline.types import ConfigError
-
-    chosen = choose_device(wanted.device)
-    if chosen not in ("cpu", "cuda"):
-        raise ConfigError(f"device is {chosen!r}, which nobody plans for; accepted: auto, cpu, cuda")
-    return chosen
-
-
-def _host(
-    machine: str | None, wanted: EngineConfig, device: str | None, power: float | None, price: float | None
-) -> tuple[Host, Callable[[int], Host] | None]:
-    """The machine asked for, and where they can be more, how so many of it are made."""
-    from ridgeline.apps.plan.host import host_here, host_of_fleet
-    from ridgeline.resources.cuda import cuda_free_memory_bytes
-    from ridgeline.resources.fleet import parse_fleet
-    from ridgeline.resources.machine import free_memory_bytes
-    from ridgeline.resources.probe import quick_ceilings
-    from ridgeline.types import ConfigError
-
-    if machine is not None:
-        for name, value in {"device": device, "threads": wanted.threads}.items():
-            if value is not None:
-                raise ConfigError(f"{name} is {value!r} and machine is {machine!r}; accepted: one of them")
-        fleet = parse_fleet(machine)
-        return (
-            host_of_fleet(fleet, power, price),
-            lambda count: host_of_fleet(replace(fleet, count=count), power, price),
-        )
-    chosen = _device(wanted)
-    ceilings = quick_ceilings(wanted.threads, device=chosen)
-    free = cuda_free_memory_bytes() if chosen == "cuda" else free_memory_bytes()
-    return host_here(ceilings, free, power, price), None
 
 
 def _seconds(milliseconds: float | None) -> float | None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -56,7 +56,7 @@ def figures(run: Run, targets_ms: Mapping[str, float] | None = None) -> dict[str
         "itl_ms": spread(gap for answer in whole for gap in gaps_ms(answer)),
         "tpot_ms": spread(each["tpot"] for each in times),
         "e2e_ms": spread(each["e2e"] for each in times),
-        "goodput": _goodput(times, run.duration_s, targets_ms) if targets_ms else None,
+        "goodput": goodput(times, run.duration_s, targets_ms) if targets_ms else None,
         "client": _client(run),
     }
 
@@ -71,12 +71,29 @@ def _load(run: Run) -> dict[str, Any]:
     }
 
 
-def gaps_ms(answer: Answer) -> list[float]:
+class Timed(Protocol):
+    """What a request's times are made of, in seconds: when it was sent, when each piece of its answer came,
+    and when it ended."""
+
+    @property
+    def start_s(self) -> float: ...
+
+    @property
+    def text_s(self) -> Sequence[float]: ...
+
+    @property
+    def end_s(self) -> float: ...
+
+    @property
+    def output_tokens(self) -> int: ...
+
+
+def gaps_ms(answer: Timed) -> list[float]:
     """The gaps between chunks that carry text."""
     return [float(gap) for gap in np.diff(answer.text_s) * 1e3]
 
 
-def request_times_ms(answer: Answer) -> dict[str, float | None]:
+def request_times_ms(answer: Timed) -> dict[str, float | None]:
     """TTFT, ITL, TPOT and E2E of one request, None where it had too few tokens for it."""
     e2e_ms = (answer.end_s - answer.start_s) * 1e3
     ttft_ms = (answer.text_s[0] - answer.start_s) * 1e3 if answer.text_s else None
@@ -90,13 +107,15 @@ def request_times_ms(answer: Answer) -> dict[str, float | None]:
     }
 
 
-def spread(values: Iterable[float | None]) -> dict[str, float] | None:
+def spread(
+    values: Iterable[float | None], percentiles: tuple[int, ...] = PERCENTILES
+) -> dict[str, float] | None:
     """Mean, percentiles and maximum of the values that there are, None where there are none."""
     kept = [value for value in values if value is not None]
     if not kept:
         return None
-    percentiles = np.percentile(kept, PERCENTILES)
-    named = {f"p{number}": float(value) for number, value in zip(PERCENTILES, percentiles, strict=True)}
+    found = np.percentile(kept, percentiles)
+    named = {f"p{number}": float(value) for number, value in zip(percentiles, found, strict=True)}
     return {"mean": float(np.mean(kept)), **named, "max": max(kept)}
 
 
@@ -105,7 +124,7 @@ def _counted_by(answers: Sequence[Answer]) -> str | None:
     return ways.pop() if len(ways) == 1 else ("mixed" if ways else None)
 
 
-def _goodput(
+def goodput(
     times: Sequence[Mapping[str, float | None]], duration_s: float, targets_ms: Mapping[str, float]
 ) -> dict[str, Any]:
     """A request that had no second token has no gaps, and these meet any target; one without text has not
