@@ -295,7 +295,7 @@ def settled(
 
 def settled_by(
     config: EngineConfig, spec: ModelSpec, ledger_of: Callable[[EngineConfig], Ledger]
-) -> tuple[EngineConfig, tuple[int, ...]]:
+) -> tuple[EngineConfig, Ledger]:
     """The same where `ledger_of` says what fits. A context that was not asked for is the model's, halved
     until one sequence of it fits the memory."""
     from ridgeline.resources.machine import usable_cores
