@@ -69,6 +69,7 @@ class CacheMachine(RuleBasedStateMachine):
     vocabulary = 97
     longest = 100
     pooled = True
+    contents = staticmethod(contents)
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,9 +145,10 @@ class CacheMachine(RuleBasedStateMachine):
         scheduler = self.engine.scheduler
         scheduler.check_integrity()
         assert all(pool.free_pages == pool.pages for pool in scheduler.cache.pools)
+        assert scheduler.cache.states is None or scheduler.cache.states.pool.used_pages == 0
         self.done["preemptions"] += scheduler.preemptions
         for name, output in self.told.items():
-            assert contents(output) == self.alone(self.asked[name]), name
+            assert self.contents(output) == self.alone(self.asked[name]), name
         self.done["finished"] += len(self.told)
 
     def _add(

@@ -3,7 +3,8 @@
 It keeps real paged memory, one array per memory group, in which a slot holds the token written to it, its
 position, and a hash of all tokens up to it. Each step it checks that every slot that a row can see continues
 the chain of that sequence's own tokens, and derives the row's logits from what it read. A page that was
-lost, shared, or read through a stale table is an error here, or makes different tokens.
+lost, shared, or read through a stale table is an error here, or makes different tokens. A slot of recurrent
+state holds how many tokens it has seen, and a hash of them all.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ridgeline.execution.draw import Drawer, undrawn
 from ridgeline.scheduling.scheduler import Scheduler
 from ridgeline.types import (
     MAX_DRAFT_TOKENS,
+    NO_STATE,
     Float32Array,
     PageCopy,
     PageFill,
@@ -36,6 +38,7 @@ from ridgeline.types import (
 
 _SLOT = np.dtype([("token", np.int64), ("position", np.int64), ("chain", np.uint64)])
 _POISON = np.array((-1, -1, 0xDEAD), _SLOT)
+_STATE = np.dtype([("tokens", np.int64), ("chain", np.uint64)])
 _ROOT = 0x243F6A8885A308D3
 _OFFSETS = 2**13
 HIDDEN = 8
@@ -58,9 +61,9 @@ class FakeFuture:
 
 
 class FakeExecutor:
-    """`windows[g]` and `pages[g]` describe memory group g; `edit(logits, tokens)` may change a row's logits,
-    given the tokens that it sees in group 0. Results are kept back until they are asked for, and until one
-    more step was run at most."""
+    """`windows[g]` and `pages[g]` describe memory group g; with `states`, its model is recurrent too, and it
+    has so many slots. `edit(logits, tokens)` may change a row's logits, given the tokens that it sees in
+    group 0. Results are kept back until they are asked for, and until one more step was run at most."""
 
     asynchronous = False
     numerics = "fake"
@@ -72,12 +75,14 @@ class FakeExecutor:
         vocabulary: int = 97,
         max_rows: int = 512,
         edit: Callable[[Float32Array, list[int]], None] | None = None,
+        states: int = 0,
     ) -> None:
         self.windows = windows
         self.vocabulary = vocabulary
         self.max_rows = max_rows
         self.edit = edit
         self.memory = [np.full((count, PAGE_TOKENS), _POISON, _SLOT) for count in pages]
+        self.states = np.full(states, np.array((-7, 0xDEAD), _STATE), _STATE)
         self.steps: list[Step] = []
         self.encoders = 0
         self.fail: Exception | None = None
@@ -115,7 +120,12 @@ class FakeExecutor:
             self._write(sequence, written)
         for sequence in step.sequences:
             self._check(sequence)
-        rows = [self._answer(s, row) for s in step.sequences for row in s.outputs]
+        chains = self._move_states_on(step)
+        rows = [
+            self._answer(s, row, chain[row] if chain else _ROOT)
+            for s, chain in zip(step.sequences, chains, strict=True)
+            for row in s.outputs
+        ]
         self._logits = np.array(rows, np.float32).reshape(len(rows), self.vocabulary)
         if handle == "encoder":
             assert not step.draws
@@ -137,7 +147,7 @@ class FakeExecutor:
 
     def transfer(self, moves: Sequence[Any]) -> None:
         for move in moves:
-            memory = self.memory[move.group]
+            memory = (*self.memory, self.states)[move.group]
             if isinstance(move, PageCopy):
                 memory[move.target] = memory[move.source]
             elif isinstance(move, SlotCopy):
@@ -145,14 +155,16 @@ class FakeExecutor:
                 slots[np.array(move.targets)] = slots[np.array(move.sources)]
             elif isinstance(move, PageFill):
                 assert move.source.shape == (self.host_page_bytes[move.group],)
-                memory[move.target] = move.source.view(_SLOT)
+                held = move.source.view(memory.dtype)
+                memory[move.target] = held if memory.ndim == 2 else held[0]
             else:
-                spilled = memory[move.source].view(np.uint8).copy()
+                spilled = memory[move.source : move.source + 1].copy().view(np.uint8).reshape(-1)
                 move.target.put(lambda spilled=spilled: spilled)
 
     @property
     def host_page_bytes(self) -> tuple[int, ...]:
-        return (PAGE_TOKENS * _SLOT.itemsize,) * len(self.memory)
+        pages = (PAGE_TOKENS * _SLOT.itemsize,) * len(self.memory)
+        return (*pages, _STATE.itemsize) if len(self.states) else pages
 
     def close(self) -> None:
         self.closed = True
@@ -201,10 +213,43 @@ class FakeExecutor:
             )
             assert seen["token"][-1] == sequence.tokens[row]
 
-    def _answer(self, sequence: SequenceRows, row: int) -> Float32Array:
-        """Logits of a row, from the tokens that it sees in each group and their places."""
+    def _move_states_on(self, step: Step) -> list[list[Any]]:
+        """The hash behind each row of each sequence."""
+        if not len(self.states):
+            assert all(sequence.state is None for sequence in step.sequences)
+            return [[] for _ in step.sequences]
+        pairs = [sequence.state for sequence in step.sequences]
+        written = [pair[1] for pair in pairs if pair is not None]
+        assert len(set(written)) == len(pairs), "two sequences write one state"
+        chains, after = [], []
+        for sequence in step.sequences:
+            assert sequence.state is not None
+            read, own = sequence.state
+            assert 0 <= own < len(self.states)
+            assert (read == NO_STATE) == (sequence.start == 0), (
+                "a state is missing, or begins amid the tokens"
+            )
+            assert read == own or read not in written, "a state is read that another sequence writes"
+            tokens, chain = self.states[read] if read != NO_STATE else (0, _ROOT)
+            assert tokens == sequence.start, "a state is behind other tokens than the row before"
+            if self.memory and read != NO_STATE:
+                page, offset = divmod(sequence.start - 1, PAGE_TOKENS)
+                before = self.memory[0][sequence.segments[0].tables[0][page], offset]
+                assert chain == before["chain"], "a state is another sequence's"
+            behind = [chain := _chained(chain, token) for token in sequence.tokens]
+            chains.append(behind)
+            after.append((own, (tokens + len(behind), chain)))
+        for own, state in after:
+            self.states[own] = state
+        return chains
+
+    def _answer(self, sequence: SequenceRows, row: int, chain: Any) -> Float32Array:
+        """Logits of a row, from the tokens that it sees in each group and their places, and from the state
+        behind it."""
         state = np.uint64(len(_path(sequence, row)) - 1)
         with np.errstate(over="ignore"):
+            if len(self.states):
+                state = _chained(state, chain)
             for group in range(len(self.memory)):
                 positions, seen = self._visible(sequence, group, row)
                 hashed = _chained(positions.astype(np.uint64) * np.uint64(0xD1342543DE82EF95), seen["token"])
@@ -257,9 +302,8 @@ def make_engine(executor: FakeExecutor, **settings: Any) -> Engine:
     """An engine on a fake executor. Settings: max_num_seqs, max_num_batched_tokens, max_model_len,
     end_token_ids, begin_token_id, seed, prefix_caching, tiers, drafting."""
     pages = tuple(len(memory) for memory in executor.memory)
-    cache = KVCache(
-        executor.windows, pages, settings.pop("prefix_caching", True), settings.pop("tiers", None)
-    )
+    caching, tiers = settings.pop("prefix_caching", True), settings.pop("tiers", None)
+    cache = KVCache(executor.windows, pages, caching, tiers, len(executor.states))
     seats, budget = settings.pop("max_num_seqs", 8), settings.pop("max_num_batched_tokens", 64)
     scheduler = Scheduler(cache, seats, budget, drafting=settings.pop("drafting", None))
     seed = settings.pop("seed", None)

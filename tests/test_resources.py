@@ -23,7 +23,7 @@ from ridgeline.resources.machine import (
     machine,
     usable_cores,
 )
-from ridgeline.resources.memory import Demand, KVGroup, plan_memory
+from ridgeline.resources.memory import STATES_PER_SEQUENCE, Demand, KVGroup, plan_memory
 from ridgeline.resources.paths import cache_dir, write_atomic
 from ridgeline.types import CapacityError, ConfigError, Work
 
@@ -296,6 +296,24 @@ def test_a_sequence_that_cannot_fit_names_the_flag_and_a_length_that_does() -> N
 def test_weights_that_do_not_fit() -> None:
     with pytest.raises(CapacityError, match=r"the weights need .* and 0\.29 GiB of memory are free"):
         plan_memory(demand(weights_bytes=490 << 20), free_bytes=300 << 20)
+
+
+def test_states_are_counted_for_each_sequence_whatever_its_length() -> None:
+    page_bytes, state_bytes = TOKEN_BYTES * PAGE_TOKENS, 3 << 20
+    ledger = plan_memory(demand(state_bytes=state_bytes), free_bytes=1 << 40)
+    assert ledger.states == 64 * STATES_PER_SEQUENCE
+    assert ledger.kv_bytes == ledger.pages[0] * page_bytes + ledger.states * state_bytes
+    free = 1 << 30
+    ledger = plan_memory(demand(state_bytes=state_bytes), free_bytes=free)
+    available = int(free * 0.9) - (110 << 20)
+    assert available * 0.48 < ledger.kv_bytes <= available * 0.5
+    assert ledger.states / STATES_PER_SEQUENCE == pytest.approx(ledger.pages[0] * PAGE_TOKENS / 2048, abs=1)
+    assert ledger.pages[0] < plan_memory(demand(), free_bytes=free).pages[0]
+    alone = plan_memory(demand(groups=(), state_bytes=state_bytes, max_num_seqs=5), free_bytes=free)
+    assert (alone.pages, alone.states) == ((), 5 * STATES_PER_SEQUENCE)
+    assert plan_memory(demand(), free_bytes=free).states == 0
+    with pytest.raises(CapacityError, match=r"needs 0\.29 GiB for its recurrent state and 190\.\d MiB"):
+        plan_memory(demand(state_bytes=100 << 20), free_bytes=(334 << 20))
 
 
 def test_given_pool_size_is_used_whole_or_refused() -> None:

@@ -501,7 +501,14 @@ OPERATIONS = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-GROUPS = {"full": ((None,), (11,)), "windows": ((None, 24), (11, 8)), "window alone": ((20,), (7,))}
+GROUPS = {
+    "full": ((None,), (11,), 0),
+    "windows": ((None, 24), (11, 8), 0),
+    "window alone": ((20,), (7,), 0),
+    "states": ((None, 24), (11, 8), 9),
+    "states alone": ((), (), 9),
+}
+"""Windows, pages and slots of state."""
 
 
 HARMS = ["none", "none", "none", "flip", "cut", "swap", "gone"]
@@ -535,7 +542,7 @@ class TierMachine(CacheMachine):
     def _start(self) -> None:
         self.engine = tiered_engine(
             self.folder,
-            FakeExecutor(*GROUPS[self.kind]),
+            self._executor(),
             memory_bytes=self.memory_bytes,
             disk_bytes=self.disk_bytes,
             queue_bytes=8 * PAGE_BYTES,
@@ -544,11 +551,14 @@ class TierMachine(CacheMachine):
             max_num_batched_tokens=40,
         )
 
+    def _executor(self, pages: int | None = None) -> FakeExecutor:
+        windows, tight, states = GROUPS[self.kind]
+        return FakeExecutor(windows, tight if pages is None else (pages,) * len(windows), states=states)
+
     def _alone(self, request: Request) -> list[Any]:
         name = repr((self.kind, request.prompt_token_ids, request.params))
         if name not in self.known:
-            windows, _ = GROUPS[self.kind]
-            engine = make_engine(FakeExecutor(windows, (60,) * len(windows)), prefix_caching=False)
+            engine = make_engine(self._executor(pages=60), prefix_caching=False)
             self.known[name] = contents(finish(engine, request))
         return self.known[name]
 

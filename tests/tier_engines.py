@@ -69,7 +69,7 @@ def tiered_engine(
     if choice is None and in_turns:
         choice = SomeChoice()
     ladder = kind(executor.host_page_bytes, memory, disk, choice, queue_bytes)
-    tiers = Tiers(ladder, identity, executor.windows, compute_s)
+    tiers = Tiers(ladder, identity, executor.windows, compute_s, states=len(executor.states) > 0)
     return make_engine(executor, tiers=tiers, **{"max_num_batched_tokens": 256, **options})
 
 

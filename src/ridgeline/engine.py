@@ -153,7 +153,7 @@ class Engine:
     def _launch(self) -> bool:
         """Plan and launch the next step, if there is one."""
         if self._launching is not None:
-            self.scheduler.relaunch()
+            self.scheduler.relaunch(self._launching)
         unsure = self._launching is not None and self._in_flight
         if unsure or len(self._in_flight) > self.executor.asynchronous:
             # An interrupt struck, between a launch and its record or while results were taken in: bring in

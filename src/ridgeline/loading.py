@@ -173,8 +173,9 @@ def load_engine(config: EngineConfig) -> LoadedModel:
         canonical = decoder(spec)
         weights = Weights(spec, canonical, checkpoint, config.weights, config.device)
         program = with_precision(canonical, weights.formats, config.kv_format)
-        config, pages = settled(config, spec, program, weights)
-        limits = Limits(config.max_num_batched_tokens, pages, config.kv_format, config.max_num_seqs)
+        config, ledger = settled(config, spec, program, weights)
+        pages, states = ledger.pages, ledger.states
+        limits = Limits(config.max_num_batched_tokens, pages, config.kv_format, config.max_num_seqs, states)
         executor = make_executor(config, limits)
         on_failure.callback(executor.close)
         executor.load(weights)
@@ -190,7 +191,7 @@ def load_engine(config: EngineConfig) -> LoadedModel:
         on_failure.pop_all()
     assert config.max_model_len is not None
     windows = tuple(group.window for group in program.groups)
-    cache = KVCache(windows, pages, config.enable_prefix_caching, tiers)
+    cache = KVCache(windows, pages, config.enable_prefix_caching, tiers, states)
     drafting = None if pace is None else _drafting(config, pace, executor)
     budget = pace if config.measured_budget else None
     scheduler = Scheduler(cache, config.max_num_seqs, config.max_num_batched_tokens, budget, drafting)
@@ -283,8 +284,8 @@ def compile_encoder(
 
 def settled(
     config: EngineConfig, spec: ModelSpec, program: Program, weights: Weights
-) -> tuple[EngineConfig, tuple[int, ...]]:
-    """The config with nothing left to choose, and the pages in the pool of each memory group.
+) -> tuple[EngineConfig, Ledger]:
+    """The config with nothing left to choose, and where the memory goes.
 
     The device has been chosen already. Raises ConfigError when the model cannot do what was asked,
     CapacityError when the memory cannot.
@@ -294,7 +295,7 @@ def settled(
 
 def settled_by(
     config: EngineConfig, spec: ModelSpec, ledger_of: Callable[[EngineConfig], Ledger]
-) -> tuple[EngineConfig, tuple[int, ...]]:
+) -> tuple[EngineConfig, Ledger]:
     """The same where `ledger_of` says what fits. A context that was not asked for is the model's, halved
     until one sequence of it fits the memory."""
     from ridgeline.resources.machine import usable_cores
@@ -318,7 +319,7 @@ def settled_by(
                 raise
             config = replace(config, max_model_len=context)
             continue
-        return replace(config, kv_cache_memory_bytes=ledger.kv_bytes), ledger.pages
+        return replace(config, kv_cache_memory_bytes=ledger.kv_bytes), ledger
 
 
 def kv_format_of(config: EngineConfig) -> str:
@@ -349,7 +350,7 @@ def memory_ledger(config: EngineConfig, program: Program, weights: Weights) -> L
 
 def memory_demand(config: EngineConfig, program: Program, weights_bytes: int) -> Demand:
     """What a model asks of the memory under a config that names its context and KV format."""
-    from ridgeline.execution.base import page_bytes
+    from ridgeline.execution.base import page_bytes, state_bytes
     from ridgeline.resources.memory import Demand, KVGroup
 
     assert config.max_model_len is not None
@@ -360,6 +361,7 @@ def memory_demand(config: EngineConfig, program: Program, weights_bytes: int) ->
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        state_bytes=state_bytes(program.states),
     )
 
 
@@ -382,7 +384,8 @@ def lower_tiers(
 
     Raises ConfigError when the folder cannot be used.
     """
-    if not program.groups or (config.cache_dir is None and config.cache_memory_bytes is None):
+    kept = program.groups or program.states
+    if not kept or (config.cache_dir is None and config.cache_memory_bytes is None):
         return None
     from ridgeline.cache.disk import DiskTier
     from ridgeline.cache.ladder import QUEUE_BYTES, Ladder
@@ -416,7 +419,7 @@ def lower_tiers(
     compute_s = None
     if pace is not None:
         compute_s = partial(pace.computing_s, at_once=config.max_num_batched_tokens)
-    return Tiers(ladder, identity, windows, compute_s)
+    return Tiers(ladder, identity, windows, compute_s, states=bool(program.states))
 
 
 def make_executor(config: EngineConfig, limits: Limits) -> Executor:

@@ -158,6 +158,10 @@ class SequenceRows(msgspec.Struct, frozen=True, gc=False):
     slots before `start`. Such a row stands one position behind its parent, wherever its slot is, and sees of
     the step's rows those of its path alone, each as if it lay where it stands: so the bits do not depend on
     the tree. No parents are those of a chain.
+
+    `state` names two slots of recurrent state, for programs that have any: the rows go on from what is in the
+    first, or from zero where it is `NO_STATE`, and leave what is behind the last row in the second. They may
+    be one slot; no other sequence of the step reads or writes one that is written.
     """
 
     tokens: Sequence[int]
@@ -165,6 +169,7 @@ class SequenceRows(msgspec.Struct, frozen=True, gc=False):
     segments: tuple[Segment, ...]
     outputs: Sequence[int]
     parents: Sequence[int] = ()
+    state: tuple[int, int] | None = None
 
     @property
     def depths(self) -> Sequence[int]:
@@ -183,6 +188,10 @@ class SequenceRows(msgspec.Struct, frozen=True, gc=False):
                 raise ValueError(f"parents[{row}] is {parent}; accepted: -1 to {row - 1}")
             depths.append(depths[parent] + 1 if parent >= 0 else 0)
         return depths
+
+
+NO_STATE = -1
+"""In place of the slot that a sequence's recurrent state is read from: it begins at zero."""
 
 
 class Draw(msgspec.Struct, frozen=True, gc=False):
@@ -308,6 +317,7 @@ class PageFill:
 
 
 Move = PageCopy | SlotCopy | PageSpill | PageFill
+"""Where a program has recurrent state, its slots are the pages of one more group, behind the others."""
 
 
 # ----------------------------------------------------------------------------------------- sampling

@@ -59,15 +59,17 @@ def bare_engine(
         weights = Weights(spec, canonical, checkpoint, config.weights, config.device)
         config = replace(config, kv_format=kv_format_of(config))
         program = with_precision(canonical, weights.formats, config.kv_format)
-        config, pages = settled(config, spec, program, weights)
-        limits = Limits(config.max_num_batched_tokens, pages, config.kv_format, config.max_num_seqs)
+        config, ledger = settled(config, spec, program, weights)
+        pages, states = ledger.pages, ledger.states
+        limits = Limits(config.max_num_batched_tokens, pages, config.kv_format, config.max_num_seqs, states)
         executor = make_executor(config, limits)
         stack.callback(executor.close)
         before = used_bytes()
         executor.load(weights)
         weights_bytes = used_bytes() - before
         handle = executor.compile(program)
-        cache = KVCache(tuple(group.window for group in program.groups), pages, prefix_caching=True)
+        windows = tuple(group.window for group in program.groups)
+        cache = KVCache(windows, pages, prefix_caching=True, state_slots=states)
         scheduler = Scheduler(cache, config.max_num_seqs, config.max_num_batched_tokens)
         assert config.max_model_len is not None
         facts = ModelFacts(spec.vocabulary, config.max_model_len)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ridgeline.config import MAX_OUTPUT_ROWS, pages_for
 from ridgeline.execution.base import Executor
-from ridgeline.types import Float32Array, RequestError, Segment, SequenceRows, Step
+from ridgeline.types import NO_STATE, Float32Array, RequestError, Segment, SequenceRows, Step
 
 MIN_CONTEXT = 8
 """Fewest tokens in a chunk: three of them are scored, so that there is a spread to speak of."""
@@ -37,7 +37,8 @@ class Perplexity:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """A loaded program, run on one sequence at a time from page 0 on: nobody else may use its memory.
+    """A loaded program, run on one sequence at a time from page 0 on, and in slot 0 where it has recurrent
+    state: nobody else may use its memory.
 
     `pages` is the pool of each memory group. A group with fewer pages than a chunk has is walked round and
     round: its window ends before the pages that are written again.
@@ -66,8 +67,9 @@ class Scorer:
             end = start + rows if scored else min(start + rows, first)
             segment = Segment(tables, length=end)
             outputs = range(end - start) if scored else ()
+            state = (0 if start else NO_STATE, 0)
             yield (
-                Step((SequenceRows(tokens[start:end], start, (segment,), outputs),)),
+                Step((SequenceRows(tokens[start:end], start, (segment,), outputs, state=state),)),
                 tokens[start + 1 : end + 1] if scored else (),
             )
             start = end

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 
 from ridgeline.cache.pages import PagePool
 from ridgeline.cache.prefix import Columns, PrefixCache, first_visible
-from ridgeline.cache.radix import Path, Scope
+from ridgeline.cache.radix import HOLE, Path, Scope
+from ridgeline.cache.states import StateSlots
 from ridgeline.cache.table import SequencePages
 from ridgeline.cache.tiers import Tiers
 from ridgeline.config import PAGE_TOKENS, pages_for
@@ -21,11 +22,13 @@ from ridgeline.types import Move, PageCopy, PageFill, PageSpill, SlotCopy
 
 
 class KVCache:
-    """The pools of all memory groups, and the rule by which a sequence begins, grows, trims and leaves.
+    """The pools of all memory groups, and the rules by which a sequence begins, grows, trims and leaves.
 
     `windows[g]` is group g's attention window in tokens (None: it attends to everything), `pages[g]` the
     number of pages in its pool. With `prefix_caching`, what sequences have computed is kept until its pages
     are needed, and those that begin alike share it.
+
+    `state_slots` is the number of slots of recurrent state, 0 for a model that has none.
 
     A page that several sequences would write to is copied for each of them. With `tiers`, pages that are
     evicted are spilled to them, and what they have of a sequence is filled in. All these `moves` are to be
@@ -38,6 +41,7 @@ class KVCache:
         pages: tuple[int, ...],
         prefix_caching: bool = False,
         tiers: Tiers | None = None,
+        state_slots: int = 0,
     ) -> None:
         if len(windows) != len(pages):
             raise ValueError(f"{len(windows)} windows for {len(pages)} pools")
@@ -48,8 +52,12 @@ class KVCache:
         self._moves: list[Move] = []
         self._windowed = tuple((g, window) for g, window in enumerate(windows) if window is not None)
         # Without memory there is nothing to be spared: a model of no groups has no rows that see others.
-        self.tiers = tiers if prefix_caching and pages else None
-        self.prefixes = PrefixCache(self.pools, windows, self.tiers) if prefix_caching and pages else None
+        self.tiers = tiers if prefix_caching and (pages or state_slots) else None
+        self.states = StateSlots(state_slots, prefix_caching) if state_slots else None
+        self.prefixes: PrefixCache | None = None
+        if prefix_caching and (pages or state_slots):
+            slots = None if self.states is None else self.states.pool
+            self.prefixes = PrefixCache(self.pools, windows, self.tiers, slots)
         if self.tiers is not None:
             self.tiers.on_spill = self._spill
 
@@ -64,6 +72,17 @@ class KVCache:
     def has_windows(self) -> bool:
         """Whether `trim` has anything to do."""
         return bool(self._windowed)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether sequences have a state that cannot be wound back: rows that a step has run are run for
+        good."""
+        return self.states is not None
+
+    @property
+    def max_sequences(self) -> int | None:
+        """How many may run at once; None when nothing bounds it."""
+        return None if self.states is None else self.states.max_sequences
 
     @property
     def max_sequence_tokens(self) -> int | None:
@@ -109,13 +128,16 @@ class KVCache:
             if not pages.fetch.fetch.done:
                 return computed
             computed = max(computed, self._take_in(pages, token_ids))
-        held = None if sibling is None else self._held(sibling, limit)
+        held = None if sibling is None or self.has_states else self._held(sibling, limit)
         if self.prefixes is None:
             return computed if held is None or computed else self._begin(pages, held, [], limit)
         if computed // PAGE_TOKENS != pages.shared:
             return computed
         tail = [table[-1] for table in held] if held is not None and limit % PAGE_TOKENS else None
         tokens, columns, path = self.prefixes.find(pages, token_ids, limit, tail)
+        if self.has_states:
+            common = (pages.shared + len(columns[-1])) * PAGE_TOKENS
+            pages.parting = common if common > tokens else 0
         return self._begin(pages, columns, path, tokens) if tokens > computed else computed
 
     def _held(self, pages: SequencePages, tokens: int) -> Columns | None:
@@ -142,6 +164,8 @@ class KVCache:
         pages.length = whole
         if self.prefixes is not None:
             self.prefixes.enter(pages, path, whole)
+        if self.states is not None:
+            self.states.restore(pages, tokens, columns[-1][whole - begin - 1])
         if tokens % PAGE_TOKENS and not self._copy(pages, [column[whole - begin] for column in columns]):
             return whole * PAGE_TOKENS
         return tokens
@@ -203,7 +227,39 @@ class KVCache:
         pages, or will be when a later step reads them."""
         full = min(computed, len(token_ids)) // PAGE_TOKENS
         if self.prefixes is not None and full > pages.shared:
-            self.prefixes.store(pages, token_ids, full)
+            self.prefixes.store(pages, token_ids, full, pages.states.get(full * PAGE_TOKENS, HOLE))
+
+    # ------------------------------------------------------------------------------- recurrent state
+
+    def chunk_end(self, pages: SequencePages, computed: int, end: int, length: int) -> int:
+        """Where rows from `computed` on had better end, `end` at most, so that the state of a sequence of
+        `length` tokens is left where it is of use: where it parts from another that the tree has; behind the
+        last page that others with these tokens can begin behind; else, but for the last chunk, behind a page.
+
+        The first is after Pan et al., "Marconi: Prefix Caching for the Era of Hybrid LLMs" (MLSys 2025).
+        """
+        if self.prefixes is None:
+            return end
+        last = (length - 1) // PAGE_TOKENS * PAGE_TOKENS
+        stops = [stop for stop in (pages.parting, last) if computed < stop < end]
+        whole = end // PAGE_TOKENS * PAGE_TOKENS
+        if not stops and computed < whole and end < length:
+            return whole
+        return min(stops, default=end)
+
+    def launched(self, pages: SequencePages, token_ids: Sequence[int], before: int, computed: int) -> None:
+        """A step is launched that moves a sequence's state on: as `store`, which leaves the state where the
+        tokens before it are whole pages. Of those that are left page by page while tokens are generated, the
+        last stays, so that they are not in the way of others."""
+        assert self.states is not None
+        self.states.launch(pages, before, computed)
+        shared = pages.shared
+        self.store(pages, token_ids, computed)
+        if self.prefixes is not None and computed == before + 1 and pages.shared > shared:
+            if shared and pages.trail == shared:
+                self.prefixes.thin(pages, shared - 1)
+            pages.trail = pages.shared
+        self.states.settle(pages, computed)
 
     # ----------------------------------------------------------------------------------- lower tiers
 
@@ -226,12 +282,12 @@ class KVCache:
         assert self.prefixes is not None
         fetching = self.tiers.end(pages)
         assert fetching is not None
-        columns, contents = fetching.columns(len(self.pools))
+        columns, contents = fetching.columns(len(self.pools) + self.has_states)
         pages.fetched_in_vain = not contents
         begin, end = pages.shared, fetching.end
         if begin != fetching.begin:
             return 0
-        room = min(pool.free_pages for pool in self.pools)
+        room = min((pool.free_pages for pool in self.pools), default=end)
         tokens = self.prefixes.restorable(columns, begin, min(end, begin + room) * PAGE_TOKENS)
         whole = tokens // PAGE_TOKENS
         if whole <= begin:
@@ -250,7 +306,11 @@ class KVCache:
                 PageFill(group, contents[place, group], page) for place, page in enumerate(taken, start=first)
             )
         pages.length = whole
-        self.prefixes.store(pages, token_ids, whole)
+        state = HOLE
+        if self.states is not None:
+            group, state = len(self.pools), self.states.take_in(pages, tokens)
+            self._moves.append(PageFill(group, contents[whole - 1, group], state))
+        self.prefixes.store(pages, token_ids, whole, state)
         return tokens
 
     def _spill(self, spill: PageSpill) -> None:
@@ -312,6 +372,9 @@ class KVCache:
         if self.tiers is not None:
             self.tiers.end(pages)
             pages.fetched_in_vain = False
+        if self.states is not None:
+            self.states.drop(pages)
+            pages.parting = pages.trail = 0
         self._cut(pages, 0)
         if self.prefixes is not None:
             self.prefixes.leave(pages)
@@ -360,6 +423,8 @@ class KVCache:
                 assert seen == count, f"a page of group {group} has {count} users and counts {seen}"
             assert len(users[group]) == pool.used_pages, f"group {group} has used pages that nobody owns"
             assert pool.free_pages + len(users[group]) == pool.pages, f"group {group} lost a page"
+        if self.states is not None:
+            self.states.check_integrity(everyone)
         if self.prefixes is not None:
             self.prefixes.check_integrity(everyone)
         if self.tiers is not None:

@@ -4,6 +4,9 @@ The tree keeps pages without using them: while a sequence uses a page it is lock
 until the pool needs it. A sequence in the tree uses, in every group that attends to everything, all pages
 of its path, and gives them back from the end; so a page never becomes evictable after one before it, and the
 page that has been so for the longest is the end of a leaf. Of a group with a window, any page may go alone.
+
+A recurrent state is remembered as one more group, with a window of one token: all that a row sees of what is
+before it. A page of tokens has its slot where the state at the page's end was left there, and mostly a HOLE.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ def first_visible(window: int | None, position: int) -> int:
     return 0 if window is None else max(position - window, 0) // PAGE_TOKENS
 
 
+STATE_WINDOW = 1
+
+
 class Below(Protocol):
     """Hears what happens to the tree's pages, where there are lower tiers."""
 
@@ -43,17 +49,22 @@ class Below(Protocol):
 
 
 class PrefixCache:
-    """Keeps pages of `pools` by the tokens in them. Sequences enter it by `find`, add to it by `store` and
-    leave it by `leave`."""
+    """Keeps pages of `pools` by the tokens in them, and slots of `states` by those before them. Sequences
+    enter it by `find`, add to it by `store` and leave it by `leave`."""
 
     def __init__(
-        self, pools: tuple[PagePool, ...], windows: tuple[int | None, ...], below: Below | None = None
+        self,
+        pools: tuple[PagePool, ...],
+        windows: tuple[int | None, ...],
+        below: Below | None = None,
+        states: PagePool | None = None,
     ) -> None:
         self._below = below
-        self._pools = pools
-        self._windows = windows
-        self._tree = RadixTree(len(pools))
-        for group, pool in enumerate(pools):
+        self._states = states
+        self._pools = pools if states is None else (*pools, states)
+        self._windows = windows if states is None else (*windows, STATE_WINDOW)
+        self._tree = RadixTree(len(self._pools))
+        for group, pool in enumerate(self._pools):
             pool.evict = partial(self._evict, group)
 
     # ---------------------------------------------------------------------------------------- hits
@@ -62,7 +73,8 @@ class PrefixCache:
         self, pages: SequencePages, token_ids: Sequence[int], limit: int, tail: Sequence[int] | None
     ) -> tuple[int, Columns, Path]:
         """How many tokens, `limit` at most, every group can restore for this sequence; the pages behind its
-        shared ones that hold them, a HOLE where a window has passed one; and the path to those.
+        shared ones that hold them, a HOLE where a window has passed one, likewise slots of states; and the
+        path to those.
 
         The last page may be wanted in part. `tail` has the pages, by group, that another sequence of the same
         prompt holds at the page in which the limit lies.
@@ -87,7 +99,9 @@ class PrefixCache:
 
     def restorable(self, columns: Columns, begin: int, tokens: int) -> int:
         """The longest start, of these tokens, whose visible pages are there in every group; `columns` are of
-        the pages from `begin` on."""
+        the pages from `begin` on. A state is there only behind whole pages."""
+        if self._states is not None:
+            tokens -= tokens % PAGE_TOKENS
         settled = False
         while not settled:
             settled = True
@@ -112,9 +126,10 @@ class PrefixCache:
 
     # ------------------------------------------------------------------------------------ contents
 
-    def store(self, pages: SequencePages, token_ids: Sequence[int], full: int) -> None:
-        """Keep a sequence's first `full` pages, which hold these tokens. Where the tree has such pages
-        already, the sequence's table is led to them, and its own are given back."""
+    def store(self, pages: SequencePages, token_ids: Sequence[int], full: int, state: int = HOLE) -> None:
+        """Keep a sequence's first `full` pages, which hold these tokens, and the slot with the state behind
+        them, if there is one. Where the tree has such pages already, the sequence's table is led to them, and
+        its own are given back."""
         self._enter(pages)
         assert pages.node is not None
         key = pages.spell(token_ids, full)
@@ -130,6 +145,31 @@ class PrefixCache:
             names = b"" if below is None else pages.name(token_ids, pages.shared, full, below.root)
             self._stand(pages, self._tree.append(pages.node, new, self._own(pages, full), names))
             pages.shared = full
+        if state != HOLE:
+            self._leave_state(pages.node, state)
+
+    def _leave_state(self, node: Node, slot: int) -> None:
+        """Keep the state behind the last page of an edge, unless there is one."""
+        if node.columns[-1][-1] == HOLE:
+            group = len(self._pools) - 1
+            self._keep(group, slot)
+            self._tree.fill(node, node.pages - 1, group, slot)
+
+    def thin(self, pages: SequencePages, place: int) -> None:
+        """Let go of the state behind one of a sequence's shared pages, unless somebody uses it or the tree
+        branches there."""
+        assert self._states is not None
+        node, end = pages.node, pages.shared
+        assert node is not None
+        while end - node.pages > place:
+            end -= node.pages
+            assert node.parent is not None
+            node = node.parent
+        slot = node.columns[-1][place - end]
+        within = place + 1 < end or (len(node.children) == 1 and not node.users)
+        if within and slot != HOLE and not self._states.users(slot):
+            self._states.forget(slot)
+            self._tree.drop(len(self._pools) - 1, slot)
 
     def _own(self, pages: SequencePages, full: int) -> tuple[array[int], ...]:
         """The pages behind the shared ones, kept from now on."""
@@ -142,6 +182,8 @@ class PrefixCache:
                 else:
                     self._keep(group, page)
             columns.append(column)
+        if self._states is not None:
+            columns.append(array("i", [HOLE]) * (full - pages.shared))
         return tuple(columns)
 
     def _keep(self, group: int, page: int) -> None:
@@ -152,7 +194,8 @@ class PrefixCache:
     def _merge(self, pages: SequencePages, node: Node, index: int) -> None:
         """One page of tokens that both have: `index` pages into the edge, behind the shared ones."""
         place = pages.shared + index
-        for group, (pool, table) in enumerate(zip(self._pools, pages.tables, strict=True)):
+        # Without the states: those are kept where they are, the one of a page that came first.
+        for group, (pool, table) in enumerate(zip(self._pools, pages.tables, strict=False)):
             if place < pages.first_live[group]:
                 continue
             own, there = table[place], node.columns[group][index]
@@ -262,5 +305,5 @@ class PrefixCache:
         assert node is not None
         assert node.scope == pages.scope, "a sequence stands in another scope"
         assert key == pages.key[: pages.shared * PAGE_BYTES], "a sequence stands behind other tokens"
-        for table, column, live in zip(pages.tables, columns, pages.first_live, strict=True):
+        for table, column, live in zip(pages.tables, columns, pages.first_live, strict=False):
             assert table[live : pages.shared] == column[live:], "a sequence's shared pages are not the tree's"

@@ -23,6 +23,11 @@ class SequencePages:
 
     The first `shared` pages stand in the prefix tree, whose `node` ends there; None is outside of the tree.
     `fetch` is under way while pages behind those are read from a lower tier.
+
+    Of a recurrent model, `states` and `planned` are the sequence's slots of state (`cache.states`). `parting`
+    is the end of the pages of tokens that the tree was seen to have in common with the sequence, where that
+    is behind the state that could be restored, else 0; `trail` the last page, counted from 1, behind which a
+    state was left while tokens were generated.
     """
 
     __slots__ = (
@@ -33,9 +38,13 @@ class SequencePages:
         "length",
         "names",
         "node",
+        "parting",
+        "planned",
         "scope",
         "shared",
+        "states",
         "tables",
+        "trail",
     )
 
     def __init__(self, groups: int, scope: Scope) -> None:
@@ -49,6 +58,9 @@ class SequencePages:
         self.names = bytearray()  # likewise, behind the name of what is before the first page
         self.fetch: Fetching | None = None
         self.fetched_in_vain = False
+        self.states: dict[int, int] = {}
+        self.planned: tuple[int, int] | None = None
+        self.parting = self.trail = 0
 
     @property
     def slots(self) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ridgeline.cache.ladder import Fetch, Ladder
 from ridgeline.cache.names import key_of, root_name
-from ridgeline.cache.prefix import Columns, PrefixCache, first_visible
+from ridgeline.cache.prefix import STATE_WINDOW, Columns, PrefixCache, first_visible
 from ridgeline.cache.radix import HOLE, NAME_BYTES, Scope
 from ridgeline.cache.table import SequencePages
 from ridgeline.config import PAGE_TOKENS
@@ -50,7 +50,8 @@ class Tiers:
     """Owns the ladder. `identity` stands for all that makes pages of one engine useless to another.
 
     `compute_s(begin, end)` predicts how long it takes to compute these tokens of a sequence. Without it, as
-    on a machine that nobody has measured, what is there is fetched.
+    on a machine that nobody has measured, what is there is fetched. With `states`, slots of recurrent state
+    are the pages of one more group.
     """
 
     def __init__(
@@ -59,11 +60,12 @@ class Tiers:
         identity: bytes,
         windows: tuple[int | None, ...],
         compute_s: Callable[[int, int], float] | None = None,
+        states: bool = False,
     ) -> None:
         self.ladder = ladder
         self.on_spill: Callable[[PageSpill], None] = _nobody_spills
         self._identity = identity
-        self._windows = windows
+        self._windows = (*windows, STATE_WINDOW) if states else windows
         self._compute_s = compute_s
         self._spilled: dict[bytes, HostPage] = {}  # by moves that are not launched yet
         self._spilled_bytes = 0
@@ -135,7 +137,7 @@ class Tiers:
         """Whether a sequence waits for its next pages of tokens, up to `end` at most, to come up; begins to
         fetch them where there are some, in these free pages of each group, and it pays."""
         begin = pages.shared
-        end = min(end, begin + min(room))
+        end = min(end, begin + min(room, default=end))
         if end <= begin:
             return False
         name = pages.name(token_ids, begin, begin + 1, self.root)
@@ -143,7 +145,7 @@ class Tiers:
         if other is not None and not other.fetch.done:
             return True  # what another's fetch brings is found in the tree
         places: Places = []
-        if self.ladder.link(key_of(name, self._full)) is not None:
+        if self._full is None or self.ladder.link(key_of(name, self._full)) is not None:
             names = pages.name(token_ids, begin, end, self.root)
             end, places = self._reach(names, begin, end, prefixes)
         if not places:
@@ -185,9 +187,9 @@ class Tiers:
         )
 
     @property
-    def _full(self) -> int:
+    def _full(self) -> int | None:
         """A group of which every page of a prefix is needed, if there is one: the first to ask about."""
-        return next((g for g, window in enumerate(self._windows) if window is None), 0)
+        return next((g for g, window in enumerate(self._windows) if window is None), None)
 
     def _reach(self, names: bytes, begin: int, end: int, prefixes: PrefixCache) -> tuple[int, Places]:
         """Up to which page of tokens all groups can be restored with what is below, about FETCH_BYTES at

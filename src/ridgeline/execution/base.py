@@ -10,7 +10,7 @@ import msgspec
 
 from ridgeline.config import PAGE_TOKENS
 from ridgeline.execution.draw import RowDrawer
-from ridgeline.model.program import MemoryGroup, Program
+from ridgeline.model.program import MemoryGroup, Program, StateGroup
 from ridgeline.model.weights import Weights
 from ridgeline.types import CheckpointError, Move, Step, StepFuture, StepResult
 
@@ -29,7 +29,8 @@ KV_STORAGES = {"KV8": KVStorage(1, 4), "KV16": KVStorage(2), "KV32": KVStorage(4
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an executor makes room for: rows in a step, and pages in the pool of each memory group.
+    """What an executor makes room for: rows in a step, pages in the pool of each memory group, and slots of
+    recurrent state.
 
     A step usually has at most `max_sequences` sequences and outputs; one with more may be slower.
     """
@@ -38,6 +39,7 @@ class Limits:
     pages: tuple[int, ...]
     kv_format: str = "KV16"
     max_sequences: int = 64
+    states: int = 0
 
 
 def slot_bytes(group: MemoryGroup, kv_format: str) -> int:
@@ -52,13 +54,20 @@ def page_bytes(group: MemoryGroup, kv_format: str) -> int:
     return len(group.layers) * PAGE_TOKENS * slot_bytes(group, kv_format)
 
 
+def state_bytes(groups: Sequence[StateGroup]) -> int:
+    """Memory of one slot of recurrent state, all layers of all groups together: float32 whatever the format
+    of keys and values."""
+    return sum(4 * len(group.layers) * group.width for group in groups)
+
+
 class Executor(Protocol):
     """Runs programs over weights and sequence memory that it owns.
 
     `asynchronous` says whether `run` returns before the step is done, so that time is won by launching the
     next step first; `drawer` draws from logits that are on the host. `numerics` names all that the bits of a
     result depend on beside program, weights and KV format, such as the instruction set. `host_page_bytes[g]`
-    is the size of a page of memory group g outside of the pools, known once a program is compiled.
+    is the size of a page of memory group g outside of the pools, known once a program is compiled; behind
+    those stands the size of a slot of recurrent state, where the program has any.
 
     The order of use is load, compile, then run and transfer at will. `run` checks nothing that the engine
     guarantees but refuses a step that contradicts itself. It may return before the step is done, and the
@@ -103,10 +112,12 @@ class FinishedStep(msgspec.Struct, frozen=True):
         return self.step_result
 
 
-def check_memory_kinds(program: Program, executor: str) -> None:
-    """Raise CheckpointError for a memory kind that an executor does not keep."""
-    for group in program.groups:
-        if group.kind not in ("full", "window"):
+def check_memory_kinds(program: Program, executor: str, state: bool = False) -> None:
+    """Raise CheckpointError for a memory kind that an executor does not keep: all keep full and window, and
+    recurrent `state` those that say so."""
+    accepted = ["full", "window", *(["state"] if state else [])]
+    for kind in (*(group.kind for group in program.groups), *("state" for _ in program.states)):
+        if kind not in accepted:
             raise CheckpointError(
-                f"layer memory is {group.kind!r}; the {executor} executor accepts: full, window"
+                f"layer memory is {kind!r}; the {executor} executor accepts: {', '.join(accepted)}"
             )

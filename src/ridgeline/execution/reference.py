@@ -27,6 +27,7 @@ from ridgeline.model.program import (
     Combine,
     Embed,
     ExpertLinear,
+    GatedRecurrence,
     Linear,
     Norm,
     Operation,
@@ -49,11 +50,14 @@ from ridgeline.precision.quantise import (
     round_kv8,
 )
 from ridgeline.types import (
+    NO_STATE,
     ByteArray,
     Float32Array,
     Move,
     PageCopy,
     PageFill,
+    PageSpill,
+    SequenceRows,
     SlotCopy,
     Step,
     StepResult,
@@ -72,14 +76,16 @@ _ROUND: dict[str, Callable[[Float32Array], Float32Array]] = {
 
 @dataclass(slots=True)
 class _Run:
-    """One pass: the step's arrays and the values computed so far, by name: (rows * experts, width)."""
+    """One pass: the step's sequences and arrays, and the values computed so far, by name: (rows * experts,
+    width)."""
 
+    sequences: tuple[SequenceRows, ...]
     arrays: StepArrays
     values: dict[str, Float32Array] = field(default_factory=dict)
 
 
 class ReferenceExecutor:
-    """Implements `execution.base.Executor`. A page that was never written holds NaN."""
+    """Implements `execution.base.Executor`. Pages and states that were never written hold NaN."""
 
     asynchronous = False
 
@@ -89,6 +95,7 @@ class ReferenceExecutor:
         self._weights: dict[str, Float32Array] = {}
         self._memory: dict[int, Float32Array] = {}  # layer -> (2, pages, PAGE_TOKENS, kv_heads, head_dim)
         self._groups: dict[int, tuple[int, ...]] = {}
+        self._states: dict[tuple[int, int], Float32Array] = {}  # group, layer -> (slots, width)
         self.drawer = Drawer()
         self._drawn = np.empty(0, np.int32)
 
@@ -103,17 +110,21 @@ class ReferenceExecutor:
             self._weights[name] = round_bfloat16(matrix) if sixteen else matrix
 
     def compile(self, program: Program) -> Program:
-        check_memory_kinds(program, "reference")
+        check_memory_kinds(program, "reference", state=True)
         for index, (group, pages) in enumerate(zip(program.groups, self._limits.pages, strict=True)):
             self._groups[index] = group.layers
             for layer in group.layers:
                 shape = (2, pages, PAGE_TOKENS, group.kv_heads, group.head_dim)
                 self._memory.setdefault(layer, np.full(shape, np.nan, np.float32))
+        for index, state in enumerate(program.states):
+            for layer in state.layers:
+                slots = np.full((self._limits.states, state.width), np.nan, np.float32)
+                self._states.setdefault((index, layer), slots)
         return program
 
     def run(self, handle: Program, step: Step) -> FinishedStep:
         started = time.perf_counter()
-        run = _Run(StepArrays.of(step, len(handle.groups), self._drawn))
+        run = _Run(step.sequences, StepArrays.of(step, len(handle.groups), self._drawn))
         self._drawn = np.full(step.outputs, NOT_DRAWN, np.int32)  # an encoder draws none
         for op in handle.operations:
             if isinstance(op, Sample):
@@ -130,13 +141,33 @@ class ReferenceExecutor:
 
     @property
     def host_page_bytes(self) -> tuple[int, ...]:
-        return tuple(
+        pages = [
             sum(self._memory[layer][:, :1].nbytes for layer in layers)
             for _, layers in sorted(self._groups.items())
-        )
+        ]
+        states = [sum(slots[:1].nbytes for slots in self._states.values())]
+        return (*pages, *states) if self._states else tuple(pages)
+
+    def _transfer_state(self, move: Move) -> None:
+        """Move one slot, the layers of all groups one behind the other."""
+        slots = [self._states[place] for place in sorted(self._states)]
+        if isinstance(move, PageCopy):
+            for each in slots:
+                each[move.target] = each[move.source]
+        elif isinstance(move, PageFill):
+            ends = np.cumsum([each.shape[1] for each in slots])[:-1]
+            for each, values in zip(slots, np.split(move.source.view(np.float32), ends), strict=True):
+                each[move.target] = values
+        else:
+            assert isinstance(move, PageSpill), "states have no slots of tokens to be copied"
+            spilled = np.concatenate([each[move.source] for each in slots])
+            move.target.put(partial(_bytes_of, spilled))
 
     def transfer(self, moves: Sequence[Move]) -> None:
         for move in moves:
+            if move.group == len(self._groups):
+                self._transfer_state(move)
+                continue
             layers = self._groups[move.group]
             if isinstance(move, PageCopy):
                 for layer in layers:
@@ -159,6 +190,7 @@ class ReferenceExecutor:
     def close(self) -> None:
         self._weights.clear()
         self._memory.clear()
+        self._states.clear()
 
     def _bias(self, weight: Weight | None) -> Float32Array | float:
         return self._weights[weight.name] if weight is not None else 0.0
@@ -318,6 +350,22 @@ class ReferenceExecutor:
         weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
         mixed: Float32Array = np.einsum("hrs,shd->rhd", weights, v).astype(np.float32)
         return mixed
+
+    @_apply.register
+    def _(self, op: GatedRecurrence, run: _Run) -> Float32Array:
+        x = run.values[op.x.name].astype(np.float64)
+        forget = 1 / (1 + np.exp(-run.values[op.gate.name].astype(np.float64)))
+        states, out = self._states[op.group, op.layer], np.empty(x.shape, np.float32)
+        begins = run.arrays.sequence_row_begin
+        for sequence, begin, end in zip(run.sequences, begins[:-1], begins[1:], strict=True):
+            assert sequence.state is not None, "a sequence without a slot for its state"
+            read, written = sequence.state
+            state = np.zeros(x.shape[1], np.float32) if read == NO_STATE else states[read]
+            for row in range(begin, end):
+                state = (forget[row] * state + (1 - forget[row]) * x[row]).astype(np.float32)
+                out[row] = state
+            states[written] = state
+        return out
 
     @_apply.register
     def _(self, op: Activate, run: _Run) -> Float32Array:

@@ -79,7 +79,7 @@ class StepArrays(msgspec.Struct, frozen=True, eq=False):
             segments_end.append(len(segments))
         lengths = [s.length for s in segments]
         firsts = [s.first_position for s in segments]
-        tables_end = [*accumulate((len(s.tables[0]) for s in segments), initial=0)]
+        tables_end = _tables_end(segments, groups)
         integers = _side_by_side(
             _known(tokens, drawn),
             positions,
@@ -113,7 +113,7 @@ class StepArrays(msgspec.Struct, frozen=True, eq=False):
             starts,
             [s.length for s in segments],
             list(map(operator.add, starts, firsts)) if moved else [],
-            [*accumulate([len(s.tables[0]) for s in segments], initial=0)],
+            _tables_end(segments, groups),
         )
         usual = _Usual.of(len(sequences))
         numbers = usual.numbers
@@ -205,13 +205,20 @@ def _known(tokens: list[int], drawn: Int32Array | None) -> list[int]:
     return [token if token >= 0 else max(int(drawn[-1 - token]), 0) for token in tokens]
 
 
+def _tables_end(segments: list[Segment], groups: int) -> list[int]:
+    """Where each segment's pages begin in the tables of any group, and their end."""
+    if not groups:
+        return [0] * (len(segments) + 1)
+    return [*accumulate([len(s.tables[0]) for s in segments], initial=0)]
+
+
 def _tables(tables: list[tuple[Sequence[int], ...]], groups: int) -> Int32Array:
     """Tables of all segments side by side, a line for each memory group: (groups, pages)."""
     line = array("i")
     for group in range(groups):
         for of_groups in tables:
             line.extend(of_groups[group])  # a plain copy where the table is such an array too
-    return np.array(line, np.int32).reshape(groups, -1)
+    return np.array(line, np.int32).reshape(groups, len(line) // groups if groups else 0)
 
 
 def rope_tables(spec: RopeSpec, positions: Int32Array) -> tuple[Float32Array, Float32Array]:

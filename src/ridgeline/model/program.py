@@ -42,17 +42,29 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """Layers whose sequence memory has one geometry: they share a pool's page ids and a table.
+    """Layers whose memory of a sequence grows with it and has one geometry: they share a pool's page ids and
+    a table.
 
-    "full" keeps every slot and "window" the last `window`. "latent" and "state" are for families whose
-    memory is a compressed vector per slot, or a fixed size per sequence.
+    "full" keeps every slot and "window" the last `window`. "latent" is for families whose memory is a
+    compressed vector per slot.
     """
 
-    kind: Literal["full", "window", "latent", "state"]
+    kind: Literal["full", "window", "latent"]
     layers: tuple[int, ...]
     kv_heads: int
     head_dim: int
     window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StateGroup:
+    """Layers whose memory of a sequence is a state of fixed size, `width` float32 numbers in each layer.
+
+    A slot of state has room for one sequence's in every layer of every such group, so that one id is enough.
+    """
+
+    layers: tuple[int, ...]
+    width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +380,27 @@ class Attention(Operation):
 
 
 @dataclass(frozen=True, slots=True)
+class GatedRecurrence(Operation):
+    """h ← f h + (1 − f) x with f = sigmoid(gate), value by value, row after row of a sequence; the result of
+    a row is the h behind it.
+
+    h is the layer's state in a group of `Program.states`: a sequence's rows go on from the one that the step
+    names, and leave the one behind the last. It is rounded to float32 in every row, so that it does not
+    matter how rows are spread over steps. This is the recurrence of Qin et al., "Hierarchically Gated
+    Recurrent Neural Network for Sequence Modeling" (NeurIPS 2023, arXiv:2311.04823), in real numbers; that
+    of minGRU (arXiv:2410.01201) has the gate's other sign.
+    """
+
+    x: Value
+    gate: Value
+    layer: int
+    group: int
+
+    def work(self, load: StepLoad) -> Work:
+        return Work(fp32_flops=5 * load.rows_of(self.out) * self.out.width)
+
+
+@dataclass(frozen=True, slots=True)
 class Activate(Operation):
     """act(x), times `times` where that is given (`spec.Activation` has the exception)."""
 
@@ -416,12 +449,14 @@ class Sample(Operation):
 @dataclass(frozen=True, slots=True)
 class Program:
     """An ordered, single-assignment list of operations. `output` is the logits, or of an encoder the final
-    hidden states (kind "f32", of the wanted rows); a value of kind "drawn" is read by the host too."""
+    hidden states (kind "f32", of the wanted rows); a value of kind "drawn" is read by the host too. Layers
+    that attend have their memory in `groups`, recurrent ones in `states`."""
 
     name: str
     operations: tuple[Operation, ...]
     groups: tuple[MemoryGroup, ...]
     output: Value
+    states: tuple[StateGroup, ...] = ()
 
     def __post_init__(self) -> None:
         known: set[str] = {"tokens", "positions"}

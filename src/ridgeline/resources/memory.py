@@ -1,5 +1,7 @@
 """The memory ledger: what a model takes on this machine, and how large its KV pools become.
 
+Recurrent states count among the KV pools: a few slots for each sequence, whatever its length.
+
 The stated default: the KV pools hold `max_num_seqs` sequences of `max_model_len` tokens, or as many as fit
 a share of the memory that is free beside the weights; one such sequence may take all of it but a reserve.
 In the system's memory the share is a half: pools are taken page by page as they are used, so a large pool
@@ -22,6 +24,11 @@ RESERVE_SHARE = 0.1
 """Share of the free memory that stays untouched: the process itself, its stack of libraries, the system."""
 
 
+STATES_PER_SEQUENCE = 3
+"""Slots of recurrent state: one that a sequence goes on from, one that it may write to, and one that is kept
+for others."""
+
+
 @dataclass(frozen=True, slots=True)
 class KVGroup:
     """Layers of equal geometry with one pool: the bytes of a page in all of them, and how many tokens back
@@ -33,7 +40,8 @@ class KVGroup:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What the model and the settings ask for; sizes in bytes and tokens."""
+    """What the model and the settings ask for; sizes in bytes and tokens. A slot of recurrent state has
+    `state_bytes`, 0 for a model that has none."""
 
     weights_bytes: int
     activation_bytes: int
@@ -41,17 +49,20 @@ class Demand:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Where the memory goes. `pages[g]` is the size of group g's pool."""
+    """Where the memory goes. `pages[g]` is the size of group g's pool, `states` the number of slots of
+    recurrent state; `kv_bytes` are of both."""
 
     weights_bytes: int
     activation_bytes: int
     kv_bytes: int
     pages: tuple[int, ...]
     free_bytes: int
+    states: int = 0
 
     @property
     def bytes(self) -> int:
@@ -69,7 +80,8 @@ def plan_memory(
     """Size the KV pools in `free_bytes`, or in `kv_cache_memory_bytes` where that is given.
 
     `free_bytes` are of the memory that weights, buffers and pools lie in, which errors call `memory`.
-    Raises CapacityError when the weights, or the pages of one sequence of `max_model_len`, do not fit.
+    Raises CapacityError when the weights, or the pages and states of one sequence of `max_model_len`, do not
+    fit.
     """
     fixed = demand.weights_bytes + demand.activation_bytes
     available = int(free_bytes * (1 - RESERVE_SHARE)) - fixed
@@ -85,6 +97,12 @@ def plan_memory(
             f"what {memory} is free beside the weights"
         )
     limit = available if kv_cache_memory_bytes is None else kv_cache_memory_bytes
+    least = _pool_bytes(replace(demand, max_model_len=0), 1.0)
+    if least > limit:
+        raise CapacityError(
+            f"one sequence needs {_gib(least)} for its recurrent state and {_gib(limit)} of {memory} can be "
+            "had; accepted: a smaller model, or more memory"
+        )
     one = _pool_bytes(demand, 1.0)
     if one > limit:
         raise CapacityError(
@@ -94,8 +112,9 @@ def plan_memory(
     share = limit if kv_cache_memory_bytes is not None else available * pool_share
     sequences = _sequences(demand, max(int(share), one))
     pages = _pages(demand, sequences)
-    kv_bytes = sum(n * group.page_bytes for n, group in zip(pages, demand.groups, strict=True))
-    return Ledger(demand.weights_bytes, demand.activation_bytes, kv_bytes, pages, free_bytes)
+    kv_bytes = _pool_bytes(demand, sequences)
+    states = _states(demand, sequences)
+    return Ledger(demand.weights_bytes, demand.activation_bytes, kv_bytes, pages, free_bytes, states)
 
 
 def sequences_that_fit(demand: Demand, free_bytes: int, pool_share: float = POOL_SHARE) -> int:
@@ -129,7 +148,12 @@ def _pages(demand: Demand, sequences: float) -> tuple[int, ...]:
 
 def _pool_bytes(demand: Demand, sequences: float) -> int:
     pages = _pages(demand, sequences)
-    return sum(n * group.page_bytes for n, group in zip(pages, demand.groups, strict=True))
+    paged = sum(n * group.page_bytes for n, group in zip(pages, demand.groups, strict=True))
+    return paged + _states(demand, sequences) * demand.state_bytes
+
+
+def _states(demand: Demand, sequences: float) -> int:
+    return int(STATES_PER_SEQUENCE * sequences) if demand.state_bytes else 0
 
 
 def _sequences(demand: Demand, budget_bytes: int) -> float:
@@ -140,9 +164,10 @@ def _sequences(demand: Demand, budget_bytes: int) -> float:
 
 
 def bytes_of_sequences(demand: Demand) -> tuple[int, int]:
-    """Bytes of the pages of each sequence, and of those that all share."""
+    """Bytes of the pages and states of each sequence, and of the pages that all share."""
     rules = [(group.page_bytes, *_page_rule(demand, group)) for group in demand.groups]
-    return sum(size * n for size, n, _ in rules), sum(size * n for size, _, n in rules)
+    states = STATES_PER_SEQUENCE * demand.state_bytes
+    return states + sum(size * n for size, n, _ in rules), sum(size * n for size, _, n in rules)
 
 
 def _longest(demand: Demand, limit_bytes: int) -> int:

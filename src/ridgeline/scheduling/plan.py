@@ -87,7 +87,8 @@ def plan_of(
             continue
         wanted = _FIRST if count == 1 and outputs else [row - start for row in outputs]
         segments = (Segment(sequence.pages.tables, end),)
-        steps.append(SequenceRows(sequence.tokens(start, end), start, segments, wanted))
+        tokens, state = sequence.tokens(start, end), sequence.pages.planned
+        steps.append(SequenceRows(tokens, start, segments, wanted, state=state))
     step = Step(tuple(steps), () if pooled else tuple(draws))
     return Plan(step, tuple(planned), tuple(sampled), tuple(positions), now_s, pooled, moves, tuple(drafted))
 

@@ -23,6 +23,8 @@ there are both, steps of the one and of the other take turns.
 Nothing is computed twice that can be had: before each chunk of a prefill the cache is asked for what others
 have computed meanwhile, and a sequence whose next rows are mostly those of one that is planned already waits
 for them, a step at a time. The samples of one request wait until the first has computed their prompt.
+
+Where sequences have recurrent state, chunks of prompts end where others can go on from it.
 """
 
 from __future__ import annotations
@@ -52,9 +54,10 @@ _longest_unserved = attrgetter("served", "arrival")
 class Scheduler:
     """Owns the queues, and through `cache` the pages of every running sequence.
 
-    `max_num_batched_tokens` bounds the rows of a step, `max_num_seqs` the sequences that run at once. With a
-    `pace`, streams keep their class's time between tokens, as far as steps can be predicted. With `drafting`,
-    decodes run with guesses of what comes next behind their rows.
+    `max_num_batched_tokens` bounds the rows of a step, `max_num_seqs` the sequences that run at once; those
+    that the cache has state for are not exceeded. With a `pace`, streams keep their class's time between
+    tokens, as far as steps can be predicted. With `drafting`, decodes run with guesses of what comes next
+    behind their rows, but not of a recurrent model: what was wrong could not be taken back.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class Scheduler:
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(f"{max_num_seqs} sequences in steps of {max_num_batched_tokens} tokens")
         self.cache = cache
-        self.max_num_seqs = max_num_seqs
+        self.max_num_seqs = min(max_num_seqs, cache.max_sequences or max_num_seqs)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.pace = pace
         self.drafting = drafting
@@ -124,7 +127,10 @@ class Scheduler:
             budget = self._spend(pooled, now_s)
             if budget.chunks:
                 break
-        if self.drafting is not None and not budget.pooled:
+        if self.cache.states is not None:
+            for sequence, count, _ in budget.chunks:
+                self.cache.states.plan(sequence.pages, sequence.computed, sequence.computed + count)
+        elif self.drafting is not None and not budget.pooled:
             self._draft(self.drafting, budget)
         return plan_of(budget.chunks, budget.pooled, now_s, self.cache.moves, budget.drafts)
 
@@ -132,13 +138,17 @@ class Scheduler:
         """Note that the step is launched: its rows' keys and values are stored before any later step reads
         them, and its drawn tokens are there for the next one."""
         self.steps += 1
+        recurrent = self.cache.has_states
         guesses = {each.sequence.arrival: len(each.tree) for each in plan.drafted}
         for sequence, rows in zip(plan.sequences, plan.step.sequences, strict=True):
             sequence.served = self.steps
+            before = sequence.computed
             sequence.computed += len(rows.tokens)
             if guesses:
                 sequence.computed -= guesses.get(sequence.arrival, 0)
-            if sequence.computed // PAGE_TOKENS > sequence.pages.shared:
+            if recurrent:
+                self.cache.launched(sequence.pages, sequence.token_ids, before, sequence.computed)
+            elif sequence.computed // PAGE_TOKENS > sequence.pages.shared:
                 self.cache.store(sequence.pages, sequence.token_ids, sequence.computed)
         self.cache.moved()
         self._moving.clear()
@@ -164,13 +174,18 @@ class Scheduler:
         sequence.account.used += OUTPUT_WEIGHT * (1 + len(nodes))
         sequence.computed += len(nodes)
 
-    def relaunch(self) -> None:
-        """An interrupt struck while moves were launched, and nobody knows which were made. Those of right
-        guesses are the only ones that cannot be made twice: these tokens are run again instead."""
+    def relaunch(self, plan: Plan) -> None:
+        """An interrupt struck while a step and its moves were launched, and nobody knows which were made.
+        Those of right guesses cannot be made twice: these tokens are run again instead. Nor may states move
+        on twice: the step's sequences begin again."""
         for sequence in self.running:
             sequence.computed = min(sequence.computed, self._moving.get(sequence.arrival, sequence.computed))
         self._moving.clear()
         self.cache.drop_compactions()
+        if self.cache.states is not None:
+            for sequence in plan.sequences:
+                self.cache.states.drop(sequence.pages)
+                self._release(sequence)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues and pages agree."""
@@ -183,6 +198,9 @@ class Scheduler:
         assert all(s.computed == 0 and s.pages.length == 0 for s in waiting), "a sequence waits with pages"
         assert all(s.computed <= s.pages.slots for s in self.running), "tokens were computed without pages"
         queue = [*self.running, *waiting]
+        if self.cache.has_states:
+            stateful = all((s.computed in s.pages.states) == (s.computed > 0) for s in queue)
+            assert stateful, "a sequence has computed tokens and no state, or a state and no tokens"
         assert self._pooled_sequences == sum(s.pooled for s in queue), "pooled sequences were miscounted"
         self.waiting.check_integrity(self.running)
         self.cache.check_integrity(sequence.pages for sequence in queue)
@@ -323,6 +341,9 @@ class Scheduler:
             count = min(count, reachable - sequence.computed)
         if count < 1:
             return False
+        if self.cache.has_states:
+            computed, end = sequence.computed, sequence.computed + count
+            count = self.cache.chunk_end(sequence.pages, computed, end, sequence.length) - computed
         self.cache.grow(sequence.pages, sequence.computed + count)
         self.cache.shrink(sequence.pages, sequence.computed + count)
         if count > 1 and self.cache.prefixes is not None:
@@ -362,6 +383,8 @@ class Scheduler:
             return False
         other, end = budget.first_pages[first]
         alike = self.cache.prefixes.alike(one, (other.pages, other.token_ids), end)
+        if self.cache.has_states and alike < end:
+            return False  # the other's state will be behind tokens that are not this one's
         return 2 * (min(alike, sequence.restorable) - sequence.computed) >= sequence.remaining
 
     # -------------------------------------------------------------------------------------- guesses

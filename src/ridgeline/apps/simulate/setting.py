@@ -52,10 +52,11 @@ def simulation(
         return plan_memory(demand, host.memory_bytes, asked, pool_share=host.pool_share)
 
     config = replace(config, device=host.device, kv_format=model.kv_format)
-    config, pages = settled_by(config, model.spec, ledger_of)
+    config, ledger = settled_by(config, model.spec, ledger_of)
     assert config.max_model_len is not None
     groups = model.program.groups
-    cache = KVCache(tuple(group.window for group in groups), pages, config.enable_prefix_caching)
+    windows, caching = tuple(group.window for group in groups), config.enable_prefix_caching
+    cache = KVCache(windows, ledger.pages, caching, state_slots=ledger.states)
     predicted = StepTimeModel.of(host.rates, host.costs_of(model.main_format))
     pace = Pace(model.work, predicted, groups, config.targets)
     limits = config.max_num_seqs, config.max_num_batched_tokens
