@@ -6,10 +6,10 @@
 Each cell is a kind of work, a temperature and a batch. Its requests are answered twice a round by one
 engine, with speculation and without, in turns that change; both must give the same tokens, which is
 checked. Timed is decoding alone, while the batch is whole: from the step after which every sequence has a
-token to the end of the first that ends. Before every run the engine forgets what drafting had learnt, past
-outputs included, so that nothing is won by having seen the answer. The ratio of a round is that of its two
-rates of tokens; told are the median, the least and the most, and the 95% interval of the mean of the
-logarithms (Student's t).
+token to the end of the first that ends. Before every run the engine forgets all texts that it has seen, so
+that nothing is won by having given the answer before. The ratio of a round is that of its two rates of
+tokens; told are the median, the least and the most, and the 95% interval of the mean of the logarithms
+(Student's t).
 
 - copy: a file, and the request to give it back with one name changed; the answer's first lines are given.
 - quote: a text, and a summary that quotes it at length, likewise begun.

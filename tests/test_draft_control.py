@@ -359,7 +359,7 @@ def test_the_schedulers_sequences_are_drafted_for() -> None:
         prompt = (1, 2, 3, 4, 1, 2)
         pages = SequencePages(1, Scope(salt="key"))
         wanted = Sequence(5, prompt, Chooser(params, 0, 0, prompt, ()), pages, limit=9)
-        drafting = Drafting(lookups, pace_of(0.01, 0.001), default)
+        drafting = Drafting(Speculator.of_lookups, pace_of(0.01, 0.001), default)
         Scheduler(KVCache((None,), (4,)), 1, 8, drafting=drafting).add(wanted)
         return wanted
 

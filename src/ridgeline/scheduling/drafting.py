@@ -11,6 +11,7 @@ from collections.abc import Sequence as Many
 
 from ridgeline.model.program import StepLoad
 from ridgeline.records import DraftTotals
+from ridgeline.sampling.drafting.controller import Controller
 from ridgeline.sampling.drafting.costs import StepCost
 from ridgeline.sampling.drafting.speculator import Speculator
 from ridgeline.sampling.drafting.tree import DraftTree
@@ -21,12 +22,15 @@ from ridgeline.types import SpeculationParams
 
 
 class Drafting:
-    """Owns the speculator of an engine. `pace` predicts the steps, `default` is for requests that do not say
-    whether and how tokens are to be guessed; None: not at all."""
+    """Owns the speculator of an engine, which `make` makes around a controller. `pace` predicts the steps,
+    `default` is for requests that do not say whether and how tokens are to be guessed; None: not at all."""
 
-    def __init__(self, make: Callable[[], Speculator], pace: Pace, default: SpeculationParams | None) -> None:
+    def __init__(
+        self, make: Callable[[Controller], Speculator], pace: Pace, default: SpeculationParams | None
+    ) -> None:
         self._make = make
-        self._speculator = make()
+        self._controller = Controller()
+        self._speculator = make(self._controller)
         self._pace = pace
         self._default = default
 
@@ -65,8 +69,8 @@ class Drafting:
             raise
 
     def restart(self) -> None:
-        """Forget everything: what was looked up, what was right, and past outputs."""
-        self._speculator = self._make()
+        """Forget all texts, past outputs included; how often guesses are right is still known."""
+        self._speculator = self._make(self._controller)
 
     def verified(self, drafted: Drafted, nodes: Many[int]) -> None:
         """Take in which guesses were right."""

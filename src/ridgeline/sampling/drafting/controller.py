@@ -102,8 +102,8 @@ class Controller:
         """For each sequence, with the times of its drafter, how many nodes at most are to be proposed; 0: do
         not ask."""
         curve = self._curves.of(cost)
-        saved = _SAVED_STEPS * self.allowance_share * curve.at(0)
-        self._allowance_s = min(self._allowance_s + self.allowance_share * curve.at(0), saved)
+        saved = _SAVED_STEPS * self.allowance_share * curve.base_s
+        self._allowance_s = min(self._allowance_s + self.allowance_share * curve.base_s, saved)
         limits = [0] * len(sequences)
         if cost.room < 1 or not sequences:
             return limits
@@ -139,7 +139,7 @@ class Controller:
     def _any_pays(self, curve: Curve, batch: int, time: DraftTime) -> bool:
         """Whether guesses for some of the sequences would."""
         worth_s = MOST * curve.token_s - time.token_s
-        return any(extra * worth_s > curve.at(extra) - curve.at(0) for extra in range(1, batch))
+        return any(extra * worth_s > curve.at(extra) - curve.base_s for extra in range(1, batch))
 
     def _spend_on_asking(self, unsure: Sequence[int], limits: list[int], times: Sequence[DraftTime]) -> None:
         """Of sequences that asking does not pay for, leave those in whose turn it is and that the allowance
@@ -186,8 +186,8 @@ class Controller:
         best_values.sort(reverse=True)
         choice = _Choice()
         # Rows of prompts are worth what their part of the step takes.
-        tokens = curve.at(0) / curve.token_s
-        best_rate = tokens / curve.at(0)
+        tokens = curve.base_s / curve.token_s
+        best_rate = tokens / curve.base_s
         sums = list(accumulate(best_values))
         for rows, seconds in curve.sizes(min(len(best_values), cost.room)):
             rate = (tokens + sums[rows - 1]) / seconds

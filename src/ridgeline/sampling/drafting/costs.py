@@ -47,10 +47,10 @@ def best_size(acceptance: float, sequences: int, seconds: Seconds, draft_s: floa
 
 class Curve:
     """The times of one step with more and more rows, asked for once: at each of the first `_DENSE_ROWS` more,
-    then ever more rarely, up to `room`; straight lines between. `token_s` is what a token costs without
-    drafts."""
+    then ever more rarely, up to `room`; straight lines between. `base_s` is the time with none, `token_s`
+    what a token costs without drafts."""
 
-    __slots__ = ("_cost", "age", "ceilings", "extras", "room", "seconds", "token_s")
+    __slots__ = ("_cost", "age", "base_s", "ceilings", "extras", "room", "seconds", "token_s")
 
     def __init__(self, cost: StepCost) -> None:
         self._cost = cost
@@ -58,11 +58,11 @@ class Curve:
         self.ceilings: dict[int, int] = {}  # the controller's, for as long as the curve serves
         self.room = cost.room
         self.extras = [0]
-        self.seconds = [cost.seconds(cost.rows)]
+        self.base_s = cost.seconds(cost.rows)
+        self.seconds = [self.base_s]
         self.token_s = cost.seconds(cost.decodes) / max(cost.decodes, 1)
 
     def _reach(self, extra: int) -> None:
-        """Know the times up to so many rows more; of the first ones each has its own place."""
         while self.extras[-1] < extra:
             last = self.extras[-1]
             following = last + 1 if last < _DENSE_ROWS else int(last * _GROWTH)
@@ -72,9 +72,9 @@ class Curve:
 
     def at(self, extra: int) -> float:
         """Seconds of the step with so many rows more."""
+        if extra < len(self.seconds) and extra <= _DENSE_ROWS:
+            return self.seconds[extra]  # each of the first ones has a place of its own
         self._reach(extra)
-        if extra <= _DENSE_ROWS:
-            return self.seconds[extra]
         place = bisect_left(self.extras, extra)
         above, slower = self.extras[place], self.seconds[place]
         if above == extra:

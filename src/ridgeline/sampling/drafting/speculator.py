@@ -28,18 +28,11 @@ class _Source:
     totals: DraftTotals = field(default_factory=DraftTotals)
 
 
-@dataclass(slots=True)
-class _Rest:
-    """How often in a row a sequence was asked about in vain, and for how many steps it is let alone."""
-
-    in_vain: int = 0
-    steps: int = 0
-
-
-_PATIENCE = 4
-_LONGEST_REST = 7
-"""Steps: text that begins to repeat itself is found that much later, and all other text drafted for that much
-more cheaply."""
+_PATIENCE, _RELIEF = 4, 2
+"""So many times asked in vain, more than right guesses have made up for (each for two), double a rest."""
+_LONGEST_REST = 3
+"""Of eight steps, one is asked in: text that begins to repeat itself is found that much later, and all other
+text drafted for that much more cheaply."""
 
 
 class Speculator:
@@ -58,13 +51,15 @@ class Speculator:
         self._sources = {drafter.name: _Source(drafter) for drafter in drafters}
         self._controller = controller or Controller()
         self._clock = clock
-        self._rests: dict[int, _Rest] = {}
+        self._steps = 0
+        self._in_vain: dict[int, int] = {}
 
     @classmethod
-    def of_lookups(cls) -> Speculator:
+    def of_lookups(cls, controller: Controller | None = None) -> Speculator:
         """One with the drafters that need no model."""
         histories = Histories()
-        return cls((GrammarDrafter(), SuffixDrafter(histories, PastOutputs()), NgramDrafter(histories)))
+        lookups = SuffixDrafter(histories, PastOutputs()), NgramDrafter(histories)
+        return cls((GrammarDrafter(), *lookups), controller)
 
     @property
     def totals(self) -> dict[str, DraftTotals]:
@@ -73,30 +68,29 @@ class Speculator:
 
     def draft(self, sequences: Sequence[DraftedSequence], cost: StepCost) -> list[DraftTree]:
         """What is to be verified of each sequence in a step, with the token that it has last."""
+        self._steps += 1
         trees = [NO_DRAFT] * len(sequences)
         due = [i for i, sequence in enumerate(sequences) if self._is_due(sequence)]
         if due:
             drafts = self._draft([sequences[i] for i in due], cost)
             for i, tree in zip(due, drafts, strict=True):
                 trees[i] = tree
-                self._rest(sequences[i], bool(tree.tokens))
+                if not tree.tokens:
+                    self._note(sequences[i], 0)
         return trees
 
     def _is_due(self, sequence: DraftedSequence) -> bool:
-        """Whether to ask about a sequence: one that had no guess for long is let alone for some steps."""
-        rest = self._rests.get(sequence.arrival)
-        if rest is None or rest.steps == 0 or sequence.forced:
-            return True
-        rest.steps -= 1
-        return False
+        """Whether to ask about a sequence: one whose guesses come to nothing is let alone for some steps, all
+        such together, as most of what a step's drafting takes is for the first one."""
+        in_vain = self._in_vain.get(sequence.arrival, 0)
+        rest = (1 << min(in_vain // _PATIENCE, _LONGEST_REST)) - 1
+        return not self._steps & rest or bool(sequence.forced)
 
-    def _rest(self, sequence: DraftedSequence, guessed: bool) -> None:
-        if guessed:
-            self._rests.pop(sequence.arrival, None)
-            return
-        rest = self._rests.setdefault(sequence.arrival, _Rest())
-        rest.in_vain += 1
-        rest.steps = min(rest.in_vain // _PATIENCE, _LONGEST_REST)
+    def _note(self, sequence: DraftedSequence, accepted: int) -> None:
+        """Asking about a sequence has come to so much."""
+        in_vain = self._in_vain.get(sequence.arrival, 0)
+        change = -_RELIEF * accepted if accepted else 1
+        self._in_vain[sequence.arrival] = min(max(in_vain + change, 0), _PATIENCE * (_LONGEST_REST + 1))
 
     def _draft(self, sequences: Sequence[DraftedSequence], cost: StepCost) -> list[DraftTree]:
         slowest = max((source.time for source in self._sources.values()), key=attrgetter("ask_s"))
@@ -145,11 +139,12 @@ class Speculator:
         source.totals.accepted += len(nodes)
         source.totals.passes += 1
         source.drafter.accepted(sequence, tree, nodes)
+        self._note(sequence, len(nodes))
         self._controller.observe(sequence, tree, nodes)
 
     def forget(self, sequence: DraftedSequence) -> None:
         """Note that a sequence has ended. Its output may serve others of its tenant from now on."""
-        self._rests.pop(sequence.arrival, None)
+        self._in_vain.pop(sequence.arrival, None)
         for source in self._sources.values():
             source.drafter.forget(sequence)
         self._controller.forget(sequence)
