@@ -114,7 +114,8 @@ def seen_slots(arrays: StepArrays, index: int, segment: int, window: int | None)
     if window is not None:
         seen &= at > rows - window
     if segment == arrays.segment_begin[index + 1] - 1:  # rows of a tree see their slots wherever those lie
-        seen[:, arrays.slots[arrays.row_sequence == index]] = True
+        own = arrays.slots[arrays.row_sequence == index]
+        seen[:, own[own < len(at)]] = True
     return np.flatnonzero(seen.any(axis=0))
 
 
