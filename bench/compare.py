@@ -25,12 +25,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bench.peers import cells, report
+from bench.peers.arguments import absolute, check_names, pairs, program, settings
 from bench.peers.cells import Cell
 from bench.peers.figures import OURS, Measured, Result
 from bench.peers.system import (
@@ -134,43 +135,26 @@ def launches(chosen: argparse.Namespace, work: Sequence[Cell], threads: int) -> 
     """What to run, ours first. Raises ValueError for a name without meaning, RidgelineError for a model."""
     from ridgeline.model.catalog import resolve
 
-    pythons = {OURS: sys.executable, **_pairs("--peers", chosen.peers)}
-    models = _pairs("--peer-model", chosen.peer_model)
-    colds = _pairs("--cold", chosen.cold)
-    options: dict[str, list[str]] = {name: [] for name in pythons}
-    for text in chosen.peer_option:
-        name, separator, setting = text.partition(":")
-        if not separator or "=" not in setting:
-            raise ValueError(f"--peer-option is {text!r}; accepted: NAME:KEY=VALUE")
-        options.setdefault(name, []).append(setting)
-    for name in (*models, *colds, *options):
-        if name not in pythons:
-            raise ValueError(f"{name!r} is none of the systems; accepted: {', '.join(pythons)}")
+    pythons = {OURS: sys.executable, **pairs("--peers", chosen.peers)}
+    models = pairs("--peer-model", chosen.peer_model)
+    colds = pairs("--cold", chosen.cold)
+    options = settings("--peer-option", chosen.peer_option)
+    check_names((*models, *colds, *options), pythons)
     common = resolve(chosen.model)
     return [
         Launch(
             name=name,
             kind=kind_of(name),
-            python=str(Path(python).expanduser().absolute()) if "/" in python else python,
-            model=str(Path(models.get(name, common)).expanduser().absolute()),
+            python=program(python),
+            model=absolute(models.get(name, common)),
             threads=threads,
             max_context=max(MIN_CONTEXT, *(cell.longest for cell in work)),
             max_batch=max(cell.batch for cell in work),
-            options=tuple(options[name]),
+            options=tuple(options.get(name, ())),
             cold=colds.get(name),
         )
         for name, python in pythons.items()
     ]
-
-
-def _pairs(flag: str, texts: Iterable[str]) -> dict[str, str]:
-    found = {}
-    for text in texts:
-        name, separator, value = text.partition("=")
-        if not (name and separator and value) or name in found:
-            raise ValueError(f"{flag} has {text!r}; accepted: NAME=VALUE, each name once")
-        found[name] = value
-    return found
 
 
 def _arguments() -> argparse.Namespace:

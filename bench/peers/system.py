@@ -118,12 +118,17 @@ class System:
         self._signal(signal.SIGSTOP)
 
     def measure(self, cell: Cell, seed: int) -> dict[str, Any]:
-        """Run a cell once; the driver's answer, checked: `seconds`, and figures of its own.
+        """Run a cell once on its own prompts; the driver's answer, checked: `seconds`, and its own figures.
 
         Raises FailedError where the answer does not hold, AbsentError where the process is gone.
         """
-        vocabulary = int(self.facts["vocabulary"])
-        command: dict[str, Any] = {"do": cell.kind, "prompts": cell.prompts(vocabulary, seed)}
+        answer = self.answer(cell, cell.prompts(int(self.facts["vocabulary"]), seed))
+        del answer["outputs"]
+        return answer
+
+    def answer(self, cell: Cell, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Run a cell once on these prompts; the same, with the `outputs`. Raises what `measure` does."""
+        command: dict[str, Any] = {"do": cell.kind, "prompts": prompts}
         if cell.kind == "decode":
             command["tokens"] = cell.tokens
         self._signal(signal.SIGCONT)
@@ -135,8 +140,7 @@ class System:
             self._signal(signal.SIGSTOP)
         if "error" in answer:
             raise FailedError(str(answer["error"]))
-        check(answer, cell, vocabulary, wall_s)
-        del answer["outputs"]
+        check(answer, cell, int(self.facts["vocabulary"]), wall_s)
         return answer
 
     def close(self) -> None:
