@@ -2,6 +2,7 @@
 
     python -m bench.speculation --model smollm2 --rounds 7 --tokens 96 --json out.json
     python -m bench.speculation --cells copy:0:1 json:0.8:16
+    python -m bench.speculation --cells copy:0:1 quote:0:1 --peer llama=VENV/bin/python
 
 Each cell is a kind of work, a temperature and a batch. Its requests are answered twice a round by one
 engine, with speculation and without, in turns that change; both must give the same tokens, which is
@@ -16,142 +17,45 @@ tokens; told are the median, the least and the most, and the 95% interval of the
 - json: an array of records by a JSON schema with long fixed keys (the form constrains the answer).
 - chat: open questions. code: functions to be written. Neither repeats much.
 
+With --peer, the greedy cells of batch 1 that repeat a text (copy, quote) are answered by other systems, too,
+in the same rounds and in turns with ours: by llama-cpp-python with its drafting by prompt lookup, from the
+same token ids, for as many tokens by the same clock, while ours stands still, and it while ours runs. Told is
+how many times as fast ours is with speculation, and how many of the peer's tokens are the same as ours: one
+that rounds otherwise may leave the text. A peer's name begins with `llama` and may go on, so that one system
+runs several times; it reads the file of --model unless --peer-model names another, and --peer-option sets
+what its driver knows (`bench/peers/llama_lookup.py`): --peer-option llama-2:num_pred_tokens=2.
+
 Ends in one line of JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
-import heapq
-import http.client
-import inspect
 import json
-import logging
-import math
-import socketserver
 import statistics
-import subprocess
-import tempfile
-import textwrap
 import time
-import timeit
-import unittest
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from bench import speculation_peer
+from bench.peers import figures
+from bench.peers.system import AbsentError, FailedError
+from bench.server_runs import leave_on_sigterm
+from bench.speculation_peer import Against, Peer
+from bench.speculation_work import KINDS
 from ridgeline.config import EngineConfig
 from ridgeline.loading import LoadedModel, load_engine
-from ridgeline.types import Request, SamplingParams, StructuredOutputsParams
+from ridgeline.model.catalog import resolve
+from ridgeline.resources.machine import usable_cores
+from ridgeline.types import Request, RidgelineError, SamplingParams
 
 BATCHES = (1, 4, 16, 64)
 TEMPERATURES = (0.0, 0.8)
-_T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 12: 2.20, 15: 2.14}
-"""Student's t for 95%, by the number of rounds."""
-
-_KEYS = (
-    "name_of_the_measuring_station",
-    "temperature_of_the_outside_air_in_degrees_celsius",
-    "relative_humidity_of_the_outside_air_in_percent",
-    "mean_wind_speed_over_ten_minutes_in_metres_per_second",
-    "atmospheric_pressure_at_sea_level_in_hectopascal",
-    "total_precipitation_of_the_last_hour_in_millimetres",
-)
-_SCHEMA = {
-    "type": "array",
-    "minItems": 40,
-    "items": {
-        "type": "object",
-        "properties": {
-            _KEYS[0]: {"type": "string", "maxLength": 12},
-            **{key: {"type": "integer", "minimum": 0, "maximum": 1100} for key in _KEYS[1:]},
-        },
-        "required": list(_KEYS),
-        "additionalProperties": False,
-    },
-}
-_SUBJECTS = (
-    "the tides", "bread", "glaciers", "the printing press", "owls", "sailing ships", "volcanoes", "chess",
-    "the moon", "beavers", "railways", "honey", "earthquakes", "the violin", "deserts", "lighthouses",
-)  # fmt: skip
-_TASKS = (
-    "reverses a linked list", "finds the longest common prefix of strings", "merges sorted intervals",
-    "parses a date", "counts words in a file", "checks whether a number is prime", "rotates a matrix",
-    "computes a moving average", "validates an e-mail address", "sorts by several keys", "flattens a list",
-    "finds cycles in a graph", "formats bytes for people", "caches results on disk", "splits a bill",
-    "draws a histogram in text",
-)  # fmt: skip
-_SOURCES: Sequence[Callable[..., Any]] = (
-    textwrap.TextWrapper._split, textwrap.TextWrapper._wrap_chunks, textwrap.dedent, statistics.quantiles,
-    json.JSONEncoder.iterencode, argparse.ArgumentParser._get_option_tuples, inspect.getcallargs,
-    statistics.correlation,
-)  # fmt: skip
-
-
-_QUOTED: Sequence[Any] = (
-    subprocess.Popen, tempfile, logging.Logger, statistics, zipfile.ZipFile, http.client, unittest.TestCase,
-    dataclasses.dataclass, functools.lru_cache, heapq, timeit, socketserver,
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a request says: the user's part, how the answer begins, and its form."""
-
-    asked: str
-    begun: str = ""
-    form: StructuredOutputsParams | None = None
-
-
-def copy(index: int) -> Work:
-    """A function of the standard library, with a name of its own changed in every line that has it."""
-    source = textwrap.dedent(inspect.getsource(_SOURCES[index % len(_SOURCES)]))[:2400]
-    changed = source.replace("self", f"this{index}")
-    lines = changed.splitlines(keepends=True)
-    return Work(
-        f"Repeat this file exactly, but with `self` renamed to `this{index}`:\n```python\n{source}\n```",
-        "```python\n" + "".join(lines[:4]),
-    )
-
-
-def quote(index: int) -> Work:
-    """A documentation, to be quoted sentence by sentence; the answer has begun to."""
-    text = " ".join(inspect.cleandoc(inspect.getdoc(_QUOTED[index % len(_QUOTED)]) or "").split())
-    sentences = [sentence.strip() + "." for sentence in text.split(". ") if len(sentence) > 20][:12]
-    listed = "\n".join(f"{number}. {sentence}" for number, sentence in enumerate(sentences, 1))
-    begun = "\n".join(f"Point {n} says: “{sentence}”" for n, sentence in enumerate(sentences[:3], 1))
-    return Work(
-        f"These are the points of text {index}:\n\n{listed}\n\nQuote every point in full, one by one.",
-        f"{begun}\nPoint 4 says: “",
-    )
-
-
-def records(index: int) -> Work:
-    """Measurements by a schema."""
-    form = StructuredOutputsParams(json=_SCHEMA, disable_any_whitespace=True)
-    return Work(f"Give the measurements of {40 + index} weather stations as JSON.", form=form)
-
-
-def chat(index: int) -> Work:
-    """A question that has no text to look the answer up in."""
-    subject = _SUBJECTS[index % len(_SUBJECTS)]
-    return Work(f"Tell me something that I would not know about {subject}, in {3 + index // 16} paragraphs.")
-
-
-def code(index: int) -> Work:
-    """A function to be written."""
-    task = _TASKS[index % len(_TASKS)]
-    return Work(f"Write a Python function that {task}, and {1 + index // 16} tests of it.")
-
-
-KINDS: dict[str, Callable[[int], Work]] = {
-    "copy": copy, "quote": quote, "json": records, "chat": chat, "code": code
-}  # fmt: skip
+_COMPARED = ("copy", "quote")
+"""Kinds whose greedy cells of batch 1 the peers answer, too."""
 
 
 @dataclass(frozen=True)
@@ -169,79 +73,88 @@ class Cell:
             raise ValueError(f"{kind!r} is no kind of work; accepted: {', '.join(KINDS)}")
         return cls(kind, float(temperature), int(batch))
 
+    @property
+    def is_compared(self) -> bool:
+        """Whether peers can be given it: they draft for one sequence, and take the likeliest token."""
+        return self.kind in _COMPARED and self.temperature == 0 and self.batch == 1
+
     def __str__(self) -> str:
         return f"{self.kind}:{self.temperature:g}:{self.batch}"
 
 
+@dataclass(frozen=True)
+class Answered:
+    """What one way of answering a cell said, its seconds a token, and what was guessed."""
+
+    said: list[tuple[int, ...]]
+    token_s: float
+    drafted: int
+    accepted: int
+
+
 @dataclass
 class Measured:
-    """A cell's rounds: seconds a token with speculation and without, and what drafting did in all of them."""
+    """A cell's rounds: seconds a token with speculation and without, what drafting did in all of them, and
+    what the peers did by their names."""
 
     on_s: list[float] = field(default_factory=list)
     off_s: list[float] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
+    against: dict[str, Against] = field(default_factory=dict)
 
-    @property
-    def ratios(self) -> list[float]:
-        return [off / on for on, off in zip(self.on_s, self.off_s, strict=True)]
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95%, of the mean of the ratios' logarithms."""
-        logs = [math.log(ratio) for ratio in self.ratios]
-        if len(logs) < 2:
-            return math.nan, math.nan
-        near = min(_T95, key=lambda rounds: (abs(rounds - len(logs)), rounds))
-        half = _T95[near] * statistics.stdev(logs) / math.sqrt(len(logs))
-        middle = statistics.mean(logs)
-        return math.exp(middle - half), math.exp(middle + half)
+    def add(self, on: Answered, off: Answered) -> None:
+        self.on_s.append(on.token_s)
+        self.off_s.append(off.token_s)
+        self.drafted += on.drafted
+        self.accepted += on.accepted
 
     def told(self) -> dict[str, Any]:
-        ratios, (low, high) = self.ratios, self.interval
-        return {
-            "ratio": statistics.median(ratios),
-            "least": min(ratios),
-            "most": max(ratios),
-            "low_95": low,
-            "high_95": high,
+        told: dict[str, Any] = {
+            **figures.of_rounds([off / on for on, off in zip(self.on_s, self.off_s, strict=True)]),
             "off_tokens_per_s": 1 / statistics.median(self.off_s),
             "drafted": self.drafted,
             "accepted": self.accepted,
         }
+        if self.against:
+            told["peers"] = {name: against.told(self.on_s) for name, against in self.against.items()}
+        return told
 
 
 class Bench:
-    """One engine, which answers each cell with speculation and without."""
+    """One engine, which answers each cell with speculation and without, and the peers that answer some."""
 
-    def __init__(self, loaded: LoadedModel, tokens: int) -> None:
+    def __init__(self, loaded: LoadedModel, tokens: int, peers: Sequence[Peer] = ()) -> None:
         self._loaded, self._engine = loaded, loaded.engine
         self._tokens = tokens
+        self._peers = peers
         self._names = 0
 
     def round(self, cell: Cell, seed: int, measured: Measured | None) -> None:
-        """Answer the cell's requests twice; the second way is the first of the next round."""
-        answers = {}
-        order = (True, False) if seed % 2 else (False, True)
-        for speculated in order:
-            begin = self._engine.steps.recent.count
-            answers[speculated], token_s = self._answer(cell, seed, speculated)
-            if measured is None:
-                continue
-            (measured.on_s if speculated else measured.off_s).append(token_s)
-            if speculated:
-                records = self._engine.steps.recent.since(begin)
-                measured.drafted += sum(record.drafted_tokens for record in records)
-                measured.accepted += sum(record.accepted_tokens for record in records)
-        if answers[True] != answers[False]:
+        """Answer the cell's requests in every way; the last way is the first of the next round."""
+        ways: list[bool | Peer] = [True, False, *(self._peers if cell.is_compared else ())]
+        answers: dict[bool, Answered] = {}
+        theirs: dict[str, dict[str, Any]] = {}
+        for way in ways if seed % 2 else reversed(ways):
+            if isinstance(way, Peer):
+                theirs[way.name] = way.decode(str(cell), self.prompt(cell.kind, 0), self._tokens - 1)
+            else:
+                answers[way] = self._answer(cell, seed, way)
+        if answers[True].said != answers[False].said:
             raise SystemExit(f"error: {cell} says something else with speculation")
+        if measured is None:
+            return
+        measured.add(answers[True], answers[False])
+        for name, answer in theirs.items():
+            measured.against.setdefault(name, Against()).add(answer, answers[True].said[0][1:])
 
-    def _answer(self, cell: Cell, seed: int, speculated: bool) -> tuple[list[tuple[int, ...]], float, int]:
-        """All answers of a cell, the seconds of their decoding, and the tokens that it gave."""
+    def _answer(self, cell: Cell, seed: int, speculated: bool) -> Answered:
+        """Answer all of a cell's requests; timed is the decoding of the whole batch."""
         engine = self._engine
         if engine.scheduler.drafting is None:
             raise SystemExit("error: nothing is known of this machine's speed; first run `ridgeline probe`")
         engine.scheduler.drafting.restart()
+        before = engine.steps.recent.count
         names = []
         for index in range(cell.batch):
             self._names += 1
@@ -259,64 +172,117 @@ class Bench:
             if begun_s and ended and not ended_s:
                 ended_s = time.perf_counter()
                 tokens += sum(map(len, said.values()))
-        return [said[name] for name in names], (ended_s - begun_s) / tokens
+        steps = engine.steps.recent.since(before)
+        return Answered(
+            [said[name] for name in names],
+            (ended_s - begun_s) / tokens,
+            sum(step.drafted_tokens for step in steps),
+            sum(step.accepted_tokens for step in steps),
+        )
 
-    def _request(self, cell: Cell, index: int, seed: int, name: str, speculation: bool | None) -> Request:
-        work = KINDS[cell.kind](index)
+    def prompt(self, kind: str, index: int) -> tuple[int, ...]:
+        """The token ids of a request of this kind."""
+        work = KINDS[kind](index)
         messages = [{"role": "user", "content": work.asked}]
         if work.begun:
             messages.append({"role": "assistant", "content": work.begun})
-        prompt = self._loaded.chat_tokens(
+        return self._loaded.chat_tokens(
             messages, add_generation_prompt=not work.begun, continue_final_message=bool(work.begun)
         )
+
+    def _request(self, cell: Cell, index: int, seed: int, name: str, speculation: bool | None) -> Request:
+        form = KINDS[cell.kind](index).form
         params = SamplingParams(
             temperature=cell.temperature,
             seed=1000 * seed + index,
             max_tokens=self._tokens,
-            ignore_eos=work.form is None,
-            structured_outputs=work.form,
+            ignore_eos=form is None,
+            structured_outputs=form,
             speculation=speculation,
         )
-        return Request(name, prompt, params)
+        return Request(name, self.prompt(cell.kind, index), params)
 
 
-def report(cell: Cell, measured: Measured) -> str:
-    told = measured.told()
+def report(cell: Cell, told: dict[str, Any]) -> str:
     share = told["accepted"] / told["drafted"] if told["drafted"] else 0.0
-    return (
+    lines = [
         f"{cell!s:14} {told['ratio']:6.2f}×  {told['least']:.2f} to {told['most']:.2f}  "
         f"95%: {told['low_95']:.2f} to {told['high_95']:.2f}  "
         f"off {told['off_tokens_per_s']:7.1f} tokens/s  {told['drafted']:6} guesses, {share:4.0%} right"
-    )
+    ]
+    return "\n".join(lines + [speculation_peer.line(*peer) for peer in told.get("peers", {}).items()])
 
 
-def main() -> None:
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What speculation gives.")
     parser.add_argument("--model", default=EngineConfig().model)
     parser.add_argument("--cells", nargs="*", default=None, help="kind:temperature:batch (default: all)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=96, help="of each answer, at most")
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--threads", type=int, help="for every system (default: one per usable core)")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    everything = [Cell(*each) for each in product(KINDS, TEMPERATURES, BATCHES)]
-    cells = everything if args.cells is None else [Cell.parse(text) for text in args.cells]
-    loaded = load_engine(EngineConfig(model=args.model, threads=args.threads, max_num_seqs=max(BATCHES)))
-    bench = Bench(loaded, args.tokens)
-    results: dict[str, Any] = {}
-    try:
-        for cell in cells:
-            measured = Measured()
+    speculation_peer.add_flags(parser)
+    return parser.parse_args()
+
+
+def _cells(chosen: argparse.Namespace) -> list[Cell]:
+    """What is measured. Raises ValueError, also where there is nothing that the peers could answer."""
+    if chosen.tokens < 2:
+        raise ValueError(f"--tokens is {chosen.tokens}; accepted: at least 2, the first is not timed")
+    if chosen.rounds < 1:
+        raise ValueError(f"--rounds is {chosen.rounds}; accepted: at least 1")
+    if chosen.cells is None:
+        return [Cell(*each) for each in product(KINDS, TEMPERATURES, BATCHES)]
+    cells = [Cell.parse(text) for text in chosen.cells]
+    if chosen.peer and not any(cell.is_compared for cell in cells):
+        accepted = ", ".join(f"{kind}:0:1" for kind in _COMPARED)
+        raise ValueError(f"no cell is one that --peer compares; accepted: one of {accepted}")
+    return cells
+
+
+def measure(bench: Bench, cells: Sequence[Cell], rounds: int) -> dict[str, Any]:
+    """Measure and show each cell; what is told of it by its name."""
+    results = {}
+    for cell in cells:
+        measured = Measured()
+        try:
             bench.round(cell, 0, None)  # warms up, and leaves the prompts in the prefix cache
-            for number in range(args.rounds):
+            for number in range(rounds):
                 bench.round(cell, number + 1, measured)
-            results[str(cell)] = measured.told()
-            print(report(cell, measured), flush=True)
+        except (AbsentError, FailedError) as error:
+            raise SystemExit(f"error: a peer failed at {cell}: {error}") from None
+        results[str(cell)] = measured.told()
+        print(report(cell, results[str(cell)]), flush=True)
+    return results
+
+
+def main() -> None:
+    chosen = _arguments()
+    threads = chosen.threads or usable_cores()
+    try:
+        cells = _cells(chosen)
+        launches = speculation_peer.launches(chosen, str(resolve(chosen.model)), threads)
+    except (ValueError, RidgelineError) as error:
+        raise SystemExit(f"error: {error}") from None
+    leave_on_sigterm()
+    loaded = load_engine(EngineConfig(model=chosen.model, threads=threads, max_num_seqs=max(BATCHES)))
+    alone = Bench(loaded, chosen.tokens)
+    longest = max((len(alone.prompt(cell.kind, 0)) for cell in cells if cell.is_compared), default=0)
+    peers = [Peer(launch, longest + chosen.tokens) for launch in launches]
+    try:
+        speculation_peer.start_all(peers, loaded.engine.model.vocabulary_size)
+        results = measure(Bench(loaded, chosen.tokens, peers), cells, chosen.rounds)
+        systems = {peer.name: peer.facts for peer in peers}
+    except AbsentError as error:
+        raise SystemExit(f"error: {error}") from None
     finally:
+        for peer in peers:
+            peer.close()
         loaded.engine.close()
-    line = json.dumps({"model": args.model, "rounds": args.rounds, "tokens": args.tokens, "cells": results})
-    if args.json:
-        args.json.write_text(line + "\n")
+    told = {"model": chosen.model, "rounds": chosen.rounds, "tokens": chosen.tokens, "cells": results}
+    line = json.dumps(told | ({"peers": systems} if systems else {}))
+    if chosen.json:
+        chosen.json.write_text(line + "\n")
     print(line)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 from bench.peers.cells import Cell
@@ -13,6 +14,9 @@ from ridgeline.resources.roofline import mbu
 from ridgeline.types import Work
 
 OURS = "ridgeline"
+
+_T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 12: 2.20, 15: 2.14}
+"""Student's t for 95%, by the number of rounds."""
 
 
 @dataclass
@@ -71,6 +75,24 @@ class Result:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "least": min(values), "most": max(values)}
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """95%, of the mean of the ratios' logarithms; no numbers for fewer than two."""
+    if len(ratios) < 2:
+        return math.nan, math.nan
+    logs = [math.log(each) for each in ratios]
+    near = min(_T95, key=lambda rounds: (abs(rounds - len(logs)), rounds))
+    half = _T95[near] * stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean(logs) - half), math.exp(mean(logs) + half)
+
+
+def of_rounds(ratios: Sequence[float]) -> dict[str, float]:
+    """What is told of the rounds' ratios: their median, the least and the most, and the interval."""
+    low, high = interval(ratios)
+    return {
+        "ratio": median(ratios), "least": min(ratios), "most": max(ratios), "low_95": low, "high_95": high
+    }  # fmt: skip
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
