@@ -43,7 +43,7 @@ BOUNDED: list[dict[str, Any]] = [
 
 
 def ask(house: House, form: dict[str, Any]) -> Any:
-    body = {"prompt": "x", "max_tokens": 8, "structured_outputs": form}
+    body = {"prompt": "x", "max_tokens": 6, "structured_outputs": form}
     with house.web(timeout=60) as web:
         return web.post(COMPLETIONS, json=body)
 
