@@ -14,6 +14,7 @@ from forced_drafts import ForcedDrafting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine import END, Choice, build, contents, executor_for, requests, run
+from test_engine import results as at_once_and_late  # noqa: F401
 
 from ridgeline.engine import Engine
 from ridgeline.sampling.drafting.tree import DraftTree
@@ -168,16 +169,16 @@ def test_an_interrupted_step_is_run_again(monkeypatch: pytest.MonkeyPatch, where
     assert {k: contents(v) for k, v in results.items()} == {k: contents(v) for k, v in answers.items()}
 
 
-def test_ten_thousand_random_operations_with_guesses_leave_nothing_behind() -> None:
+def test_random_operations_with_guesses_leave_nothing_behind() -> None:
     """Of a vocabulary so small that guesses at random are right now and then."""
-    rng = random.Random(20_000)
+    rng, operations = random.Random(20_000), 3_000 if FakeExecutor.asynchronous else 10_000
     executor = FakeExecutor((None, 20), (16, 12), vocabulary=5)
     engine = make_engine(executor, max_num_seqs=6, max_num_batched_tokens=40)
     drafting = ForcedDrafting(1, 5)
     engine.scheduler.drafting = drafting  # type: ignore[assignment]
     names: list[str] = []
     finished = 0
-    for operation in range(10_000):
+    for operation in range(operations):
         kind = rng.random()
         if kind < 0.1 and len(engine.scheduler.waiting) < 20:
             params = SamplingParams(
@@ -200,10 +201,10 @@ def test_ten_thousand_random_operations_with_guesses_leave_nothing_behind() -> N
     while engine.has_work:
         finished += sum(output.finished for output in engine.step())
     engine.scheduler.check_integrity()
-    assert finished > 200
-    assert engine.scheduler.preemptions > 15
-    assert drafting.accepted > 1000
-    assert drafting.moved > 100
+    assert finished > operations // 50
+    assert engine.scheduler.preemptions > operations // 700
+    assert drafting.accepted > operations // 10
+    assert drafting.moved > operations // 100
     assert [pool.free_pages for pool in engine.scheduler.cache.pools] == [16, 12]
     assert not engine._owners
 

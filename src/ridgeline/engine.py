@@ -153,12 +153,15 @@ class Engine:
     def _launch(self) -> bool:
         """Plan and launch the next step, if there is one."""
         if self._launching is not None:
+            # An interrupt struck between a launch and its record. All that is under way is brought in first:
+            # what was launched without a record must not be planned again beside it.
             self.scheduler.relaunch(self._launching)
-        unsure = self._launching is not None and self._in_flight
-        if unsure or len(self._in_flight) > self.executor.asynchronous:
-            # An interrupt struck, between a launch and its record or while results were taken in: bring in
-            # what is under way first, before the device draws other tokens or uses results' memory again.
+            if self._in_flight:
+                return False
             self._launching = None
+        if len(self._in_flight) > self.executor.asynchronous:
+            # Another struck while results were taken in: they come first, before the device draws other
+            # tokens or uses results' memory again.
             return False
         plan = self.scheduler.schedule(self.clock())
         if not plan.sequences:

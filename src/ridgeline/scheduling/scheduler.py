@@ -97,7 +97,7 @@ class Scheduler:
         sequence.level = sequence.standing = _LEVELS[service_class]
         sequence.arrived_s = now_s
         sequence.queued = True
-        if self.drafting is not None and not sequence.pooled:
+        if self.drafting is not None and not sequence.pooled and self.cache.states is None:
             sequence.speculation = self.drafting.wanted(sequence.chooser.speculation)
         self.waiting.enter(sequence, tenant)
         self._pooled_sequences += sequence.pooled
@@ -159,7 +159,9 @@ class Scheduler:
                 continue  # it awaits what becomes of them
             if plan.positions[output] >= sequence.prompt_length:
                 sequence.account.used += OUTPUT_WEIGHT
-                sequence.draw(None if draw is None else drawn_token(output))
+                # Guesses only come behind a token that is known: who may have any is not launched ahead.
+                ahead = draw is not None and sequence.speculation is None
+                sequence.draw(drawn_token(output) if ahead else None)
 
     def settle(self, drafted: Drafted, nodes: list[int]) -> None:
         """These guesses of a step were right, and the sequence has taken them on: their keys and values are
