@@ -118,7 +118,10 @@ def recorded(llm: LLM, rows: int) -> Iterator[list[tuple[float, float]]]:
 def steps_of(llm: LLM, rows: int, tokens: int, **settings: Any) -> list[tuple[float, float]]:
     """The decode steps of `rows` answers."""
     prompts = [f"{i}. Write about {_TOPICS[i % len(_TOPICS)]}:\n" for i in range(rows)]
-    params = [SamplingParams(**{"max_tokens": tokens, "seed": i, **settings}) for i in range(rows)]
+    params = [
+        SamplingParams(**{"max_tokens": tokens, "seed": i, "speculation": False, **settings})
+        for i in range(rows)
+    ]
     with recorded(llm, rows) as found:
         llm.generate(prompts, params)
     return found[1:]

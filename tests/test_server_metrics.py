@@ -435,7 +435,11 @@ def test_a_real_server_and_its_engine_s_death(tiny_llama: Path) -> None:
                 )
             )
 
-        ask(server, "/v1/completions", {**PROMPT, "prompt": [[5, 6, 7]] * 5, "stream": True})
+        ask(
+            server,
+            "/v1/completions",
+            {**PROMPT, "prompt": [[5, 6, 7]] * 5, "stream": True, "speculation": False},
+        )
         ask(server, "/v1/embeddings", {"input": [[5, 6, 7, 8]]})
         asyncio.run(emptied())
         asyncio.run(until(lambda: told().of_ours("engine_steps_total") >= 6 * 3))

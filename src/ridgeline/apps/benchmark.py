@@ -193,7 +193,7 @@ class _Meter:
         return Phase(steps * len(ids), steps, elapsed_s, executor_s, work)
 
     def _add(self, max_tokens: int) -> list[str]:
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, speculation=False)
         ids = [f"bench-{index}" for index in range(len(self._prompts))]
         salt = next(self._salts)
         for request_id, prompt in zip(ids, self._prompts, strict=True):

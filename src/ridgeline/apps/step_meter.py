@@ -184,7 +184,7 @@ class StepMeter:
 
     def _add(self, tokens: tuple[int, ...], output: int, salt: str) -> str:
         name = next(self._ids)
-        params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, speculation=False)
         self._engine.add(Request(name, tokens, params, salt), stream=False)
         return name
 

@@ -16,12 +16,14 @@ Chunk = tuple[Sequence, int, list[int]]
 
 class Drafted(msgspec.Struct, frozen=True):
     """A decode that runs with guesses behind its row, which is in slot `start`. Its row's is the `output`-th
-    of the step's outputs, that of the tree's node i comes 1 + i after it."""
+    of the step's outputs, that of the tree's node i comes 1 + i after it. It was planned after so many
+    `preemptions` of the sequence: after another, its slots are somebody else's."""
 
     sequence: Sequence
     tree: DraftTree
     start: int
     output: int
+    preemptions: int
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -77,7 +79,8 @@ def plan_of(
             draws.append(None if on_host else chooser.draw(row + 1))
         planned.append(sequence)
         if drafts and sequence.arrival in drafts:
-            each = Drafted(sequence, drafts[sequence.arrival], start, len(sampled) - 1)
+            tree = drafts[sequence.arrival]
+            each = Drafted(sequence, tree, start, len(sampled) - 1, sequence.preemptions)
             drafted.append(each)
             behind = [start + 1 + depth for depth in each.tree.depths()]
             sampled += [sequence] * len(behind)

@@ -167,9 +167,10 @@ class Scheduler:
         """These guesses of a step were right, and the sequence has taken them on: their keys and values are
         its own, and those of the others as if they had never been. Settling twice is harmless."""
         sequence = drafted.sequence
-        if self.drafting is None or sequence.computed != drafted.start + 1:
+        if self.drafting is not None:
+            self.drafting.verified(drafted, nodes)
+        if sequence.preemptions != drafted.preemptions or sequence.computed != drafted.start + 1:
             return  # it has lost its pages meanwhile, or was settled before an interrupt
-        self.drafting.verified(drafted, nodes)
         if nodes != [*range(len(nodes))]:
             self._moving[sequence.arrival] = drafted.start + 1
             self.cache.compact(sequence.pages, drafted.start + 1, nodes)
