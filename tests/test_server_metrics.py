@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import msgspec
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.openmetrics import parser as openmetrics
@@ -27,7 +28,7 @@ from serving import (
     with_server,
 )
 
-from ridgeline.records import StepRecord, TierRecord, TiersRecord
+from ridgeline.records import DraftTotals, StepRecord, TierRecord, TiersRecord
 from ridgeline.server.config import keys_of
 from ridgeline.server.messages import (
     EVENTS,
@@ -263,6 +264,21 @@ def test_lower_tiers_add_up_over_engines() -> None:
         found = told()
         assert found.each("kv_tier_pages") == {}
         assert found.of_ours("kv_tier_misses_total") == 4 * engines
+
+
+def test_guesses_add_up_over_engines() -> None:
+    metrics = Metrics(FakeEngine(), "tiny", "1")
+    totals = {"ngram": DraftTotals(8, 5, 2, 0.25), "suffix": DraftTotals()}
+    for engines in (1, 2):
+        metrics.hear(EVENTS.decode(frame(msgspec.structs.replace(pulse(1), drafters=totals))[4:]))
+        for alive in (True, False):
+            found = Told.of(generate_latest(metrics.registry).decode())
+            for name, value in (("num_draft_tokens", 8), ("num_accepted_tokens", 5), ("num_drafts", 2)):
+                told = found.each(f"spec_decode_{name}_total")
+                assert told == {("ngram",): value * engines}, alive
+            assert found.each("spec_decode_draft_seconds_total")["ngram",] == 0.25 * engines
+            if alive:
+                metrics.hear(Failed("killed", False))
 
 
 def test_gauges_are_those_of_the_engine_that_lives(tiny_llama: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import get_args
 
 import psutil  # type: ignore[import-untyped]
@@ -17,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ridgeline.server.draft_metrics import DraftMetrics
 from ridgeline.server.engine_client import EngineClient, State
 from ridgeline.server.messages import (
     Abort,
@@ -76,8 +76,9 @@ class Metrics:
         self._define_requests()
         self._define_http()
         self._step_metrics = StepMetrics(self.registry, self._energy_source)
-        self._tier_metrics = TierMetrics()
+        self._tier_metrics, self._draft_metrics = TierMetrics(), DraftMetrics()
         self.registry.register(self._tier_metrics)
+        self.registry.register(self._draft_metrics)
         ProcessCollector(registry=self.registry)
         self.registry.register(_State(client, model, version))
 
@@ -150,6 +151,7 @@ class Metrics:
             self._engine_steps.inc(max(0, message.steps - self._steps))
             self._steps = message.steps
             self._tier_metrics.take(message.tiers)
+            self._draft_metrics.take(message.drafters)
         elif isinstance(message, Steps):
             self._step_metrics.take(message.records)
         elif isinstance(message, Embedded):
@@ -163,6 +165,7 @@ class Metrics:
         elif isinstance(message, Failed):
             self._steps = 0
             self._tier_metrics.end()
+            self._draft_metrics.end()
             for number in list(self._lives):
                 self._end_badly(number, "engine_stopped")
 
@@ -232,7 +235,6 @@ class _State(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from self._load()
-        yield from self._drafts()
         yield from self._life()
         yield from self._process_of_engine()
 
@@ -245,21 +247,6 @@ class _State(Collector):
         yield _gauge("kv_cache_usage_perc", "Share of the KV cache's pages that is in use, 0 to 1.", kv_used)
         text = "Share of those pages' slots that hold tokens, 0 to 1."
         yield _gauge("kv_cache_filled_perc", text, kv_filled)
-
-    def _drafts(self) -> Iterator[Metric]:
-        """What guesses have brought, by drafter. Tokens of a pass are accepted / passes + 1."""
-        pulse = self._client.pulse
-        totals = {} if pulse is None else pulse.drafters
-        for name, text, value in (
-            ("num_draft_tokens", "Tokens that were guessed and verified.", attrgetter("drafted")),
-            ("num_accepted_tokens", "Of those, the ones that were right.", attrgetter("accepted")),
-            ("num_drafts", "Guesses that were verified, each for one sequence.", attrgetter("passes")),
-            ("draft_seconds", "Time that guessing took.", attrgetter("elapsed_s")),
-        ):
-            family = CounterMetricFamily(f"ridgeline_spec_decode_{name}", text, labels=["drafter"])
-            for drafter, total in totals.items():
-                family.add_metric([drafter], value(total))
-            yield family
 
     def _life(self) -> Iterator[Metric]:
         client = self._client
