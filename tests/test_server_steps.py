@@ -313,13 +313,13 @@ def test_a_real_server_tells_of_its_steps(tiny_llama: Path) -> None:
             return found
 
         def ask(prompts: list[list[int]]) -> None:
-            # Without guesses, the first is not over when the second comes.
-            body = {**BODY, "prompt": prompts, "speculation": False}
+            # So many, and one by one, that the first is not over when the second comes.
+            body = {**BODY, "prompt": prompts, "max_tokens": 100, "speculation": False}
             assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
 
         with httpx.stream("GET", f"{server.url}/v1/steps", timeout=20) as live:
             ask([[5, 6, 7], [8, 9], [3]])
-            asyncio.run(until(lambda: sum(step["decoded_tokens"] for step in steps(server)) == 18))
+            asyncio.run(until(lambda: sum(step["decoded_tokens"] for step in steps(server)) == 300))
             found = steps(server)
             lines = live.iter_lines()
             heard = [json.loads(next(line for line in lines if line.startswith("data: "))[6:]) for _ in found]
