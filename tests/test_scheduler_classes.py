@@ -114,6 +114,16 @@ def test_a_batch_sequence_gets_on_under_an_endless_load_of_keystrokes(seats: int
     assert batch.generated == 40
 
 
+def test_nobody_overtakes_what_became_overdue_in_the_same_step() -> None:
+    run = Run(seqs=PATIENCE + 2, tokens=1000)
+    first, second = run.add(30, "batch"), run.add(30, "batch")
+    for _ in range(PATIENCE):
+        run.add(4, "keystroke")
+    assert not run.step().keys() & {first.arrival, second.arrival}
+    assert (first.standing, second.standing) == (0, second.level)
+    assert run.step().keys() >= {first.arrival, second.arrival}
+
+
 # --------------------------------------------------------------------------------------- fair shares
 
 

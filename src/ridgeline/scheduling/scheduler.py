@@ -215,12 +215,11 @@ class Scheduler:
         budget = Budget(self.max_num_batched_tokens, pooled)
         self._find_ready(budget)
         budget.preemptions = self.preemptions
-        if self.waiting:
-            overdue = self.waiting.overdue
-            if overdue is not None and (overdue.pooled is not pooled or not self._seat(overdue, budget)):
-                budget.closed = True
-            elif overdue is not None:
+        while not budget.closed and (overdue := self.waiting.overdue) is not None:
+            if overdue.pooled is pooled and self._seat(overdue, budget):
                 budget.begun[overdue.level].append(overdue)
+            else:
+                budget.closed = True
         if self.pace is not None:
             streams: list[Sequence] = []
             if pooled:
@@ -312,6 +311,9 @@ class Scheduler:
         while budget.open and not (budget.short or budget.closed):
             sequence = self.waiting.head(level)
             if sequence is None or (below is not None and sequence.account.used >= below):
+                return
+            if self.waiting.overdue is not None:  # since a moment ago
+                budget.closed = True
                 return
             if sequence.pooled is not budget.pooled or not self._seat(sequence, budget):
                 budget.closed = True  # nobody overtakes it
