@@ -132,8 +132,9 @@ _STEP_LIMIT = 1.5
 """The most by which one step can say that the last correction was wrong: a step that the system interrupted
 moves it no further."""
 
-_LIMIT = 4.0
-"""The most that a correction can be, up or down: beyond it the ceilings are another machine's."""
+_LIMIT = 16.0
+"""The most that a correction can be, up or down. Ceilings that were measured while a machine was busy are wrong
+by its other work, several times over; beyond this they are another machine's."""
 
 _REMEMBERED = 128
 """Steps whose errors are remembered."""
