@@ -26,8 +26,8 @@ from ridgeline.resources.step_time import StepTimeModel
 from ridgeline.scheduling.plan import Chunk
 from ridgeline.types import Segment, SequenceRows, Step, StepWork
 
-SHARE, LATE_SHARE = 1 / 4, 1 / 3
-"""How much longer rows of a lower class may make a step: of the time without them. Steps a fifth longer than
+SHARE, LATE_SHARE = 1 / 6, 1 / 3
+"""How much longer rows of a lower class may make a step: of the time without them. Steps a third longer than
 predicted still keep streams within 1.6 times the time between tokens that they have without."""
 LEAST_ROWS = PAGE_TOKENS
 """Rows of prompts that go on beside streams of their own class, whatever they take."""
