@@ -2,7 +2,8 @@
 
 Of all trees that the drafters propose for a step, the nodes are taken in the order of the probability with
 which they are accepted, for as long as tokens per second rise: with B sequences and their r best nodes the
-step gives B + Σ p tokens and takes t(rows + r). For a batch that is all alike this is the size k that
+step gives B + Σ p tokens and takes t(rows + r); it has to be worth it by some per cent, as handling them
+takes time too. For a batch that is all alike this is the size k that
 maximises E(k) · t(B) / t(B (k+1)) (Leviathan et al., "Fast Inference from Transformers via Speculative
 Decoding", 2023); for any other, the sequences that gain most get most. A full batch leaves the rows no slack,
 and drafts shrink and end by themselves.
@@ -29,6 +30,8 @@ MOST_NODES = 16
 _SAVED_STEPS = 32
 """So many steps' allowance is kept at most."""
 _PROBE_NODES = 2
+_LEAST_GAIN = 0.02
+"""By so much more tokens per second guesses have to promise: what the engine does for them beside the step."""
 _GAIN_WEIGHT = 0.1
 
 
@@ -90,6 +93,7 @@ class Controller:
 
     allowance_share: float = 0.02
     most_nodes: int = MOST_NODES
+    _own: DraftTime = field(default_factory=lambda: DraftTime(0.0))
     _common: Acceptance = field(default_factory=Acceptance)
     _records: dict[int, _Record] = field(default_factory=dict)
     _curves: Curves = field(default_factory=Curves)
@@ -110,11 +114,19 @@ class Controller:
         unsure = []
         for i, (sequence, time) in enumerate(zip(sequences, times, strict=True)):
             limit = self._limit(sequence, self._ceiling(curve, cost, time), cost.room)
-            if limit > 0 and self._record(sequence).gain * curve.token_s < time.ask_s:
+            if limit > 0 and self._record(sequence).gain * curve.token_s < self._asking_s(time):
                 unsure.append(i)
             limits[i] = limit
         self._spend_on_asking(unsure, limits, times)
         return limits
+
+    def took(self, asked: int, elapsed_s: float) -> None:
+        """Take in what a step's drafting for `asked` sequences took beside the drafters' own times."""
+        self._own.observe(asked, 0, elapsed_s)
+
+    def _asking_s(self, time: DraftTime) -> float:
+        """What asking about a sequence takes."""
+        return time.ask_s + self._own.ask_s
 
     def _limit(self, sequence: DraftedSequence, ceiling: int, room: int) -> int:
         params = sequence.speculation
@@ -148,8 +160,8 @@ class Controller:
             return
         first, spent = self._turn % len(unsure), 0
         for i in (*unsure[first:], *unsure[:first]):
-            if self._allowance_s >= times[i].ask_s:
-                self._allowance_s -= times[i].ask_s
+            if self._allowance_s >= self._asking_s(times[i]):
+                self._allowance_s -= self._asking_s(times[i])
                 spent += 1
             else:
                 limits[i] = 0
@@ -187,7 +199,7 @@ class Controller:
         choice = _Choice()
         # Rows of prompts are worth what their part of the step takes.
         tokens = curve.base_s / curve.token_s
-        best_rate = tokens / curve.base_s
+        best_rate = (1 + _LEAST_GAIN) * tokens / curve.base_s
         sums = list(accumulate(best_values))
         for rows, seconds in curve.sizes(min(len(best_values), cost.room)):
             rate = (tokens + sums[rows - 1]) / seconds

@@ -28,7 +28,7 @@ class _Source:
     totals: DraftTotals = field(default_factory=DraftTotals)
 
 
-_PATIENCE, _RELIEF = 4, 2
+_PATIENCE, _RELIEF = 2, 2
 """So many times asked in vain, more than right guesses have made up for (each for two), double a rest."""
 _LONGEST_REST = 3
 """Of eight steps, one is asked in: text that begins to repeat itself is found that much later, and all other
@@ -53,6 +53,7 @@ class Speculator:
         self._clock = clock
         self._steps = 0
         self._in_vain: dict[int, int] = {}
+        self._drafters_s = 0.0  # of this step's drafting
 
     @classmethod
     def of_lookups(cls, controller: Controller | None = None) -> Speculator:
@@ -72,7 +73,10 @@ class Speculator:
         trees = [NO_DRAFT] * len(sequences)
         due = [i for i, sequence in enumerate(sequences) if self._is_due(sequence)]
         if due:
+            began_s = self._clock()
+            self._drafters_s = 0.0
             drafts = self._draft([sequences[i] for i in due], cost)
+            self._controller.took(len(due), self._clock() - began_s - self._drafters_s)
             for i, tree in zip(due, drafts, strict=True):
                 trees[i] = tree
                 if not tree.tokens:
@@ -129,6 +133,7 @@ class Speculator:
         elapsed_s = self._clock() - began_s
         for i, tree in zip(places, proposed, strict=True):
             trees[i] = tree
+        self._drafters_s += elapsed_s
         source.totals.elapsed_s += elapsed_s
         source.time.observe(len(places), sum(map(len, proposed)), elapsed_s)
 
