@@ -28,7 +28,7 @@ class _Source:
     totals: DraftTotals = field(default_factory=DraftTotals)
 
 
-_PATIENCE, _RELIEF = 2, 2
+_PATIENCE, _RELIEF = 4, 2
 """So many times asked in vain, more than right guesses have made up for (each for two), double a rest."""
 _LONGEST_REST = 3
 """Of eight steps, one is asked in: text that begins to repeat itself is found that much later, and all other
