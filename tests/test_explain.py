@@ -24,8 +24,9 @@ from ridgeline.apps.explain import answer as answers
 from ridgeline.apps.explain import attempt as attempts
 from ridgeline.apps.explain.attach import RequestError, kinds_of, parse_step, recent_steps
 from ridgeline.apps.explain.attempt import attempt, explained_by_fits
+from ridgeline.apps.explain.gains import Gains
 from ridgeline.apps.explain.run import Case, findings, run_times
-from ridgeline.apps.explain.suggest import MOST, Command, Gains, Subject, Suggestion, suggestions
+from ridgeline.apps.explain.suggest import MOST, Command, Subject, Suggestion, suggestions
 from ridgeline.apps.operations import bench_config, run
 from ridgeline.apps.plan.host import host_here
 from ridgeline.apps.plan.model import PlannedModel, open_model
