@@ -102,7 +102,7 @@ class ServerReport:
             "formats": self.served.formats,
             "steps": len(self.served.steps),
             "kinds": [{**asdict(one), "bound": one.bound} for one in kinds_of(self.served.steps)],
-            "guesses": None if guesses is None else _guesses(guesses),
+            "speculation": None if guesses is None else {"on": True, "guesses": _guesses(guesses)},
             "suggestions": [_suggested(one, {}) for one in self.suggestions],
             "why_none": self.why,
         }
@@ -113,10 +113,11 @@ class ServerReport:
         kinds = kinds_of(self.served.steps)
         for one in kinds:
             bound = f", bound by {_BOUNDS.get(one.bound, one.bound)}" if one.bound else ""
-            error = "" if one.error is None else f", {one.error:.0%} from what was predicted"
+            error = "" if one.error is None else f", {one.error:.0%} off what was predicted"
             _say(
-                f"{one.kind}: {one.share:.0%} of the time{bound}. {one.steps} steps of {one.rows:.0f} rows, "
-                f"{one.sequences:.0f} sequences, take {milliseconds(one.measured_s)}{error}."
+                f"{one.kind}: {one.share:.0%} of the time{bound}. {_many(one.steps, 'step')} of "
+                f"{_many(one.rows, 'row')} for {_many(one.sequences, 'sequence')}: "
+                f"{milliseconds(one.measured_s)} each{error}."
             )
         numbers = ("steps", "rows", "sequences", "a step", "of time", "memory", "arithmetic", "between")
         shown = table("kind", *numbers, "bound by", right=numbers)
@@ -176,6 +177,10 @@ def _words(one: Finding, batch: int) -> str:
     return text
 
 
+def _many(number: float, thing: str) -> str:
+    return f"{number:,.0f} {thing}{'' if round(number) == 1 else 's'}"
+
+
 def _guesses(one: Guesses) -> dict[str, Any]:
     return {**asdict(one), "share": one.share}
 
@@ -185,7 +190,7 @@ def _speculation(one: Speculation) -> dict[str, Any]:
 
 
 def _spoken(one: Speculation) -> str:
-    texts = f"{one.texts} texts, {one.tokens:,} tokens"
+    texts = f"{_many(one.texts, 'answer')}, {_many(one.tokens, 'token')}"
     if one.guesses is None:
         found = "nothing was guessed" if one.on else "there would have been nothing to guess"
         return f"Speculation is {'on' if one.on else 'off'}, and in {texts}, {found}."
