@@ -323,6 +323,7 @@ def test_what_people_read(ridgeline: Cli, tiny: Tiny) -> None:
         (("--url", "http://127.0.0.1:9", "--dataset", "f"), "--dataset is given beside --url"),
         (("--dataset", "nowhere.jsonl"), "nowhere.jsonl: No such file"),
         (("--speculation", "wild"), "speculation is 'wild'"),
+        (("--device", "reference"), "accepted: auto, cpu, cuda"),
     ],
 )
 def test_mistakes_are_one_line(ridgeline: Cli, tiny: Tiny, arguments: tuple[object, ...], words: str) -> None:

@@ -92,7 +92,7 @@ def _cache(cache: Cache) -> dict[str, str]:
 
 def _measured(age_days: float | None) -> str:
     if age_days is None:
-        return "not measured, so that nothing is predicted and no tokens are guessed; `ridgeline probe` does"
+        return "not measured; `ridgeline probe` does"
     days = round(age_days)
     return "measured today" if days < 1 else f"measured {days} day{'' if days == 1 else 's'} ago"
 

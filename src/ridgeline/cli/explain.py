@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Model = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="Catalog name, path, or hf.co/<org>/<repo>[:<file or quant>] (default: smollm2).",
     ),
 ]
@@ -33,6 +33,10 @@ Dataset = Annotated[
         "dataset",
         "Prompts of yours, JSON lines or ShareGPT's JSON: answer some too, and say what guesses bring them.",
     ),
+]
+Speculation = Annotated[
+    str | None,
+    flag("speculation", "With --dataset, how tokens are guessed ahead: auto, grammar, ngram, suffix or off."),
 ]
 Repeats = Annotated[int, flag("repeats", "Rounds; the median counts.", "-r")]
 Ttft = Annotated[float | None, flag("ttft", "Target: at most so many ms to the first token.")]
@@ -61,7 +65,7 @@ def explain(
     kv_format: options.KVFormat = None,
     threads: options.Threads = None,
     device: options.Device = None,
-    speculation: options.Speculation = None,
+    speculation: Speculation = None,
     no_packed_cache: options.NoPackedCache = False,
     try_: Try = False,
     url: Url = None,
@@ -96,6 +100,7 @@ def explain(
     flags = {name.replace("_", "-"): value for name, value in chosen.items()}
     others = given(dataset=dataset, speculation=speculation, ttft=ttft, itl=itl)
     command = Command("explain", model or DEFAULT_MODEL, {**shape, **flags, **others})
+    _refuse_reference(config.device)
     fetch(model)
     done = run(config, workload, repeats, "once", texts.answer)
     with open_model(resolve(config.model)) as source:
@@ -119,6 +124,13 @@ def _refuse_beside_url(try_: bool, dataset: Path | None) -> None:
     for name, asked in (("try", try_), ("dataset", dataset is not None)):
         if asked:
             raise ConfigError(f"--{name} is given beside --url; accepted: one of them")
+
+
+def _refuse_reference(device: str) -> None:
+    from ridgeline.types import ConfigError
+
+    if device == "reference":
+        raise ConfigError("device is reference, which is nowhere near any ceiling; accepted: auto, cpu, cuda")
 
 
 def _explain_server(

@@ -260,7 +260,7 @@ def _show_tried(one: Attempt) -> None:
     _say(
         f"The first one tried, in turns with the settings as they are: {gains.run:.2f}x {one.suggestion.of} "
         f"(prefill {gains.prefill:.2f}x, decode {gains.decode:.2f}x), {least:.2f}x to {most:.2f}x in "
-        f"{one.rounds} rounds; {one.suggestion.gains.run:.2f}x was predicted, {one.error:+.0%}."
+        f"{_many(one.rounds, 'round')}; {one.suggestion.gains.run:.2f}x was predicted, {one.error:+.0%}."
     )
 
 
