@@ -24,8 +24,9 @@ from ridgeline.apps.explain import answer as answers
 from ridgeline.apps.explain import attempt as attempts
 from ridgeline.apps.explain.attach import RequestError, kinds_of, parse_step, recent_steps
 from ridgeline.apps.explain.attempt import attempt, explained_by_fits
+from ridgeline.apps.explain.gains import Gains
 from ridgeline.apps.explain.run import Case, findings, run_times
-from ridgeline.apps.explain.suggest import MOST, Command, Gains, Subject, Suggestion, suggestions
+from ridgeline.apps.explain.suggest import MOST, Command, Subject, Suggestion, suggestions
 from ridgeline.apps.operations import bench_config, run
 from ridgeline.apps.plan.host import host_here
 from ridgeline.apps.plan.model import PlannedModel, open_model
@@ -319,6 +320,10 @@ def test_what_people_read(ridgeline: Cli, tiny: Tiny) -> None:
         (("--url", "http://127.0.0.1:9", "--recent", 0), "recent is 0"),
         (("--url", "http://127.0.0.1:9"), "no connection"),
         (("--url", "http://127.0.0.1:9", "--try"), "--try is given beside --url"),
+        (("--url", "http://127.0.0.1:9", "--dataset", "f"), "--dataset is given beside --url"),
+        (("--dataset", "nowhere.jsonl"), "nowhere.jsonl: No such file"),
+        (("--speculation", "wild"), "speculation is 'wild'"),
+        (("--device", "reference"), "accepted: auto, cpu, cuda"),
     ],
 )
 def test_mistakes_are_one_line(ridgeline: Cli, tiny: Tiny, arguments: tuple[object, ...], words: str) -> None:
@@ -408,7 +413,8 @@ def test_recent_steps_of_a_server(ridgeline: Cli, tiny: Tiny, monkeypatch: pytes
     with open_model(path) as source:
         fmt = source.in_format("W32A32", "cpu", "KV16").formats
     formats = {"W32A32": len(fmt)}
-    steps = [told("prefill", rows=100, sequences=1, elapsed_s=0.03, bound="arithmetic"), *[told()] * 7]
+    prompt = {"rows": 100, "sequences": 1, "prompt_tokens": 100, "decoded_tokens": 0}
+    steps = [told("prefill", **prompt, elapsed_s=0.03, bound="arithmetic"), *[told()] * 7]
     with a_server(steps, {"id": "tiny", "device": "cpu", "formats": formats}) as url:
         seen = ridgeline("explain", path, "--url", url, "--recent", 8, "--json")
         assert seen.code == 0, seen.err
@@ -425,6 +431,9 @@ def test_recent_steps_of_a_server(ridgeline: Cli, tiny: Tiny, monkeypatch: pytes
         shown = ridgeline("explain", "--url", url, "--recent", 100)
         assert shown.code == 0, shown.err
         assert "decode: 70% of the time, bound by weight bytes" in shown.out
+        assert "1 step of 100 rows for 1 sequence: 30 ms each" in shown.out
+        assert "Speculation" not in shown.out
+        assert found["speculation"] is None
         assert "nothing is suggested" in shown.out
     with a_server(steps, {"id": "tiny", "device": "cpu", "formats": {"W8A8-g32": 1}}) as url:
         other = ridgeline("explain", path, "--url", url)
@@ -437,7 +446,7 @@ def test_the_mix_of_a_servers_steps(llama2: PlannedModel) -> None:
     model = llama2.in_format("W16A16", "cpu", "KV16")
     held = 2 * 100 * sum(model.kv_bytes_per_token)
     decode = structs.replace(DECODE, kv_bytes=held)
-    prompt = structs.replace(decode, kind="prefill", rows=10)
+    prompt = structs.replace(decode, kind="prefill", rows=10, prompt_tokens=10, decoded_tokens=0)
     served = answers.Served("m", "cpu", {}, (prompt, *[decode] * 5))
     assert answers.mix_of(served, model) == Workload(67, 67, 2)
     with pytest.raises(ConfigError, match="no decode step"):
@@ -450,6 +459,7 @@ def test_the_mix_of_a_servers_steps(llama2: PlannedModel) -> None:
         ([], {"id": "m"}, "has run no step yet"),
         ([{"kind": "decode"}], {"id": "m"}, "accepted: those of ridgeline's"),
         ([told(rows=-1)], {"id": "m"}, "accepted: those of ridgeline's"),
+        ([told(drafted_tokens=1, accepted_tokens=2)], {"id": "m"}, "accepted: those of ridgeline's"),
         ([told(elapsed_s="x")], {"id": "m"}, "accepted: those of ridgeline's"),
         ([[]], {"id": "m"}, "accepted: those of ridgeline's"),
         ([], 7, "accepted: a server with a model"),

@@ -466,7 +466,7 @@ def test_what_people_read(ridgeline: Cli, tmp_path: Path) -> None:
     for words in (
         "516,096 B",
         "126 layers that keep all tokens",
-        "the weights do not fit; --machine H200x8 does",
+        "the weights do not fit; --machine H200x8 changes that: ",
         "between tokens",
         "bound by",
         "ridge batch",

@@ -264,6 +264,22 @@ def test_a_survey_of_this_machine(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list((cache / "models").iterdir()) == []
 
 
+def test_other_work_is_no_news_of_the_machine(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disturbed measurement replaces what it found better, an undisturbed one all."""
+    quiet = survey_of()
+    assert quiet.disturbance is None
+    slow = dataclasses.replace(quiet.ceilings, read_bytes_per_s=1e9, int8_ops_per_s=9e12, barrier_s=1.0)
+    busy = dataclasses.replace(survey_of(share=0.5), ceilings=slow)
+    assert busy.disturbance is not None
+    found = iter([busy, quiet, busy, dataclasses.replace(quiet, ceilings=slow)])
+    monkeypatch.setattr(probe, "_survey_cpu", lambda *_: next(found))
+    kept = []
+    for _ in range(4):
+        probe.survey(quiet.ceilings.threads, quiet.ceilings.isa, force=True)
+        kept.append(load_ceilings(quiet.ceilings.threads, quiet.ceilings.isa))
+    assert kept == [slow, quiet.ceilings, slow.best_with(quiet.ceilings), slow]
+
+
 def test_a_format_without_instructions_has_no_peak() -> None:
     found = tuple(one for one in survey_of().measurements if one.what != "bf16")
     assert ceilings_from(found, 2, "portable", 0.3).bf16_flops_per_s == 0

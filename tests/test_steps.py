@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 from fake_executor import FakeExecutor, make_engine
+from test_engine import run as run_all
+from test_speculation import forced
 
 from ridgeline.config import EngineConfig
 from ridgeline.engine import Engine
 from ridgeline.loading import LoadedModel, load_engine
+from ridgeline.model.program import StepLoad
 from ridgeline.records import RECENT_STEPS, Recent, StepRecord
 from ridgeline.resources import probe
 from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.energy import PowerModel
 from ridgeline.resources.roofline import mbu, mfu
 from ridgeline.resources.step_time import Prediction, StepTimeModel
+from ridgeline.scheduling.plan import Plan
 from ridgeline.steps import StepLog
 from ridgeline.types import PoolingParams, Request, SamplingParams, StepResult, StepWork
 
@@ -117,6 +121,43 @@ def test_each_step_is_predicted_before_it_is_observed(
     engine = load(tiny_llama).engine
     engine.add(Request("a", (3, 4, 5), GREEDY))
     assert [record.predicted_s for record in finish(engine)] == expected
+    engine.close()
+
+
+@pytest.mark.usefixtures("known_machine")
+def test_a_step_with_guesses_is_predicted_without_them_too(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a decode of each sequence at its context, by a model that has not seen the step."""
+    monkeypatch.setattr(StepTimeModel, "_learn", lambda *_: None)
+    requests = [Request(name, tokens, GREEDY) for name, tokens in (("a", (3, 4, 5)), ("b", (9,) * 20))]
+    engine = load(tiny_llama, speculation="off").engine
+    answers = run_all(engine, requests)
+    drafted: list[tuple[StepRecord, Plan]] = []
+
+    class Watching:
+        def arrived(self, state: object) -> None: ...
+        def ended(self, state: object) -> None: ...
+        def close(self) -> None: ...
+
+        def step(self, record: StepRecord, plan: Plan, began_s: float, ended_s: float) -> None:
+            if plan.drafted:
+                drafted.append((record, plan))
+            else:
+                assert (record.unguessed_s, record.drafted_tokens) == (None, 0)
+
+    engine.steps._watcher = Watching()
+    forced(engine, 3, answers, 1.0)
+    run_all(engine, requests)
+    assert drafted
+    for record, plan in drafted:
+        contexts = [rows.start + 1 for rows in plan.step.sequences]
+        decodes = StepLoad(len(contexts), len(contexts), (sum(contexts),), (sum(contexts),), len(contexts))
+        assert engine.steps.model is not None
+        alone = engine.steps.model.predict(engine.handle.work.parts(decodes)).seconds
+        assert record.unguessed_s == pytest.approx(alone)
+        assert record.predicted_s is not None
+        assert record.unguessed_s < record.predicted_s
     engine.close()
 
 

@@ -407,7 +407,7 @@ class Engine:
         (self.stats.decode if decode else self.stats.prefill).add(rows, result)
         advanced: dict[str, RequestState] = {}
         accepted = self._follow(plan, result, sampled) if plan.drafted else 0
-        self.steps.add(plan, result, now_s, accepted)
+        self.steps.add(plan, result, now_s, accepted, self.handle)
         for output in plan.certain:
             sequence, position = plan.sampled[output], plan.positions[output]
             if sequence.arrival not in self._owners:

@@ -25,6 +25,7 @@ class StepRecord(msgspec.Struct, frozen=True, gc=False):
     `flops` counts all operations, a multiply-add as two, of which `attention_flops` are attention's; `bytes`
     all memory traffic, of which `weight_bytes` are weights and `kv_bytes` keys and values. `elapsed_s` is
     what the executor measured, `predicted_s` what was expected of it, and `bound` what takes most of that;
+    of a step with guesses, `unguessed_s` is what was expected of it without them;
     `wall_s` is from planning to results, of steps that overlap the later one's own part. `mbu` and `mfu` are
     shares of the machine's ceilings. What needs ceilings is None where nobody has measured them, and
     `energy_j` where nothing is known of energy.
@@ -56,6 +57,7 @@ class StepRecord(msgspec.Struct, frozen=True, gc=False):
     energy_j: float | None = None
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    unguessed_s: float | None = None
 
 
 class DraftTotals(msgspec.Struct):

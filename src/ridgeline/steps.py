@@ -17,7 +17,7 @@ from ridgeline.resources.roofline import mbu, mfu
 from ridgeline.resources.step_time import StepTimeModel
 from ridgeline.scheduling.plan import Plan
 from ridgeline.scheduling.scheduler import Scheduler
-from ridgeline.types import StepResult
+from ridgeline.types import Step, StepResult
 
 
 class StepWatcher(Protocol):
@@ -53,14 +53,18 @@ class StepLog:
         self._last: Plan | None = None
         self._ended_s = 0.0
 
-    def add(self, plan: Plan, result: StepResult, ended_s: float, accepted: int = 0) -> None:
-        """A step's results are there, and so many of its guesses were right. A plan that was the last one's
-        too is passed over: an interrupt struck while its results were taken in."""
+    def add(
+        self, plan: Plan, result: StepResult, ended_s: float, accepted: int = 0, handle: Any = None
+    ) -> None:
+        """A step's results are there, and so many of its guesses were right; `handle` is the program's that
+        guesses are verified by. A plan that was the last one's too is passed over: an interrupt struck while
+        its results were taken in."""
         if plan is self._last:
             return
         began_s = max(plan.planned_s, self._ended_s)
         self._last, self._ended_s = plan, ended_s
-        record = self._record(plan, result, began_s, ended_s, accepted)
+        unguessed_s = self._unguessed_s(plan, handle)  # before the step has taught the model anything
+        record = self._record(plan, result, began_s, ended_s, (accepted, unguessed_s))
         self.recent.append(record)
         if self._watcher is not None:
             self._watcher.step(record, plan, began_s, ended_s)
@@ -77,8 +81,7 @@ class StepLog:
         """What a step under way is to take, if the machine is known. From any thread."""
         if self.model is None:
             return None
-        load = StepLoad.of(plan.step, handle.program.groups)
-        return self.model.predict(handle.work.parts(load)).seconds
+        return self._predicted_s(self.model, plan.step, handle)
 
     def close(self) -> None:
         """Idempotent."""
@@ -87,9 +90,25 @@ class StepLog:
         if self._energy is not None:
             self._energy.close()
 
+    def _unguessed_s(self, plan: Plan, handle: Any) -> float | None:
+        if not plan.drafted or self.model is None or handle is None:
+            return None
+        return self._predicted_s(self.model, plan.unguessed, handle)
+
+    @staticmethod
+    def _predicted_s(model: StepTimeModel, step: Step, handle: Any) -> float:
+        return model.predict(handle.work.parts(StepLoad.of(step, handle.program.groups))).seconds
+
     def _record(
-        self, plan: Plan, result: StepResult, began_s: float, ended_s: float, accepted: int
+        self,
+        plan: Plan,
+        result: StepResult,
+        began_s: float,
+        ended_s: float,
+        guessed: tuple[int, float | None],
     ) -> StepRecord:
+        """`guessed` are the guesses that were right, and what the step was to take without any."""
+        accepted, unguessed_s = guessed
         work, elapsed_s, model, cache = result.work, result.elapsed_s, self.model, self._scheduler.cache
         total = work.total
         predicted_s = bound = reached_mbu = reached_mfu = None
@@ -129,6 +148,7 @@ class StepLog:
             energy_j=None if self._energy is None else self._energy.joules(began_s, ended_s),
             drafted_tokens=guesses,
             accepted_tokens=accepted,
+            unguessed_s=unguessed_s,
         )
 
 

@@ -73,8 +73,15 @@ def bench_room(batch: int) -> dict[str, Any]:
     }
 
 
-def run(config: EngineConfig, workload: Workload, repeats: int, timed: Timed = "none") -> Run:
-    """Load a model, measure it and the machine's ceilings before and after, and close it.
+def run(
+    config: EngineConfig,
+    workload: Workload,
+    repeats: int,
+    timed: Timed = "none",
+    first: Callable[[LoadedModel], object] | None = None,
+) -> Run:
+    """Load a model, measure it and the machine's ceilings before and after, and close it. Before
+    all that, `first` does what else is wanted of the model.
 
     Operations are `timed` in all rounds ("all"; RequestError where the device cannot), in none, or in one
     more where the device can ("once").
@@ -83,6 +90,8 @@ def run(config: EngineConfig, workload: Workload, repeats: int, timed: Timed = "
     engine, limit = loaded.engine, loaded.config.max_num_batched_tokens
 
     def measured() -> tuple[list[Round], ProfilingExecutor | None]:
+        if first is not None:
+            first(loaded)
         if timed == "all":
             return measure_operations(engine, workload, limit, repeats)
         rounds = measure(engine, workload, limit, repeats)

@@ -27,6 +27,9 @@ Operations = Annotated[
     bool, flag("ops", "Time each operation of the steps, beside its ceiling; this slows them a little.")
 ]
 
+_MORE_THAN_MEMORY = 1.05
+"""A share of the memory's ceiling that is more than an error of measurement."""
+
 
 def bench(
     context: typer.Context,
@@ -147,3 +150,6 @@ def show_operations(phase: str, rows: list[dict[str, Any]]) -> None:
         time = f"{row['step_s'] * 1e3:.3f} ms"
         shown.add_row(row["operation"], f"{row['launches']:.0f}", time, f"{row['share']:.1%}", *work)
     console().print(shown)
+    if max((row["mbu"] for row in rows), default=0.0) > _MORE_THAN_MEMORY:
+        why = "memory above 100%: some of it lay in a cache, or the machine was slower when it was measured"
+        console().print(why, style="dim", soft_wrap=True)

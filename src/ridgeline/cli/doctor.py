@@ -81,14 +81,20 @@ def _gpus(cuda: Cuda) -> str:
 
 
 def _cache(cache: Cache) -> dict[str, str]:
-    age = cache.ceilings_age_days
     return {
         "cache": f"{cache.path}, {size(cache.free_bytes)} free",
         "models": f"{cache.models}, {size(cache.models_bytes)}",
         "packed weights": f"{cache.packed}, {size(cache.packed_bytes)} of at most "
         f"{size(cache.packed_bound_bytes)} in {cache.packed_path}",
-        "ceilings": "not measured; `ridgeline probe` does" if age is None else f"measured {age:.0f} days ago",
+        "ceilings": _measured(cache.ceilings_age_days),
     }
+
+
+def _measured(age_days: float | None) -> str:
+    if age_days is None:
+        return "not measured; `ridgeline probe` does"
+    days = round(age_days)
+    return "measured today" if days < 1 else f"measured {days} day{'' if days == 1 else 's'} ago"
 
 
 def _packages(report: Report) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,15 +16,27 @@ from ridgeline.cli.progress import fetch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ridgeline.apps.explain.answer import Explanation
     from ridgeline.apps.explain.attach import Served
     from ridgeline.apps.explain.suggest import Suggestion
 
 Model = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="Catalog name, path, or hf.co/<org>/<repo>[:<file or quant>] (default: smollm2).",
     ),
+]
+Dataset = Annotated[
+    Path | None,
+    flag(
+        "dataset",
+        "Prompts of yours, JSON lines or ShareGPT's JSON: answer some too, and say what guesses bring them.",
+    ),
+]
+Speculation = Annotated[
+    str | None,
+    flag("speculation", "With --dataset, how tokens are guessed ahead: auto, grammar, ngram, suffix or off."),
 ]
 Repeats = Annotated[int, flag("repeats", "Rounds; the median counts.", "-r")]
 Ttft = Annotated[float | None, flag("ttft", "Target: at most so many ms to the first token.")]
@@ -44,6 +57,7 @@ def explain(
     prompt_tokens: PromptTokens = 512,
     output_tokens: OutputTokens = 128,
     batch: Batch = 1,
+    dataset: Dataset = None,
     repeats: Repeats = 3,
     ttft: Ttft = None,
     itl: Itl = None,
@@ -51,6 +65,7 @@ def explain(
     kv_format: options.KVFormat = None,
     threads: options.Threads = None,
     device: options.Device = None,
+    speculation: Speculation = None,
     no_packed_cache: options.NoPackedCache = False,
     try_: Try = False,
     url: Url = None,
@@ -60,7 +75,7 @@ def explain(
 ) -> None:
     """Run a workload and say where its time went, how far that is from the ceilings, and what to change."""
     if url is not None:
-        _refuse_to_try(try_)
+        _refuse_beside_url(try_, dataset)
         _explain_server(url, recent, api_key, model, kv_format, json)
         return
     from ridgeline.apps.benchmark import Workload
@@ -68,6 +83,7 @@ def explain(
     from ridgeline.apps.explain.answer import explain as answer
     from ridgeline.apps.explain.attempt import attempt, explained_by_fits
     from ridgeline.apps.explain.suggest import Command
+    from ridgeline.apps.explain.texts import Texts
     from ridgeline.apps.operations import bench_config, run
     from ridgeline.apps.plan.model import open_model
     from ridgeline.cli.explain_report import RunReport
@@ -78,18 +94,23 @@ def explain(
     chosen = given(weights=weights, kv_format=kv_format, threads=threads, device=device)
     packed = options.packed_cache(no_packed_cache)
     config = bench_config(batch, **chosen, **given(model=model, packed_cache=packed))
+    texts = Texts.of_file(dataset, workload)
+    config = texts.configured(config, speculation)
     shape = {"prompt-tokens": prompt_tokens, "output-tokens": output_tokens, "batch": batch}
     flags = {name.replace("_", "-"): value for name, value in chosen.items()}
-    aims = given(ttft=ttft, itl=itl)
-    command = Command("explain", model or DEFAULT_MODEL, {**shape, **flags, **aims})
+    others = given(dataset=dataset, speculation=speculation, ttft=ttft, itl=itl)
+    command = Command("explain", model or DEFAULT_MODEL, {**shape, **flags, **others})
+    _refuse_reference(config.device)
     fetch(model)
-    done = run(config, workload, repeats, "once")
+    done = run(config, workload, repeats, "once", texts.answer)
     with open_model(resolve(config.model)) as source:
-        if try_:
-            found = explained_by_fits(done, lambda: answer(source, done, config, targets, command))
-        else:
-            found = answer(source, done, config, targets, command)
-    tried = attempt(found.suggestions[0], config, workload, repeats) if try_ and found.suggestions else None
+
+        def explained() -> Explanation:
+            return answer(source, done, config, targets, command, texts.answered)
+
+        found = explained_by_fits(done, explained) if try_ else explained()
+    first = found.suggestions[0] if try_ and found.suggestions else None
+    tried = None if first is None else attempt(first, config, workload, repeats, texts.samples)
     report = RunReport(found, targets, tried)
     if json:
         print_json(report.to_json())
@@ -97,11 +118,19 @@ def explain(
         report.show()
 
 
-def _refuse_to_try(asked: bool) -> None:
+def _refuse_beside_url(try_: bool, dataset: Path | None) -> None:
     from ridgeline.types import ConfigError
 
-    if asked:
-        raise ConfigError("--try is given beside --url; accepted: one of them")
+    for name, asked in (("try", try_), ("dataset", dataset is not None)):
+        if asked:
+            raise ConfigError(f"--{name} is given beside --url; accepted: one of them")
+
+
+def _refuse_reference(device: str) -> None:
+    from ridgeline.types import ConfigError
+
+    if device == "reference":
+        raise ConfigError("device is reference, which is nowhere near any ceiling; accepted: auto, cpu, cuda")
 
 
 def _explain_server(

@@ -10,11 +10,12 @@ from ridgeline.cli.bench import show_operations
 from ridgeline.cli.output import console, milliseconds, size, table
 
 if TYPE_CHECKING:
-    from ridgeline.apps.explain.answer import Explanation, Targets
+    from ridgeline.apps.explain.answer import Explanation, Speculation, Targets
     from ridgeline.apps.explain.attach import Served
     from ridgeline.apps.explain.attempt import Attempt
     from ridgeline.apps.explain.run import Finding
     from ridgeline.apps.explain.suggest import Suggestion
+    from ridgeline.sampling.drafting.replay import Guesses
 
 _BOUNDS = {
     "weights": "weight bytes",
@@ -52,6 +53,7 @@ class RunReport:
                 for name, one in found.findings.items()
             },
             "operations": {name: list(rows) for name, rows in found.operations.items()},
+            "speculation": None if found.speculation is None else _speculation(found.speculation),
             "suggestions": [_suggested(one, found.findings) for one in found.suggestions],
             "tried": None if self.tried is None else _tried(self.tried),
             "ceilings": run.ceilings.to_json(),
@@ -72,6 +74,9 @@ class RunReport:
             console().print()
             longest = sorted(rows, key=lambda row: -row["step_s"])[:_OPERATIONS]
             show_operations(f"{phase} step", longest)
+        if found.speculation is not None:
+            console().print()
+            _say(_spoken(found.speculation))
         _show_suggestions(found.suggestions, found.findings)
         if self.tried is not None:
             _show_tried(self.tried)
@@ -89,6 +94,7 @@ class ServerReport:
     def to_json(self) -> dict[str, Any]:
         from ridgeline.apps.explain.attach import kinds_of
 
+        guesses = self._guesses()
         return {
             "url": self.url,
             "model": self.served.model,
@@ -96,6 +102,7 @@ class ServerReport:
             "formats": self.served.formats,
             "steps": len(self.served.steps),
             "kinds": [{**asdict(one), "bound": one.bound} for one in kinds_of(self.served.steps)],
+            "speculation": None if guesses is None else {"on": True, "guesses": _guesses(guesses)},
             "suggestions": [_suggested(one, {}) for one in self.suggestions],
             "why_none": self.why,
         }
@@ -106,10 +113,11 @@ class ServerReport:
         kinds = kinds_of(self.served.steps)
         for one in kinds:
             bound = f", bound by {_BOUNDS.get(one.bound, one.bound)}" if one.bound else ""
-            error = "" if one.error is None else f", {one.error:.0%} from what was predicted"
+            error = "" if one.error is None else f", {one.error:.0%} off what was predicted"
             _say(
-                f"{one.kind}: {one.share:.0%} of the time{bound}. {one.steps} steps of {one.rows:.0f} rows, "
-                f"{one.sequences:.0f} sequences, take {milliseconds(one.measured_s)}{error}."
+                f"{one.kind}: {one.share:.0%} of the time{bound}. {_many(one.steps, 'step')} of "
+                f"{_many(one.rows, 'row')} for {_many(one.sequences, 'sequence')}: "
+                f"{milliseconds(one.measured_s)} each{error}."
             )
         numbers = ("steps", "rows", "sequences", "a step", "of time", "memory", "arithmetic", "between")
         shown = table("kind", *numbers, "bound by", right=numbers)
@@ -128,11 +136,20 @@ class ServerReport:
             )
         console().print()
         console().print(shown)
+        guesses = self._guesses()
+        if guesses is not None:
+            console().print()
+            _say(f"Speculation is on: {_brought(guesses)}.")
         if self.why is not None:
             console().print()
             _say(self.why)
         else:
             _show_suggestions(self.suggestions, {})
+
+    def _guesses(self) -> Guesses | None:
+        from ridgeline.apps.explain.guesses import guesses_in
+
+        return guesses_in(self.served.steps)
 
 
 # -- words
@@ -158,6 +175,39 @@ def _words(one: Finding, batch: int) -> str:
     if one.host_s > _HOST_SHARE * one.measured_s:
         text += f" {milliseconds(one.host_s)} of a step pass outside of the executor."
     return text
+
+
+def _many(number: float, thing: str) -> str:
+    return f"{number:,.0f} {thing}{'' if round(number) == 1 else 's'}"
+
+
+def _guesses(one: Guesses) -> dict[str, Any]:
+    return {**asdict(one), "share": one.share}
+
+
+def _speculation(one: Speculation) -> dict[str, Any]:
+    return {**asdict(one), "guesses": None if one.guesses is None else _guesses(one.guesses)}
+
+
+def _spoken(one: Speculation) -> str:
+    texts = f"{_many(one.texts, 'answer')}, {_many(one.tokens, 'token')}"
+    if one.guesses is None:
+        found = "nothing was guessed" if one.on else "there would have been nothing to guess"
+        return f"Speculation is {'on' if one.on else 'off'}, and in {texts}, {found}."
+    if one.on:
+        return f"Speculation is on: in {texts}, {_brought(one.guesses)}."
+    return (
+        f"Speculation is off: replayed over {texts}, {one.guesses.share:.0%} of {one.guesses.drafted:,} "
+        f"guesses are right, which predicts {one.guesses.gain:.2f}x the tokens/s of decoding."
+    )
+
+
+def _brought(one: Guesses) -> str:
+    return (
+        f"{one.share:.0%} of {one.drafted:,} guesses were right; a pass gives {one.tokens_per_pass:.2f} "
+        f"tokens a sequence and takes {one.slowdown:.2f} times as long as is predicted without guesses: "
+        f"{one.gain:.2f}x the tokens/s of decoding"
+    )
 
 
 def _farthest(rows: Sequence[Mapping[str, Any]]) -> str | None:
@@ -210,7 +260,7 @@ def _show_tried(one: Attempt) -> None:
     _say(
         f"The first one tried, in turns with the settings as they are: {gains.run:.2f}x {one.suggestion.of} "
         f"(prefill {gains.prefill:.2f}x, decode {gains.decode:.2f}x), {least:.2f}x to {most:.2f}x in "
-        f"{one.rounds} rounds; {one.suggestion.gains.run:.2f}x was predicted, {one.error:+.0%}."
+        f"{_many(one.rounds, 'round')}; {one.suggestion.gains.run:.2f}x was predicted, {one.error:+.0%}."
     )
 
 

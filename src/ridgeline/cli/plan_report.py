@@ -208,7 +208,7 @@ def _verdict(plan: Plan) -> str:
 
 def _change(change: Change) -> str:
     weights = size(change.weights_bytes)
-    return f"{change.flag} {change.value} does: {weights} of weights, {_seen(change.forecast)}"
+    return f"{change.flag} {change.value} changes that: {weights} of weights, {_seen(change.forecast)}"
 
 
 def _choice(choice: Choice) -> str:

@@ -64,8 +64,9 @@ def survey(
 ) -> Survey:
     """All measurements in full, from the cache unless there are none or `force` asks for fresh ones.
 
-    They take about ten seconds; their ceilings are kept as those of the machine. Raises CapacityError when
-    there is too little memory to measure.
+    They take about ten seconds; their ceilings are kept as those of the machine, where other work disturbed
+    them only as far as they are better than what was known. Raises CapacityError when there is too little
+    memory to measure.
     """
     gpu = cuda_device() if device == "cuda" else None
     threads, isa = (gpu.multiprocessors, gpu.isa) if gpu else (threads or usable_cores(), isa or choose_isa())
@@ -75,8 +76,15 @@ def survey(
     found = _survey_gpu() if gpu else _survey_cpu(threads, isa)
     with suppress(CapacityError):
         save_survey(found)
-        save_ceilings(found.ceilings)
+        save_ceilings(_to_keep(found, load_ceilings(threads, isa, gpu)))
     return found
+
+
+def _to_keep(found: Survey, before: Ceilings | None) -> Ceilings:
+    """Other work makes measurements slower: that is no news of the machine."""
+    if before is None or found.disturbance is None:
+        return found.ceilings
+    return found.ceilings.best_with(before)
 
 
 def _survey_cpu(threads: int, isa: str) -> Survey:

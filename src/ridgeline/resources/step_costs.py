@@ -71,7 +71,8 @@ STEP_COSTS = {
         attention_memory=0.75,
         attention_arithmetic=0.5,
         source="not measured by us: others publish 0.69 (A100) to 0.9 (RTX 4090) of the datasheet's "
-        "bandwidth for decode at batch 1, and 0.4 to 0.5 of the peak for training",
+        "bandwidth for decode at batch 1, and 0.4 to 0.5 of the peak for training; launches count "
+        "where they were measured",
     ),
 }
 """By kind of machine: of measured ceilings for the CPU, of the datasheet for GPUs."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence as Many
 from ridgeline.model.program import StepLoad
 from ridgeline.records import DraftTotals
 from ridgeline.sampling.drafting.controller import Controller
-from ridgeline.sampling.drafting.costs import StepCost
+from ridgeline.sampling.drafting.costs import Seconds, StepCost
 from ridgeline.sampling.drafting.speculator import Speculator
 from ridgeline.sampling.drafting.tree import DraftTree
 from ridgeline.scheduling.pace import Pace
@@ -51,16 +51,7 @@ class Drafting:
         """Guesses for some of the decodes in a planned step, of `room` rows in all at most."""
         pace = self._pace
         contexts = [sequence.computed + 1 for sequence, _, outputs in chunks if outputs]
-        loads: list[StepLoad] = []  # of the step as it is planned, and of its decodes: few steps ask for them
-
-        def seconds(rows: int) -> float:
-            if not loads:
-                loads.extend((pace.load_of_chunks(chunks), pace.load_of_decodes(contexts)))
-            planned, alone = loads
-            if rows < planned.rows:
-                return pace.seconds(pace.load_of_decodes(contexts[:rows]))
-            return pace.seconds(planned + _guesses(alone, rows - planned.rows))
-
+        seconds = seconds_by_rows(pace, contexts, lambda: pace.load_of_chunks(chunks))
         planned_rows = sum([count for _, count, _ in chunks])
         try:
             return self._speculator.draft(decodes, StepCost(planned_rows, len(contexts), room, seconds))
@@ -80,6 +71,25 @@ class Drafting:
         """A sequence has ended."""
         if sequence.speculation is not None:
             self._speculator.forget(sequence)
+
+
+def seconds_by_rows(
+    pace: Pace, contexts: Many[int], planned: Callable[[], StepLoad] | None = None
+) -> Seconds:
+    """Predicts a step by its rows: the load that is `planned`, and more rows for guesses behind its decodes,
+    whose own rows see so many slots each. Without a plan they are all of it."""
+    loads: list[StepLoad] = []  # of the plan, and of its decodes: few steps ask for them
+
+    def seconds(rows: int) -> float:
+        if not loads:
+            alone = pace.load_of_decodes(contexts)
+            loads.extend((alone if planned is None else planned(), alone))
+        whole, alone = loads
+        if rows < whole.rows:
+            return pace.seconds(pace.load_of_decodes(contexts[:rows]))
+        return pace.seconds(whole + _guesses(alone, rows - whole.rows))
+
+    return seconds
 
 
 def _guesses(decodes: StepLoad, count: int) -> StepLoad:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import msgspec
+from msgspec import structs
 
 from ridgeline.sampling.drafting.tree import DraftTree
 from ridgeline.scheduling.sequence import Sequence
@@ -47,6 +48,19 @@ class Plan(msgspec.Struct, frozen=True):
     def guesses(self) -> int:
         """Rows of tokens that are only guessed."""
         return sum([len(each.tree) for each in self.drafted])
+
+    @property
+    def unguessed(self) -> Step:
+        """The step without its guesses, to count what it would ask for."""
+        arrivals = {each.sequence.arrival for each in self.drafted}
+        pairs = zip(self.sequences, self.step.sequences, strict=True)
+        alone = [
+            structs.replace(rows, tokens=rows.tokens[:1], outputs=_FIRST, parents=())
+            if sequence.arrival in arrivals
+            else rows
+            for sequence, rows in pairs
+        ]
+        return Step(tuple(alone))
 
     @property
     def certain(self) -> Iterable[int]:

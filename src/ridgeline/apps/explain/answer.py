@@ -11,8 +11,10 @@ from typing import Any
 
 from ridgeline.apps.benchmark import Workload
 from ridgeline.apps.explain.attach import Served
+from ridgeline.apps.explain.guesses import Guessing, guesses_in, guessing_of
 from ridgeline.apps.explain.run import Case, Finding, findings
 from ridgeline.apps.explain.suggest import Command, Subject, Suggestion, suggestions
+from ridgeline.apps.explain.texts import Answered
 from ridgeline.apps.operations import Run, by_phase
 from ridgeline.apps.plan.host import Host, host_here
 from ridgeline.apps.plan.model import FormattedModel, PlannedModel
@@ -22,6 +24,7 @@ from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.cuda import cuda_free_memory_bytes
 from ridgeline.resources.machine import free_memory_bytes, usable_cores
 from ridgeline.resources.probe import quick_ceilings
+from ridgeline.sampling.drafting.replay import Guesses
 from ridgeline.types import CapacityError, ConfigError
 
 
@@ -44,24 +47,44 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Of a run: its phases, each operation's shares where the device can time them, and what to change."""
+    """Of a run: its phases, each operation's shares where the device can time them, what guesses bring to the
+    texts that were answered beside it, where there were any, and what to change."""
 
     run: Run
     model: FormattedModel
     findings: Mapping[str, Finding]
     operations: Mapping[str, Sequence[dict[str, Any]]]
     suggestions: Sequence[Suggestion]
+    speculation: Speculation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """What guesses did in so many texts, where they are `on`, or are predicted to do, where they are not; of
+    so many answered tokens. No `guesses`: there was nothing to guess."""
+
+    on: bool
+    texts: int
+    tokens: int
+    guesses: Guesses | None
 
 
 def explain(
-    source: PlannedModel, run: Run, asked: EngineConfig, targets: Targets, command: Command
+    source: PlannedModel,
+    run: Run,
+    asked: EngineConfig,
+    targets: Targets,
+    command: Command,
+    answered: Answered | None = None,
 ) -> Explanation:
-    """Explain a run of `source` by the settings that were `asked` for; `command` is the line that made it."""
+    """Explain a run of `source` by the settings that were `asked` for; `command` is the line that made it,
+    and `answered` the texts that were written beside it."""
     settled = run.config
     model = source.in_format(asked.weights, settled.device, settled.kv_format)
     host = _here(run.ceilings)
     case = Case(model, host, run.workload, settled.max_num_batched_tokens)
     found = findings(case, run.rounds)
+    guessing = None if answered is None else guessing_of(answered, case)
     ttft_s = found["prefill"].measured_s * found["prefill"].steps / run.workload.batch
     subject = Subject(
         source=source,
@@ -73,9 +96,21 @@ def explain(
         ttft_s=targets.ttft_s,
         itl_s=targets.itl_s,
         missed=targets.missed(ttft_s, found["decode"].measured_s),
+        guessing=guessing,
     )
     operations = {} if run.profiling is None else by_phase(run.profiling, run.ceilings)
-    return Explanation(run, model, found, operations, suggestions(subject))
+    spoken = None if answered is None else _speculation(answered, guessing)
+    return Explanation(run, model, found, operations, suggestions(subject), spoken)
+
+
+def _speculation(answered: Answered, guessing: Guessing | None) -> Speculation | None:
+    """None where they are off and cannot be on."""
+    if not answered.on and answered.setting is None:
+        return None
+    guesses = None if guessing is None else guessing.guesses
+    if answered.on:
+        guesses = guesses_in(answered.steps)
+    return Speculation(answered.on, len(answered.texts), answered.tokens, guesses)
 
 
 def suggestions_of_server(
@@ -120,8 +155,8 @@ def mix_of(served: Served, model: FormattedModel) -> Workload:
     batch = max(1, round(median(step.sequences for step in decode)))
     held = median(step.kv_bytes / max(step.sequences, 1) for step in decode)
     context = max(2.0, held / sum(model.kv_bytes_per_token))
-    prompts = sum(step.rows for step in served.steps if step.kind == "prefill")
-    answers = sum(step.rows for step in decode)
+    prompts = sum(step.prompt_tokens for step in served.steps)
+    answers = sum(step.decoded_tokens for step in served.steps)
     ratio = answers / prompts if prompts else 1.0
     prompt = max(1, round(context / (1 + ratio / 2)))
     return Workload(prompt, max(2, round(ratio * prompt)), batch)

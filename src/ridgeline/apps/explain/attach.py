@@ -32,9 +32,16 @@ def parse_step(data: bytes) -> StepRecord:
         step = _DECODE(data)
     except (msgspec.DecodeError, RecursionError):
         step = None
-    if step is None or min(step.rows, step.sequences, step.weight_bytes, step.kv_bytes, step.elapsed_s) < 0:
+    if step is None or not _is_sound(step):
         raise RequestError(f"the server's step is {data[:80]!r}; accepted: those of ridgeline's /v1/steps")
     return step
+
+
+def _is_sound(step: StepRecord) -> bool:
+    """Whether what is computed with is in its range."""
+    tokens = step.rows, step.sequences, step.prompt_tokens, step.decoded_tokens, step.accepted_tokens
+    sizes = step.weight_bytes, step.kv_bytes, step.elapsed_s
+    return min(*tokens, *sizes) >= 0 and step.accepted_tokens <= step.drafted_tokens
 
 
 @dataclass(frozen=True, slots=True)

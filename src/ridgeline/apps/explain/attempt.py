@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
-from ridgeline.apps.benchmark import Round, Workload, measure
+from ridgeline.apps.benchmark import Phase, Round, Workload, measure
 from ridgeline.apps.calibrate import fitted_costs
 from ridgeline.apps.explain.answer import Explanation
-from ridgeline.apps.explain.suggest import Gains, Suggestion
+from ridgeline.apps.explain.gains import Gains
+from ridgeline.apps.explain.suggest import Suggestion
+from ridgeline.apps.explain.texts import answer_texts
+from ridgeline.apps.load.dataset import Sample
 from ridgeline.apps.operations import Run, bench_room
 from ridgeline.config import EngineConfig
 from ridgeline.loading import LoadedModel, load_engine
 from ridgeline.precision.formats import FORMATS
+from ridgeline.records import StepRecord
 from ridgeline.resources import probe
 from ridgeline.resources.step_costs import load_costs
-from ridgeline.types import ConfigError
+from ridgeline.types import ConfigError, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +60,15 @@ def explained_by_fits(run: Run, explain: Callable[[], Explanation]) -> Explanati
     return found
 
 
-def attempt(suggestion: Suggestion, asked: EngineConfig, workload: Workload, rounds: int) -> Attempt:
-    """Load the model as it was `asked` for and as suggested, and run the workload on both in turns.
+def attempt(
+    suggestion: Suggestion,
+    asked: EngineConfig,
+    workload: Workload,
+    rounds: int,
+    samples: Sequence[Sample] = (),
+) -> Attempt:
+    """Load the model as it was `asked` for and as suggested, and run the workload on both in turns; to try
+    guesses, answer the `samples`.
 
     Raises ConfigError where the suggestion is another machine, and as loading and `benchmark.measure` do.
     """
@@ -74,7 +85,10 @@ def attempt(suggestion: Suggestion, asked: EngineConfig, workload: Workload, rou
             loaded = load_engine(config)
             stack.callback(loaded.engine.close)
             cases.append((loaded, work))
-        pairs = [[_round(*case) for case in cases] for _ in range(rounds)]
+        if suggestion.kind == "speculation":
+            pairs = [[_answers(*case, samples, number) for case in cases] for number in range(rounds)]
+        else:
+            pairs = [[_round(*case) for case in cases] for _ in range(rounds)]
     gains = [_gains(now, then, batch / workload.batch) for now, then in pairs]
     whole = [one.run for one in gains]
     middle = Gains(median(whole), median(one.prefill for one in gains), median(one.decode for one in gains))
@@ -83,6 +97,20 @@ def attempt(suggestion: Suggestion, asked: EngineConfig, workload: Workload, rou
 
 def _round(loaded: LoadedModel, workload: Workload) -> Round:
     return measure(loaded.engine, workload, loaded.config.max_num_batched_tokens, 1)[0]
+
+
+def _answers(loaded: LoadedModel, workload: Workload, samples: Sequence[Sample], number: int) -> Round:
+    """A round that answers texts; what was said in others is not looked up."""
+    done = answer_texts(loaded, samples, workload.batch, workload.output_tokens, f"round {number}")
+    decodes = [step for step in done.steps if step.kind == "decode"]
+    others = [step for step in done.steps if step.kind != "decode"]
+    return Round(_phase(others), _phase(decodes))
+
+
+def _phase(steps: Sequence[StepRecord]) -> Phase:
+    tokens = sum(step.prompt_tokens + step.decoded_tokens for step in steps)
+    elapsed_s, executor_s = (sum(getattr(step, name) for step in steps) for name in ("wall_s", "elapsed_s"))
+    return Phase(tokens, len(steps), elapsed_s, executor_s, Work())
 
 
 def _gains(now: Round, then: Round, more: float) -> Gains:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ridgeline.apps.explain.gains import Gains
+from ridgeline.apps.explain.guesses import Guessing
 from ridgeline.apps.explain.run import Case, RunTimes, run_times
 from ridgeline.apps.plan.answer import BATCHES, NOTABLY
 from ridgeline.apps.plan.host import Host, host_of_fleet
@@ -49,15 +51,6 @@ class Command:
 
 
 @dataclass(frozen=True, slots=True)
-class Gains:
-    """By how many times speeds grow: of a whole run, and of its phases."""
-
-    run: float
-    prefill: float
-    decode: float
-
-
-@dataclass(frozen=True, slots=True)
 class Suggestion:
     """A change by one flag. The gains are of `of`: each request's speed, or the tokens per second of all.
     `changes` are those of the engine's settings or of the workload, none where this machine cannot try it."""
@@ -77,7 +70,7 @@ class Subject:
 
     `wider` is this machine with more threads, and how many, None where it has none to spare. `at_once` is the
     command that runs so many sequences. Targets are None where there are none; `missed` says whether the run
-    misses them.
+    misses them. `guessing` is what guesses would bring, where they are off and that is known.
     """
 
     source: PlannedModel
@@ -89,12 +82,14 @@ class Subject:
     ttft_s: float | None = None
     itl_s: float | None = None
     missed: bool = False
+    guessing: Guessing | None = None
 
 
 def suggestions(subject: Subject) -> list[Suggestion]:
     """The changes with the largest predicted effects, at most MOST of them, first those to try first."""
     now = run_times(subject.case)
     faster = [*_formats(subject, now), *_kv_format(subject, now), *_threads(subject, now)]
+    faster += _speculation(subject)
     faster.sort(key=lambda one: -one.gains.run)
     kinds: dict[str, Suggestion] = {}
     for one in faster:
@@ -166,6 +161,24 @@ def _threads(subject: Subject, now: RunTimes) -> Iterator[Suggestion]:
         _gains(now, then),
         subject.command.but(threads=None),
         changes={"threads": None},
+    )
+
+
+def _speculation(subject: Subject) -> Iterator[Suggestion]:
+    """Guesses, where they are off. Of the texts that they were replayed on."""
+    known = subject.guessing
+    if known is None:
+        return
+    found = known.guesses
+    yield Suggestion(
+        "speculation",
+        f"speculation at the measured {found.share:.0%} acceptance gives {found.tokens_per_pass:.2f} tokens "
+        "a pass",
+        "each request",
+        known.gains,
+        subject.command.but(speculation=known.setting),
+        caveat="by these texts, answered greedily: others repeat more, or less",
+        changes={"speculation": known.setting},
     )
 
 

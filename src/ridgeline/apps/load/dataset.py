@@ -82,7 +82,15 @@ def random_samples(lengths: Lengths, seed: int) -> Iterator[Sample]:
 def file_samples(
     path: Path, limit: int, output_tokens: int | None = None, endpoint: str = "chat"
 ) -> Iterator[Sample]:
-    """The requests of a file in its order, from its start again when they run out, without end.
+    """The requests of a file as `read_samples` gives them, from the start again when they run out, without
+    end."""
+    return itertools.cycle(read_samples(path, limit, output_tokens, endpoint))
+
+
+def read_samples(
+    path: Path, limit: int, output_tokens: int | None = None, endpoint: str = "chat"
+) -> list[Sample]:
+    """The requests of a file in its order.
 
     A file that begins with "[" is ShareGPT's; any other has a JSON object on each line. At most `limit` are
     read. `output_tokens` overrides what the file says. Raises OSError, and ConfigError for what cannot be
@@ -100,7 +108,7 @@ def file_samples(
         sample.body(endpoint)
     if output_tokens is not None:
         found = [replace(sample, output_tokens=output_tokens) for sample in found]
-    return itertools.cycle(found)
+    return found
 
 
 # --------------------------------------------------------------------------------------------- our lines

@@ -50,10 +50,15 @@ def prompt_loads(model: HasProgram, prompt: int, max_rows: int) -> list[StepLoad
     return [replace(load, outputs=0) for load in loads[:-1]] + loads[-1:]
 
 
+def times_of(model: FormattedModel, host: Host) -> StepTimeModel:
+    """What predicts the model's steps on a host."""
+    return StepTimeModel.of(host.rates, host.costs_of(model.main_format))
+
+
 def step_time(model: FormattedModel, load: StepLoad, host: Host) -> StepTime:
     """The times of a step of that load."""
     work = model.work.parts(load)
-    expected = StepTimeModel.of(host.rates, host.costs_of(model.main_format)).predict(work)
+    expected = times_of(model, host).predict(work)
     # On a GPU what launches cost is a measured ceiling too; a CPU has launched nothing.
     overhead = work.launches * host.costs.launch_s if host.device == "cuda" else 0.0
     return StepTime(

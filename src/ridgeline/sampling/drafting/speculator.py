@@ -56,11 +56,13 @@ class Speculator:
         self._drafters_s = 0.0  # of this step's drafting
 
     @classmethod
-    def of_lookups(cls, controller: Controller | None = None) -> Speculator:
+    def of_lookups(
+        cls, controller: Controller | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> Speculator:
         """One with the drafters that need no model."""
         histories = Histories()
         lookups = SuffixDrafter(histories, PastOutputs()), NgramDrafter(histories)
-        return cls((GrammarDrafter(), *lookups), controller)
+        return cls((GrammarDrafter(), *lookups), controller, clock)
 
     @property
     def totals(self) -> dict[str, DraftTotals]:
