@@ -120,7 +120,7 @@ class Engine:
         self._compile_encoder = encoder
         self._encoder: Any = None
         self._constraints = constraints
-        self._detokenizer = detokenizer
+        self.detokenizer = detokenizer
         self._seed = seed
         self._sampler = Sampler(executor.drawer)
         self._requests: dict[str, RequestState] = {}
@@ -240,11 +240,8 @@ class Engine:
         """
         if request.id in self._requests:
             raise RequestError(f"request id {request.id!r} is in use; accepted: an id of its own")
-        tokens = request.prompt_token_ids
-        if not tokens and self.model.begin_token_id is not None:
-            tokens = (self.model.begin_token_id,)
-        params = request.params
-        limit = self._check(tokens, params)
+        tokens, params = self.prompt_of(request.prompt_token_ids), request.params
+        limit = self.limit_of(tokens, params)
         scope = Scope(salt=request.cache_salt)
         state = RequestState(request.id, prompt, tokens, stream, self.clock())
         if isinstance(params, SamplingParams) and params.is_best_of:
@@ -297,7 +294,7 @@ class Engine:
             pages = self.scheduler.cache.new_sequence(scope)
             leader = choices[0].sequence if choices else None
             sequence = Sequence(self._sequences_seen + index, tokens, chooser, pages, limit, leader=leader)
-            detokenizer = self._detokenizer(params.skip_special_tokens)
+            detokenizer = self.detokenizer(params.skip_special_tokens)
             choices.append(Choice(index, sequence, params, ends, limit, detokenizer))
         return choices
 
@@ -343,7 +340,12 @@ class Engine:
         """Whether any row of a request that is under way has been planned."""
         return any(choice.sequence.computed for choice in self._requests[request_id].choices)
 
-    def _check(self, tokens: tuple[int, ...], params: SamplingParams | PoolingParams) -> int:
+    def prompt_of(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """The tokens that are run for a prompt."""
+        begin = self.model.begin_token_id
+        return tokens if tokens or begin is None else (begin,)
+
+    def limit_of(self, tokens: tuple[int, ...], params: SamplingParams | PoolingParams) -> int:
         """Refuse what cannot be served; returns the most tokens that a sequence of the request may have, one
         more than are ever run."""
         context = self.model.max_model_len

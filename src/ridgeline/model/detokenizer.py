@@ -11,7 +11,8 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Mapping
-from typing import Any, Protocol
+from copy import copy
+from typing import Any, Protocol, Self
 
 import tokenizers
 
@@ -126,6 +127,10 @@ class Detokenizer(Protocol):
         """What was held back: a character that never became whole, as U+FFFD. Nothing may follow."""
         ...
 
+    def copy(self) -> Self:
+        """Another one with the same tokens before it."""
+        ...
+
 
 class ByteDetokenizer:
     """For vocabularies of bytes: each token costs the same, however long the text has grown."""
@@ -146,6 +151,11 @@ class ByteDetokenizer:
 
     def finish(self) -> str:
         return self._without_start(self._utf8.decode(b"", final=True))
+
+    def copy(self) -> Self:
+        other = copy(self)
+        other._utf8 = copy(self._utf8)
+        return other
 
     def _without_start(self, text: str) -> str:
         while self._spaces and text:
@@ -179,6 +189,11 @@ class WindowDetokenizer:
 
     def finish(self) -> str:
         return self._give(self._decode())
+
+    def copy(self) -> Self:
+        other = copy(self)
+        other._window = [*self._window]
+        return other
 
     def _give(self, text: str) -> str:
         piece = text[len(self._text) :]

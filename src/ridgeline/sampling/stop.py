@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 
 class StopMatcher:
@@ -38,6 +39,12 @@ class StopMatcher:
         certain = len(text) - max(self._states)
         self._held = text[certain:]
         return text[:certain]
+
+    def copy(self) -> StopMatcher:
+        """Another one with the same text before it."""
+        other = copy(self)
+        other._states = [*self._states]
+        return other
 
     def flush(self) -> str:
         """The text held back, once it is known that no more follows."""
