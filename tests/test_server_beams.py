@@ -340,6 +340,26 @@ def test_a_search_has_a_deadline_to_begin(tiny_llama: Path) -> None:
     running(tiny_llama, scenario, max_num_seqs=1)
 
 
+def test_a_search_is_in_the_line_once(tiny_llama: Path) -> None:
+    """What came later gets the only seat after its last round, not between two."""
+
+    async def scenario(client: EngineClient) -> None:
+        ended: list[str] = []
+
+        async def note(name: str, params: Any) -> None:
+            await pieces_of(client, params)
+            ended.append(name)
+
+        later = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+        tasks = [asyncio.create_task(note("search", BeamSearchParams(3, 12, ignore_eos=True)))]
+        await asyncio.sleep(0)
+        tasks += [asyncio.create_task(note("later", later)) for _ in range(3)]
+        await asyncio.gather(*tasks)
+        assert ended == ["search", *["later"] * 3]
+
+    running(tiny_llama, scenario, max_num_seqs=1)
+
+
 # ------------------------------------------------------------------------------------------- the server
 
 

@@ -72,7 +72,10 @@ class BeamRequests:
     ) -> None:
         """Begin a search. Raises what `Engine.add` raises; nothing is kept of it then."""
         state = new_search(self._engine, prompt, params)
-        search = _Search(search_id, state, params.ask, (cache_salt, service_class, tenant))
+        sender = cache_salt, service_class, tenant
+        # Its later rounds come before what came after the first: a search is in the line once.
+        place = self._engine.reserve(params.beam_width)
+        search = _Search(search_id, state, params.ask, sender, place)
         self._searches[search_id] = search
         try:
             self._ask(search)
@@ -132,11 +135,10 @@ class BeamRequests:
         prompts = search.state.prompts
         search.outputs, search.asked = {}, []
         search.rounds += 1
-        for prompt in prompts:
-            request_id = f"{search.id}{_MARK}{search.requests}"
-            self._engine.add(Request(request_id, prompt, search.ask, *search.sender), stream=False)
-            search.requests += 1
-            search.asked.append(request_id)
+        for beam, prompt in enumerate(prompts):
+            request = Request(f"{search.id}{_MARK}{beam}", prompt, search.ask, *search.sender)
+            self._engine.add(request, stream=False, place=search.place + beam)
+            search.asked.append(request.id)
 
 
 @dataclass(slots=True)
@@ -147,9 +149,9 @@ class _Search:
     state: BeamSearch
     ask: SamplingParams
     sender: tuple[str, ServiceClass, str]
+    place: int
     asked: list[str] = field(default_factory=list)
     outputs: dict[str, RequestOutput] = field(default_factory=dict)
-    requests: int = 0
     rounds: int = 0
     cached_tokens: int = 0
 

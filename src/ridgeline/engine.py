@@ -233,8 +233,17 @@ class Engine:
 
     # ------------------------------------------------------------------------- requests come and go
 
-    def add(self, request: Request, prompt: str | None = None, stream: bool = True) -> None:
+    def reserve(self, sequences: int) -> int:
+        """Places in the line of those that wait, for requests that are to come; the first one's number."""
+        place = self._sequences_seen
+        self._sequences_seen += sequences
+        return place
+
+    def add(
+        self, request: Request, prompt: str | None = None, stream: bool = True, place: int | None = None
+    ) -> None:
         """Queue a request. `prompt` is its text, for its outputs; without `stream` it only reports its end.
+        It is the last in the line, or has the reserved `place` of another one that has ended.
 
         Raises RequestError when the request cannot be served; nothing is kept of it then.
         """
@@ -250,11 +259,12 @@ class Engine:
             self._need_encoder()
             state.choices.append(self._pooled(tokens, params, limit, scope))
         else:
-            state.choices += self._continued(tokens, params, limit, scope)
+            first = self._sequences_seen if place is None else place
+            state.choices += self._continued(first, tokens, params, limit, scope)
         self._requests[request.id] = state
         self.steps.arrived(state)
         self._requests_seen += 1
-        self._sequences_seen += len(state.choices)
+        self._sequences_seen += len(state.choices) if place is None else 0
         for choice in state.choices:
             self._owners[choice.sequence.arrival] = (state, choice)
             self.scheduler.add(choice.sequence, request.service_class, request.tenant, state.arrived_s)
@@ -278,7 +288,7 @@ class Engine:
         return self._constraints
 
     def _continued(
-        self, tokens: tuple[int, ...], params: SamplingParams, limit: int, scope: Scope
+        self, first: int, tokens: tuple[int, ...], params: SamplingParams, limit: int, scope: Scope
     ) -> list[Choice]:
         seed = self._seed_of(params)
         ends = frozenset(params.stop_token_ids)
@@ -293,7 +303,7 @@ class Engine:
             chooser = Chooser(params, seed, index, tokens, tuple(ends), constraint, words)
             pages = self.scheduler.cache.new_sequence(scope)
             leader = choices[0].sequence if choices else None
-            sequence = Sequence(self._sequences_seen + index, tokens, chooser, pages, limit, leader=leader)
+            sequence = Sequence(first + index, tokens, chooser, pages, limit, leader=leader)
             detokenizer = self.detokenizer(params.skip_special_tokens)
             choices.append(Choice(index, sequence, params, ends, limit, detokenizer))
         return choices

@@ -183,8 +183,8 @@ class BeamSearch:
         penalty = self._params.length_penalty
         # The log-probability at most stays what it is; the length at which that counts least is the best.
         best = self._going[0].beam
-        longest = self._limit if penalty >= 0 else len(best.token_ids) + 1
-        return worst > best.cumulative_logprob / float(longest**penalty)
+        length = self._limit if penalty >= 0 else min(len(best.token_ids) + 1, self._limit)
+        return worst > best.cumulative_logprob / float(length**penalty)
 
     def _ranked(self, beams: Sequence[Beam]) -> list[Beam]:
         return sorted(beams, key=lambda beam: (-self._score(beam), beam.token_ids))
