@@ -15,7 +15,7 @@ from ridgeline.engine import Engine
 from ridgeline.sampling.beam_search import Beam, BeamSearchParams
 from ridgeline.server.engine_process import EngineWorker
 from ridgeline.server.messages import Abort, Add, Message, Pieces, Refused, Search
-from ridgeline.types import Request, RequestError, RequestOutput, SamplingParams
+from ridgeline.types import SERVICE_CLASSES, Request, RequestError, RequestOutput, SamplingParams
 
 PROMPT = tuple(range(5, 45))
 WIDE = BeamSearchParams(3, 12, stop_token_ids=range(20))
@@ -85,6 +85,20 @@ def test_what_the_prompt_shares_is_found() -> None:
     assert [found[each].cached_tokens for each in ("first", "other")] == [0, 0]
     requests.begin("second", PROMPT, WIDE)
     assert drive(engine, requests)[0]["second"].cached_tokens == 32
+
+
+def test_every_round_is_its_sender_s() -> None:
+    engine = make_engine(FakeExecutor())
+    requests = BeamRequests(engine)
+    requests.begin("s", PROMPT, WIDE, "salt", "batch", "somebody")
+    rounds = 0
+    while engine.has_work:
+        sequences = [*engine.scheduler.running, *engine.scheduler.waiting]
+        assert {each.account.tenant for each in sequences} == {"somebody"}
+        assert {SERVICE_CLASSES[each.level] for each in sequences} == {"batch"}
+        requests.take(engine.step())
+        rounds += 1
+    assert rounds > 2
 
 
 def test_what_cannot_be_served_is_refused_whole() -> None:

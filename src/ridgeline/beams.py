@@ -83,11 +83,11 @@ class BeamRequests:
             self.abort(search_id)
             raise
 
-    def take(self, outputs: Sequence[RequestOutput]) -> tuple[list[RequestOutput], list[Searched]]:
+    def take(self, outputs: list[RequestOutput]) -> tuple[list[RequestOutput], list[Searched]]:
         """Take in what a step gave: the outputs that belong to no search, and the searches that are over. The
         others have their next round in the next step."""
         if not self._searches:
-            return list(outputs), []
+            return outputs, []
         others, full = [], []
         for output in outputs:
             search = self._searches.get(owner_of(output.request_id))
