@@ -100,6 +100,23 @@ def test_beams_are_those_of_the_python_api(web: httpx.Client, llm: LLM, fields: 
     assert found["usage"]["completion_tokens"] == sum(len(beam.token_ids) for beam in beams)
 
 
+@pytest.mark.parametrize("begin", [1, 4, 7])
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_beams_end_where_their_text_does(llm: LLM, begin: int, length: int) -> None:
+    """Stop strings over several tokens, in a vocabulary of bytes whose text is no UTF-8 as a rule."""
+    options = {"max_tokens": 16, "ignore_eos": True, "length_penalty": 0.0}
+    stop = expected(llm, **options)[0].text[begin : begin + length]
+    beams, decode = expected(llm, **options, stop=[stop]), llm.tokenizer.decode
+    assert any(beam.finish_reason == "stop" for beam in beams)
+    for beam in beams:
+        if beam.finish_reason == "stop":
+            assert beam.stop_reason == stop
+            assert decode(beam.token_ids).startswith(beam.text + stop)
+        else:
+            assert beam.text == decode(beam.token_ids)
+            assert stop not in beam.text.removesuffix("\ufffd")
+
+
 def test_one_beam_is_greedy(web: httpx.Client) -> None:
     found = complete(web, ignore_eos=True, logprobs=3, max_tokens=20)
     greedy = complete(web, ignore_eos=True, logprobs=3, max_tokens=20, use_beam_search=False, temperature=0)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Mapping
-from copy import copy
 from typing import Any, Protocol, Self
 
 import tokenizers
@@ -153,8 +152,9 @@ class ByteDetokenizer:
         return self._without_start(self._utf8.decode(b"", final=True))
 
     def copy(self) -> Self:
-        other = copy(self)
-        other._utf8 = copy(self._utf8)
+        other = type(self)(self._bytes, self._skipped)
+        other._utf8.setstate(self._utf8.getstate())
+        other._spaces, other._started = self._spaces, self._started
         return other
 
     def _without_start(self, text: str) -> str:
@@ -191,8 +191,8 @@ class WindowDetokenizer:
         return self._give(self._decode())
 
     def copy(self) -> Self:
-        other = copy(self)
-        other._window = [*self._window]
+        other = type(self)(self._library, self._skipped)
+        other._window, other._given, other._text = [*self._window], self._given, self._text
         return other
 
     def _give(self, text: str) -> str:

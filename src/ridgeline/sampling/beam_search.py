@@ -9,6 +9,7 @@ log-probability of a beam never grows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -116,6 +117,7 @@ class BeamSearch:
         scores: tuple[TokenLogprobs, ...] | None = None if params.logprobs is None else ()
         self._going = [_Going(Beam((), 0.0, logprobs=scores), text)]
         self._ended: list[Beam] = []
+        self._quiet: dict[int, bool] = {}
 
     @property
     def params(self) -> BeamSearchParams:
@@ -129,27 +131,25 @@ class BeamSearch:
 
     def extend(self, scores: Sequence[TokenLogprobs]) -> None:
         """Take in what came for each of `prompts`: the most probable tokens, as `params.ask` has them."""
+        width = self._params.beam_width
         going: list[_Candidate] = []
+        floor = -math.inf  # of log-probability, below which nothing goes on
         for each, score in zip(self._going, scores, strict=True):
-            for rank, (token, logprob) in enumerate(score.top[: 2 * self._params.beam_width]):
-                total = each.beam.cumulative_logprob + logprob
-                found = _Candidate(total, each, token, rank, score.top, each.text)
+            for rank, (token, logprob) in enumerate(score.top[: 2 * width]):
+                found = each.beam.cumulative_logprob + logprob, each, token, rank, score.top
                 if token in self._ends:
                     named = token if token in self._params.stop_token_ids else None
-                    self._ended.append(self._longer(found, "stop", named))
-                    continue
-                matched = None
-                if each.text is not None:
-                    text = each.text.copy()
-                    found, matched = found._replace(text=text), text.push(token)
-                if matched is None:
-                    going.append(found)
-                else:
-                    self._ended.append(self._longer(found, "stop", matched))
-        going.sort(key=_order)
-        self._going = [_Going(self._longer(each), each.text) for each in going[: self._params.beam_width]]
+                    self._ended.append(self._longer(_Candidate(*found), "stop", named))
+                elif (matched := self._matched(each, token)) is not None:
+                    self._ended.append(self._longer(_Candidate(*found), "stop", matched))
+                elif found[0] >= floor:
+                    going.append(_Candidate(*found))
+            if len(going) > width:
+                going = sorted(going, key=_order)[:width]
+                floor = going[-1].total
+        self._going = [self._grown(found) for found in sorted(going, key=_order)]
         # No more are ever told, and none that is worse than these can come to be.
-        self._ended = self._ranked(self._ended)[: self._params.beam_width]
+        self._ended = self._ranked(self._ended)[:width]
         if self._is_over():
             self._going = []
 
@@ -162,6 +162,32 @@ class BeamSearch:
     @property
     def _told(self) -> int:
         return self._params.n or self._params.beam_width
+
+    def _matched(self, going: _Going, token: int) -> str | None:
+        """The stop string that a beam comes to have with one more token, if any."""
+        if going.text is None or self._is_quiet(token):
+            return None
+        return going.text.copy().push(token)
+
+    def _is_quiet(self, token: int) -> bool:
+        """Whether a token surely completes no stop string: it has none of the characters that they end in. Of
+        blanks, and parts of characters, nobody can say what they become."""
+        quiet = self._quiet.get(token)
+        if quiet is None:
+            alone = self._detokenizer(self._params.skip_special_tokens)
+            alone.push(token)  # at the start of a text it may be another
+            text = alone.push(token) + alone.finish()
+            last = {stop[-1] for stop in self._params.stop}
+            whole = bool(text.strip()) and "\ufffd" not in text and "\ufffd" not in last
+            quiet = self._quiet[token] = whole and last.isdisjoint(text)
+        return quiet
+
+    def _grown(self, found: _Candidate) -> _Going:
+        text = found.parent.text
+        if text is not None:
+            text = text.copy()
+            text.push(found.token)
+        return _Going(self._longer(found), text)
 
     def _longer(
         self, found: _Candidate, reason: FinishReason | None = None, stop_reason: str | int | None = None
@@ -239,7 +265,6 @@ class _Candidate(NamedTuple):
     token: int
     rank: int
     top: tuple[tuple[int, float], ...]
-    text: _Text | None
 
 
 def _order(found: _Candidate) -> tuple[float, tuple[int, ...], int]:

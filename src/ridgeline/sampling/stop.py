@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 
 
 class StopMatcher:
@@ -42,8 +41,10 @@ class StopMatcher:
 
     def copy(self) -> StopMatcher:
         """Another one with the same text before it."""
-        other = copy(self)
-        other._states = [*self._states]
+        other = StopMatcher.__new__(StopMatcher)
+        other._stops, other._borders, other._first = self._stops, self._borders, self._first
+        other._states, other._held, other._include = [*self._states], self._held, self._include
+        other.matched = self.matched
         return other
 
     def flush(self) -> str:
