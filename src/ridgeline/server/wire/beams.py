@@ -13,7 +13,7 @@ from ridgeline.types import SamplingParams
 if TYPE_CHECKING:
     from ridgeline.server.wire.requests import Sampled
 
-_BESIDE: Mapping[str, Accepts] = {
+BESIDE: Mapping[str, Accepts] = {
     "stream": only(False),
     "temperature": only(0, 1),
     "top_p": only(1),
@@ -35,18 +35,18 @@ _BESIDE: Mapping[str, Accepts] = {
 """Beams are ranked by the log-probabilities of the model itself, and told at the end. So these fields can say
 nothing else; a seed and guesses change nothing anyway."""
 
-_ALONE = ("length_penalty", "early_stopping")
+ONLY_BEAMS = ("length_penalty", "early_stopping")
 
 
 def check_beams(body: Sampled) -> None:
     """Refuse what does not go together. Raises HttpError."""
     if not body.use_beam_search:
-        given = (getattr(body, name) for name in _ALONE)
-        for name, value in zip(_ALONE, given, strict=True):
+        given = (getattr(body, name) for name in ONLY_BEAMS)
+        for name, value in zip(ONLY_BEAMS, given, strict=True):
             if value not in (None, 1 if name == "length_penalty" else False):
                 raise bad_request(f"{name} is only for use_beam_search: true", name)
         return
-    for name, accepts in _BESIDE.items():
+    for name, accepts in BESIDE.items():
         value = getattr(body, name)
         if value is not None and not accepts(value):
             accepted = " or ".join(map(repr, accepts.values or ())) or "none"
