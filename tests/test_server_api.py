@@ -478,7 +478,6 @@ def test_fields_that_change_nothing_pass(web: httpx.Client) -> None:
         ("something_new", 1),
         ("service_tier", "fastest"),
         ("max_wait_s", 0),
-        ("use_beam_search", True),
     ],
 )
 def test_fields_that_we_do_not_have_are_named(web: httpx.Client, name: str, value: Any) -> None:

@@ -18,6 +18,7 @@ from openai_schemas import events, validate_response
 from serving import ServerProcess, server_process
 
 from ridgeline.server.wire import responses
+from ridgeline.server.wire.beams import BESIDE, ONLY_BEAMS
 
 QUIET = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 STREAMED = {
@@ -71,6 +72,17 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_completion_tokens": (1, 4),
     "min_tokens": (0, 1),
     "best_of": (1, 1),
+    "typical_p": (0.1, 1),
+    "top_n_sigma": (-1, 5),
+    "xtc_probability": (0, 1),
+    "xtc_threshold": (0, 1),
+    "mirostat": (0, 0),
+    "mirostat_tau": (0, 10),
+    "mirostat_eta": (0, 1),
+    "dry_multiplier": (0, 5),
+    "dry_base": (1, 4),
+    "dry_allowed_length": (1, 5),
+    "dry_penalty_last_n": (-1, 50),
 }
 
 
@@ -93,10 +105,20 @@ def plausible(path: str, body: dict[str, Any]) -> dict[str, Any]:
             made[name] = in_vocabulary(made[name])
     for name in ("stop", "stop_token_ids", "logit_bias", "tools", "documents", "best_of", "tool_choice"):
         made.pop(name, None)
-    for name in ("response_format", "structured_outputs"):
+    for name in (
+        "response_format",
+        "structured_outputs",
+        "bad_words",
+        "dry_sequence_breakers",
+        "speculation",
+    ):
         made.pop(name, None)
     for name in ("reasoning_effort", "chat_template_kwargs", "continue_final_message", "parallel_tool_calls"):
         made.pop(name, None)
+    for name in BESIDE if made.get("use_beam_search") else ONLY_BEAMS:
+        made.pop(name, None)
+    if made.get("use_beam_search"):
+        made["echo"] = False if path == "/v1/completions" else None
     if not made.get("stream"):
         made.pop("stream_options", None)
     if not made.get("logprobs"):

@@ -120,7 +120,7 @@ class Engine:
         self._compile_encoder = encoder
         self._encoder: Any = None
         self._constraints = constraints
-        self._detokenizer = detokenizer
+        self.detokenizer = detokenizer
         self._seed = seed
         self._sampler = Sampler(executor.drawer)
         self._requests: dict[str, RequestState] = {}
@@ -233,18 +233,24 @@ class Engine:
 
     # ------------------------------------------------------------------------- requests come and go
 
-    def add(self, request: Request, prompt: str | None = None, stream: bool = True) -> None:
+    def reserve(self, sequences: int) -> int:
+        """Places in the line of those that wait, for requests that are to come; the first one's number."""
+        place = self._sequences_seen
+        self._sequences_seen += sequences
+        return place
+
+    def add(
+        self, request: Request, prompt: str | None = None, stream: bool = True, place: int | None = None
+    ) -> None:
         """Queue a request. `prompt` is its text, for its outputs; without `stream` it only reports its end.
+        It is the last in the line, or has the reserved `place` of another one that has ended.
 
         Raises RequestError when the request cannot be served; nothing is kept of it then.
         """
         if request.id in self._requests:
             raise RequestError(f"request id {request.id!r} is in use; accepted: an id of its own")
-        tokens = request.prompt_token_ids
-        if not tokens and self.model.begin_token_id is not None:
-            tokens = (self.model.begin_token_id,)
-        params = request.params
-        limit = self._check(tokens, params)
+        tokens, params = self.prompt_of(request.prompt_token_ids), request.params
+        limit = self.limit_of(tokens, params)
         scope = Scope(salt=request.cache_salt)
         state = RequestState(request.id, prompt, tokens, stream, self.clock())
         if isinstance(params, SamplingParams) and params.is_best_of:
@@ -253,11 +259,12 @@ class Engine:
             self._need_encoder()
             state.choices.append(self._pooled(tokens, params, limit, scope))
         else:
-            state.choices += self._continued(tokens, params, limit, scope)
+            first = self._sequences_seen if place is None else place
+            state.choices += self._continued(first, tokens, params, limit, scope)
         self._requests[request.id] = state
         self.steps.arrived(state)
         self._requests_seen += 1
-        self._sequences_seen += len(state.choices)
+        self._sequences_seen += len(state.choices) if place is None else 0
         for choice in state.choices:
             self._owners[choice.sequence.arrival] = (state, choice)
             self.scheduler.add(choice.sequence, request.service_class, request.tenant, state.arrived_s)
@@ -281,7 +288,7 @@ class Engine:
         return self._constraints
 
     def _continued(
-        self, tokens: tuple[int, ...], params: SamplingParams, limit: int, scope: Scope
+        self, first: int, tokens: tuple[int, ...], params: SamplingParams, limit: int, scope: Scope
     ) -> list[Choice]:
         seed = self._seed_of(params)
         ends = frozenset(params.stop_token_ids)
@@ -296,8 +303,8 @@ class Engine:
             chooser = Chooser(params, seed, index, tokens, tuple(ends), constraint, words)
             pages = self.scheduler.cache.new_sequence(scope)
             leader = choices[0].sequence if choices else None
-            sequence = Sequence(self._sequences_seen + index, tokens, chooser, pages, limit, leader=leader)
-            detokenizer = self._detokenizer(params.skip_special_tokens)
+            sequence = Sequence(first + index, tokens, chooser, pages, limit, leader=leader)
+            detokenizer = self.detokenizer(params.skip_special_tokens)
             choices.append(Choice(index, sequence, params, ends, limit, detokenizer))
         return choices
 
@@ -343,7 +350,12 @@ class Engine:
         """Whether any row of a request that is under way has been planned."""
         return any(choice.sequence.computed for choice in self._requests[request_id].choices)
 
-    def _check(self, tokens: tuple[int, ...], params: SamplingParams | PoolingParams) -> int:
+    def prompt_of(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """The tokens that are run for a prompt."""
+        begin = self.model.begin_token_id
+        return tokens if tokens or begin is None else (begin,)
+
+    def limit_of(self, tokens: tuple[int, ...], params: SamplingParams | PoolingParams) -> int:
         """Refuse what cannot be served; returns the most tokens that a sequence of the request may have, one
         more than are ever run."""
         context = self.model.max_model_len

@@ -135,7 +135,7 @@ def no_text(monkeypatch: pytest.MonkeyPatch, engine: InsideEngine) -> None:
         logits[200] = 50 if seen[0] == BAD and len(seen) == 6 else -50
 
     monkeypatch.setattr(fake_executor, "FakeDetokenizer", Choking)
-    engine.engine._detokenizer = Choking
+    engine.engine.detokenizer = Choking
     engine.executor.edit = edit
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Self
 
 from ridgeline.cache.kv import KVCache
 from ridgeline.config import EngineConfig
@@ -29,6 +30,9 @@ class Silent:
 
     def finish(self) -> str:
         return ""
+
+    def copy(self) -> Self:
+        return self
 
 
 @dataclass(frozen=True, slots=True)

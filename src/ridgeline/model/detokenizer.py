@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import tokenizers
 
@@ -126,6 +126,10 @@ class Detokenizer(Protocol):
         """What was held back: a character that never became whole, as U+FFFD. Nothing may follow."""
         ...
 
+    def copy(self) -> Self:
+        """Another one with the same tokens before it."""
+        ...
+
 
 class ByteDetokenizer:
     """For vocabularies of bytes: each token costs the same, however long the text has grown."""
@@ -146,6 +150,12 @@ class ByteDetokenizer:
 
     def finish(self) -> str:
         return self._without_start(self._utf8.decode(b"", final=True))
+
+    def copy(self) -> Self:
+        other = type(self)(self._bytes, self._skipped)
+        other._utf8.setstate(self._utf8.getstate())
+        other._spaces, other._started = self._spaces, self._started
+        return other
 
     def _without_start(self, text: str) -> str:
         while self._spaces and text:
@@ -179,6 +189,11 @@ class WindowDetokenizer:
 
     def finish(self) -> str:
         return self._give(self._decode())
+
+    def copy(self) -> Self:
+        other = type(self)(self._library, self._skipped)
+        other._window, other._given, other._text = [*self._window], self._given, self._text
+        return other
 
     def _give(self, text: str) -> str:
         piece = text[len(self._text) :]

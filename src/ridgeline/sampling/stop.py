@@ -39,6 +39,14 @@ class StopMatcher:
         self._held = text[certain:]
         return text[:certain]
 
+    def copy(self) -> StopMatcher:
+        """Another one with the same text before it."""
+        other = StopMatcher.__new__(StopMatcher)
+        other._stops, other._borders, other._first = self._stops, self._borders, self._first
+        other._states, other._held, other._include = [*self._states], self._held, self._include
+        other.matched = self.matched
+        return other
+
     def flush(self) -> str:
         """The text held back, once it is known that no more follows."""
         held, self._held = self._held, ""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ridgeline.config import EngineConfig
+from ridgeline.sampling.beam_search import BeamSearchParams
 from ridgeline.server.engine_stream import ERRORS, EngineAnswer, EngineStream
 from ridgeline.server.messages import (
     EVENTS,
@@ -41,6 +42,7 @@ from ridgeline.server.messages import (
     Pulse,
     Ready,
     Refused,
+    Search,
     Sender,
     Start,
     Stop,
@@ -119,19 +121,23 @@ class EngineClient:
     def submit(
         self,
         tokens: Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | BeamSearchParams,
         stream: bool = True,
         deadline_s: float | None = None,
         arrived_s: float | None = None,
         name: str = "",
         sender: Sender = NOBODY,
     ) -> EngineStream:
-        """Begin a request, which arrived just now unless it is said when. Raises EngineDeadError while there
-        is no engine to begin it on."""
+        """Begin a request, which arrived just now unless it is said when. One to search for beams never
+        streams. Raises EngineDeadError while there is no engine to begin it on."""
         self._check_ready()
         held = EngineStream(self.forget, next(self._numbers), self._pieces_limit, name)
         arrived_s = time.monotonic() if arrived_s is None else arrived_s
-        self._say(Add(held.number, tuple(tokens), params, stream, deadline_s, arrived_s, sender))
+        number, prompt = held.number, tuple(tokens)
+        if isinstance(params, BeamSearchParams):
+            self._say(Search(number, prompt, params, deadline_s, arrived_s, sender))
+        else:
+            self._say(Add(number, prompt, params, stream, deadline_s, arrived_s, sender))
         self._streams[held.number] = held  # not before it is sent: what cannot be encoded is not left behind
         return held
 

@@ -25,6 +25,7 @@ from typing import NoReturn
 
 from setproctitle import setproctitle
 
+from ridgeline.beams import BeamRequests, Searched, owner_of
 from ridgeline.config import EngineConfig
 from ridgeline.engine import Engine
 from ridgeline.loading import LoadedModel, device_ceilings, embedding_of, load_engine
@@ -48,6 +49,7 @@ from ridgeline.server.messages import (
     Pulse,
     Ready,
     Refused,
+    Search,
     Start,
     Steps,
     Stop,
@@ -88,6 +90,7 @@ class EngineWorker:
         self._engine = engine
         self._tell = tell
         self._told: dict[int, list[tuple[int, int]]] = {}  # characters and tokens of each choice, if any
+        self._searches = BeamRequests(engine)
         self._deadlines: dict[int, float] = {}  # of requests that have not begun
         self._compiling = Compiling()
         self._awaited: set[int] = set()  # of these, what they need is being compiled
@@ -134,6 +137,7 @@ class EngineWorker:
         self._steps += 1
         if self._deadlines:
             self._tell_begun(outputs, began_s)
+        outputs, searched = self._searches.take(outputs)
         continued = []
         for output in outputs:
             if self._told[int(output.request_id)]:
@@ -142,6 +146,8 @@ class EngineWorker:
                 self._end_embedding(output)
         if continued:
             self._tell(self._pieces(continued))
+        for search in searched:
+            self._end_search(search)
 
     def pulse(self) -> Pulse:
         """How things stand; asked from another thread, so that its numbers may be of different moments."""
@@ -152,7 +158,7 @@ class EngineWorker:
         return Pulse(
             step_age_s=age_s,
             expected_step_s=expected_s or max(list(self._recent), default=0.0),
-            in_step=() if began_s is None else tuple(map(int, self._engine.running)),
+            in_step=() if began_s is None else tuple(dict.fromkeys(map(_number_of, self._engine.running))),
             steps=self._steps,
             running=len(running),
             waiting=len(scheduler.waiting),
@@ -174,17 +180,16 @@ class EngineWorker:
     def _obey(self, command: Command | _Compiled) -> None:
         if isinstance(command, _Compiled):
             self._begin_compiled(command)
-        elif isinstance(command, Add | Embed):
+        elif isinstance(command, Add | Embed | Search):
             self._begin(command)
         elif isinstance(command, Stop):
             self._stopping = True
         elif isinstance(command, Abort) and command.id in self._told:
-            self._forget(command.id)
-            self._engine.abort(str(command.id))
+            self._end(command.id)
 
-    def _begin(self, command: Add | Embed) -> None:
+    def _begin(self, command: Add | Embed | Search) -> None:
         """Begin a request, or first have compiled what it needs: others go on meanwhile."""
-        if self._engine.is_prepared(command.params):
+        if isinstance(command, Search) or self._engine.is_prepared(command.params):
             self._add(command)
             return
         try:
@@ -196,9 +201,7 @@ class EngineWorker:
             self._tell(_refusal(command.id, error))
             return
         self._awaited.add(command.id)
-        self._told[command.id] = []
-        if command.deadline_s is not None:
-            self._deadlines[command.id] = command.deadline_s
+        self._hold(command, [])
 
     def _begin_compiled(self, compiled: _Compiled) -> None:
         command = compiled.command
@@ -210,50 +213,58 @@ class EngineWorker:
         else:
             self._tell(_refusal(command.id, compiled.error))
 
-    def _add(self, command: Add | Embed) -> None:
-        stream = isinstance(command, Add) and command.stream
+    def _add(self, command: Add | Embed | Search) -> None:
+        number, tokens, sender = str(command.id), command.tokens, command.sender
+        whose = sender.cache_salt, sender.service_class, sender.tenant
         try:
-            sender = command.sender
-            request = Request(
-                str(command.id),
-                command.tokens,
-                command.params,
-                sender.cache_salt,
-                sender.service_class,
-                sender.tenant,
-            )
-            self._engine.add(request, stream=stream)
+            if isinstance(command, Search):
+                self._searches.begin(number, tokens, command.params, *whose)
+            else:
+                stream = isinstance(command, Add) and command.stream
+                self._engine.add(Request(number, tokens, command.params, *whose), stream=stream)
         except Exception as error:  # what is wrong with one request must not end the others
             self._tell(_refusal(command.id, error))
             return
-        self._told[command.id] = [(0, 0)] * command.params.n if isinstance(command, Add) else []
+        self._hold(command, [(0, 0)] * command.params.n if isinstance(command, Add) else [])
+
+    def _hold(self, command: Add | Embed | Search, told: list[tuple[int, int]]) -> None:
+        self._told[command.id] = told
         if command.deadline_s is not None:
             self._deadlines[command.id] = command.deadline_s
 
     def _expire(self, now_s: float) -> None:
         for request in [number for number, deadline_s in self._deadlines.items() if now_s > deadline_s]:
-            self._forget(request)
-            self._engine.abort(str(request))
+            self._end(request)
             self._tell(Refused(request, "the request waited longer than it may", "expired"))
 
     def _give_up_youngest(self) -> None:
         """End the request that came last of those that run: there is no memory for all of them. A step that
         failed changed nothing, so the others go on with the next one."""
         running = self._engine.running
-        request = int(running[-1]) if running else next(iter(self._told))
-        self._forget(request)
-        self._engine.abort(str(request))
+        request = _number_of(running[-1]) if running else next(iter(self._told))
+        self._end(request)
         self._tell(Refused(request, "there is too little memory for this request", "capacity"))
 
     def _tell_begun(self, outputs: Sequence[RequestOutput], began_s: float) -> None:
         """After a step: which requests need not be waited for any longer."""
-        given = {int(output.request_id) for output in outputs}  # the engine may have forgotten them already
+        # The engine may have forgotten these already.
+        given = {_number_of(output.request_id) for output in outputs}
         waiting = [each for each in self._deadlines if each not in self._awaited]
-        begun = [each for each in waiting if each in given or self._engine.has_begun(str(each))]
+        begun = [each for each in waiting if each in given or self._has_begun(str(each))]
         if begun:
             for request in begun:
                 del self._deadlines[request]
             self._tell(Begun(tuple(begun), began_s))
+
+    def _has_begun(self, request: str) -> bool:
+        begun = self._searches.has_begun(request)
+        return self._engine.has_begun(request) if begun is None else begun
+
+    def _end(self, request: int) -> None:
+        """End a request where it stands."""
+        self._forget(request)
+        if not self._searches.abort(str(request)):
+            self._engine.abort(str(request))
 
     def _forget(self, request: int) -> None:
         del self._told[request]
@@ -267,6 +278,20 @@ class EngineWorker:
             self._tell(Embedded(request, embedding_of(output), output.cached_tokens))
         except Exception as error:
             self._tell(_refusal(request, error))
+
+    def _end_search(self, ended: Searched) -> None:
+        """Tell what a search has found, a beam at a time: a frame is short."""
+        request = int(ended.id)
+        self._forget(request)
+        if ended.error is not None:
+            self._tell(_refusal(request, ended.error))
+            return
+        last = len(ended.beams) - 1
+        for index, beam in enumerate(ended.beams):
+            found = beam.text, beam.token_ids, beam.logprobs, beam.finish_reason, beam.stop_reason
+            cached_tokens = ended.cached_tokens if index == 0 else 0
+            piece = Piece(request, index, *found, None, cached_tokens, beam.cumulative_logprob)
+            self._tell(Pieces((piece,), (request,) if index == last else ()))
 
     def _pieces(self, outputs: Sequence[RequestOutput]) -> Pieces:
         """What is new in each request's state."""
@@ -290,6 +315,11 @@ class EngineWorker:
                 ended.append(request)
                 self._forget(request)
         return Pieces(tuple(pieces), tuple(ended))
+
+
+def _number_of(request_id: str) -> int:
+    """The server's number for a request of the engine."""
+    return int(owner_of(request_id))
 
 
 def _refusal(request: int, error: Exception) -> Refused:

@@ -20,6 +20,7 @@ from ridgeline.server.messages import (
     Failed,
     Pieces,
     Refused,
+    Search,
 )
 from ridgeline.types import SERVICE_CLASSES, ServiceClass
 
@@ -38,7 +39,7 @@ class WaitForecast:
         self._since_s = 0.0  # when requests began to wait
 
     def hear(self, message: Event | Command) -> None:
-        if isinstance(message, Add | Embed):
+        if isinstance(message, Add | Embed | Search):
             if not self._waiting:
                 self._since_s = time.monotonic()
                 self._begun.clear()

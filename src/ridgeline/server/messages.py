@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from ridgeline.records import DraftTotals, StepRecord, TiersRecord
+from ridgeline.sampling.beam_search import BeamSearchParams
 from ridgeline.types import PoolingParams, SamplingParams, ServiceClass, TokenLogprobs
 
 MAX_FRAME_BYTES = 64 << 20
@@ -73,6 +74,17 @@ class Embed(Message, frozen=True):
     sender: Sender = NOBODY
 
 
+class Search(Message, frozen=True):
+    """Search for the best continuations; otherwise as `Add`. All of them come at once, at the end."""
+
+    id: int
+    tokens: tuple[int, ...]
+    params: BeamSearchParams
+    deadline_s: float | None = None
+    arrived_s: float = 0.0
+    sender: Sender = NOBODY
+
+
 class Abort(Message, frozen=True):
     """End a request; nothing more is told of it. Ids that are not (or no longer) known are ignored."""
 
@@ -83,7 +95,7 @@ class Stop(Message, frozen=True):
     """End the process, once what it has computed is saved as far as a few seconds allow."""
 
 
-Command = Add | Embed | Abort | Stop
+Command = Add | Embed | Search | Abort | Stop
 
 # ----------------------------------------------------------------------------- from the engine process
 
@@ -125,7 +137,7 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
     """What a choice of a request has gained: text, tokens, and at its end the reason.
 
     `prompt_logprobs`, where they were asked for, and how many tokens of the prompt were found in the prefix
-    cache, come with the first piece of choice 0.
+    cache, come with the first piece of choice 0; `cumulative_logprob` with each beam of a search.
     """
 
     id: int
@@ -137,6 +149,7 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
     stop_reason: str | int | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     cached_tokens: int = 0
+    cumulative_logprob: float | None = None
 
 
 class Pieces(Message, frozen=True):

@@ -32,6 +32,7 @@ from ridgeline.server.messages import (
     Pieces,
     Pulse,
     Refused,
+    Search,
     Steps,
 )
 from ridgeline.server.step_metrics import StepMetrics
@@ -142,7 +143,7 @@ class Metrics:
         """Something was said to the engine, or by it."""
         if isinstance(message, Pieces):
             self._take(message)
-        elif isinstance(message, Add | Embed):
+        elif isinstance(message, Add | Embed | Search):
             streamed = isinstance(message, Add) and message.stream
             self._lives[message.id] = _Life(message.arrived_s, len(message.tokens), streamed)
         elif isinstance(message, Begun):

@@ -22,6 +22,7 @@ from typing import Any, Self, TypeVar
 
 from starlette.types import Receive
 
+from ridgeline.sampling.beam_search import BeamSearchParams
 from ridgeline.server import logs
 from ridgeline.server.body import BodyReader, ClientGoneError
 from ridgeline.server.config import ApiKey, ServerConfig
@@ -272,7 +273,9 @@ class Ticket:
         """When a request that is begun now is dropped if it still waits, on `time.monotonic`'s clock."""
         return time.monotonic() + self.max_wait_s
 
-    def submit(self, prompts: Sequence[Sequence[int]], params: SamplingParams, stream: bool) -> None:
+    def submit(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | BeamSearchParams, stream: bool
+    ) -> None:
         """Begin the prompts. Raises HttpError 429 when too many tokens wait, and EngineDeadError."""
         service = self._service
         waiting = service.waiting_tokens(self)

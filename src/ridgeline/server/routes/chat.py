@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ridgeline.model.tokenizer import Tokenizer
+from ridgeline.sampling.beam_search import BeamSearchParams
 from ridgeline.server.errors import bad_request
 from ridgeline.server.messages import Piece
 from ridgeline.server.parsers import Delta, FirstCall, ForcedCalls, OutputParser, PlainParser
@@ -70,7 +71,7 @@ async def _answer(asked: Admitted[ChatRequest]) -> Response:
         parsers = [FirstCall(parser) for parser in parsers]
     head = new_head(asked, "chatcmpl")
     answer = ChatAnswer(service.text.tokenizer, head, body, parsers, usage)
-    asked.ticket.submit([tokens], answer.as_read(params), body.stream)
+    asked.ticket.submit([tokens], answer.as_read(asked.beams or params), body.stream)
     return await generated(asked, answer)
 
 
@@ -155,7 +156,7 @@ class ChatAnswer:
         self._begun: set[int] = set()
         self._scores: list[Any] | None = None  # of the prompt, as they are sent
 
-    def as_read(self, params: SamplingParams) -> SamplingParams:
+    def as_read(self, params: SamplingParams | BeamSearchParams) -> SamplingParams | BeamSearchParams:
         """The parameters with which the text is what the parser reads."""
         if self._parsers[0].needs_special_tokens:
             return replace(params, skip_special_tokens=False)
@@ -230,6 +231,8 @@ class ChatAnswer:
         }
         if last.stop_reason is not None:
             choice["stop_reason"] = last.stop_reason
+        if last.cumulative_logprob is not None:  # of a beam
+            choice["cumulative_logprob"] = last.cumulative_logprob
         return choice
 
     # ------------------------------------------------------------------------------------------ shared

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ridgeline.sampling.beam_search import BeamSearchParams
 from ridgeline.server import logs
 from ridgeline.server.config import ApiKey
 from ridgeline.server.errors import HttpError, bad_request
@@ -84,6 +85,7 @@ class Admitted(Generic[B]):
     body: B
     model: str
     params: SamplingParams
+    beams: BeamSearchParams | None
     ticket: Ticket
 
     def count(self, prompts: Sequence[Sequence[int]], param: str) -> Usage:
@@ -105,10 +107,11 @@ async def admitted(request: Request, kind: type[B]) -> Admitted[B]:
     body.check()
     with form_errors(body):
         params = body.params(service.text.sampling_defaults)
+        beams = body.beams(params)
     name = request.scope["ridgeline.id"]
     ticket = service.admit(key, body, body.answers, name)
     service.log_prompt(name, body.content)
-    return Admitted(request, service, body, model, params, ticket)
+    return Admitted(request, service, body, model, params, beams, ticket)
 
 
 class Generated(Protocol):

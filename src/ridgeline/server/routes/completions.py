@@ -57,7 +57,7 @@ async def _answer(asked: Admitted[CompletionRequest]) -> Response:
     head = new_head(asked, "cmpl")
     answer = CompletionAnswer(service.text.tokenizer, head, asked, prompts, texts, usage)
     if not body.only_echo:
-        asked.ticket.submit(prompts, asked.params, body.stream)
+        asked.ticket.submit(prompts, asked.beams or asked.params, body.stream)
     return await generated(asked, answer)
 
 
@@ -165,6 +165,7 @@ class CompletionAnswer:
         texts = [[text] for text in self._echoed]
         logprobs: list[list[TokenLogprobs]] = [[] for _ in texts]
         ends: list[tuple[str | None, str | int | None]] = [(None, None)] * len(texts)
+        scores: list[dict[str, float]] = [{} for _ in texts]
         async with aclosing(ticket.pieces()) as arriving:  # type: ignore[type-var]
             async for prompt, pieces in arriving:
                 for piece in pieces:
@@ -176,9 +177,12 @@ class CompletionAnswer:
                     logprobs[index] += piece.logprobs or ()
                     if piece.finish_reason is not None:
                         ends[index] = (reason_of(piece, self._head), piece.stop_reason)
+                    if piece.cumulative_logprob is not None:
+                        scores[index] = {"cumulative_logprob": piece.cumulative_logprob}
         return [
             _choice(i, "".join(texts[i]), self._fields(i, logprobs[i]), *ends[i])
             | self._scores.get(i // self._n, {})
+            | scores[i]
             for i in range(len(texts))
         ]
 

@@ -7,8 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from ridgeline.sampling.beam_search import MAX_LENGTH_PENALTY, BeamSearchParams
 from ridgeline.server.errors import bad_request
 from ridgeline.server.wire.base import Accepts, Body, anything, only
+from ridgeline.server.wire.beams import beam_params, check_beams
 from ridgeline.server.wire.forms import (
     ResponseFormatField,
     Speculation,
@@ -131,6 +133,9 @@ class Sampled(Queued):
     response_format: ResponseFormatField | None = None
     structured_outputs: StructuredOutputsField | None = None
     speculation: SpeculationField | None = None
+    use_beam_search: bool = False
+    length_penalty: float | None = Field(default=None, ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)
+    early_stopping: bool | None = None
 
     unsupported: ClassVar[Mapping[str, Accepts]] = {
         "user": anything,
@@ -141,8 +146,6 @@ class Sampled(Queued):
         "prompt_cache_options": anything,
         "store": only(False),
         "moderation": only(),
-        "use_beam_search": only(False),
-        "length_penalty": only(1),
         "best_of": only(),
         "allowed_token_ids": only([]),
         "truncate_prompt_tokens": only(),
@@ -198,6 +201,11 @@ class Sampled(Queued):
         base = {name: getattr(defaults, name) for name in SamplingParams.__dataclass_fields__}
         return SamplingParams(**{**base, **sent, **fixed})
 
+    def beams(self, params: SamplingParams) -> BeamSearchParams | None:
+        """What to search for, of a body whose `params` these are; None where it asks for no beams. Raises
+        RequestError and HttpError."""
+        return beam_params(self, params) if self.use_beam_search else None
+
     def form(self) -> StructuredOutputsParams | None:
         """The form that the answer must have. Raises RequestError and HttpError."""
         form = None if self.response_format is None else self.response_format.form()
@@ -216,7 +224,9 @@ class Sampled(Queued):
             return "structured_outputs"
         return None if self.response_format is None else "response_format"
 
-    def check_stream_options(self) -> None:
+    def check_common(self) -> None:
+        """What both kinds of completion have to keep to."""
+        check_beams(self)
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options is only for stream: true", "stream_options")
 
@@ -272,7 +282,7 @@ class ChatRequest(ChatTemplateFields, Sampled):
         return self.messages
 
     def check(self) -> None:
-        self.check_stream_options()
+        self.check_common()
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("top_logprobs needs logprobs: true", "top_logprobs")
 
@@ -350,9 +360,11 @@ class CompletionRequest(Sampled):
         return max(self.n, self.best_of or 0) * len(self.prompt)
 
     def check(self) -> None:
-        self.check_stream_options()
+        self.check_common()
         if self.stream and self.best_of is not None and self.best_of != self.n:
             raise bad_request("best_of cannot be streamed; accepted: n, or stream: false", "best_of")
+        if self.use_beam_search and self.echo_logprobs is not None:
+            raise bad_request("echo with logprobs cannot be used with use_beam_search", "echo")
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise bad_request("max_tokens is 0; accepted: a positive number", "max_tokens")
         if len(self.prompt) * max(self.n, self.best_of or 1) > MAX_SEQUENCES:

@@ -79,6 +79,7 @@ class ChatChoice(Answer):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: str | int = ""
+    cumulative_logprob: float = 0.0
 
 
 class ChatCompletion(Answer):
@@ -141,6 +142,7 @@ class CompletionChoice(Answer):
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int = ""
     prompt_logprobs: PromptLogprobs = []
+    cumulative_logprob: float = 0.0
 
 
 class Completion(Answer):
