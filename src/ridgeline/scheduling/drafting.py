@@ -81,9 +81,11 @@ def seconds_by_rows(
     loads: list[StepLoad] = []  # of the plan, and of its decodes: few steps ask for them
 
     def seconds(rows: int) -> float:
+        nonlocal planned
         if not loads:
             alone = pace.load_of_decodes(contexts)
             loads.extend((alone if planned is None else planned(), alone))
+            planned = None  # curves keep this function longer than the plan's sequences live
         whole, alone = loads
         if rows < whole.rows:
             return pace.seconds(pace.load_of_decodes(contexts[:rows]))
