@@ -104,17 +104,17 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or aborted, and free its pages. Removing twice is harmless."""
-        if sequence.queued:
-            sequence.queued = False
+        was_queued, sequence.queued = sequence.queued, False
+        if was_queued:
             self._pooled_sequences -= sequence.pooled
             if sequence.running:
                 stand_up(self.running, sequence)
                 self.waiting.leave(sequence, waits=False)
             else:
                 self.waiting.leave(sequence, waits=True)
-            if self.drafting is not None:
-                self.drafting.forget(sequence)
         self._release(sequence)
+        if was_queued and self.drafting is not None:
+            self.drafting.forget(sequence)  # last, as keeping its output may take memory that is not there
 
     def schedule(self, now_s: float) -> Plan:
         """Choose the next step's rows and take the pages that they are written to.
@@ -143,9 +143,8 @@ class Scheduler:
         for sequence, rows in zip(plan.sequences, plan.step.sequences, strict=True):
             sequence.served = self.steps
             before = sequence.computed
-            sequence.computed += len(rows.tokens)
-            if guesses:
-                sequence.computed -= guesses.get(sequence.arrival, 0)
+            count = len(rows.tokens) - (guesses.get(sequence.arrival, 0) if guesses else 0)
+            sequence.computed = before + count
             if recurrent:
                 self.cache.launched(sequence.pages, sequence.token_ids, before, sequence.computed)
             elif sequence.computed // PAGE_TOKENS > sequence.pages.shared:
