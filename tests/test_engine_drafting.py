@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
+import pytest
 from fake_executor import FakeExecutor, make_engine
 from test_scheduler_classes import pace_of
 
 from ridgeline.engine import Engine
+from ridgeline.sampling.drafting.index import TokenIndex
 from ridgeline.sampling.drafting.speculator import Speculator
 from ridgeline.scheduling.drafting import Drafting
 from ridgeline.scheduling.sequence import Sequence
@@ -45,3 +48,42 @@ def test_nothing_is_kept_of_a_sequence_that_has_ended() -> None:
     engine.steps._last = None
     gc.collect()
     assert not any(type(each) is Sequence for each in gc.get_objects())
+
+
+def test_counts_outlive_the_texts() -> None:
+    engine = drafted_engine()
+    answer(engine, REPEATED)
+    drafting = engine.scheduler.drafting
+    assert drafting is not None
+    before = copy.deepcopy(drafting.totals)
+    drafting.restart()
+    assert drafting.totals == before
+    answer(engine, REPEATED)
+    assert drafting.totals["suffix"].accepted > before["suffix"].accepted > 0
+
+
+def test_an_end_that_cannot_be_noted_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory runs out as a past output is kept, the request still ends, and the texts that are half
+    changed are forgotten."""
+    engine = drafted_engine()
+    drafting = engine.scheduler.drafting
+    assert drafting is not None
+    expected = answer(engine, REPEATED).outputs
+    speculator = drafting._speculator
+
+    def full(index: TokenIndex, tokens: object) -> None:
+        raise MemoryError
+
+    engine.add(REPEATED)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):  # noqa: PT012
+        patch.setattr("ridgeline.sampling.drafting.outputs._Shelf.add", full)
+        while engine.has_work:
+            engine.step()
+    (told,) = engine.step()
+    assert told.outputs == expected
+    assert not engine.has_work
+    assert not engine.scheduler.running
+    assert drafting._speculator is not speculator
+    engine.scheduler.check_integrity()
+    assert all(pool.used_pages == 0 for pool in engine.scheduler.cache.pools)
+    assert answer(engine, REPEATED).outputs == expected
