@@ -138,7 +138,7 @@ class Scheduler:
         """Note that the step is launched: its rows' keys and values are stored before any later step reads
         them, and its drawn tokens are there for the next one."""
         self.steps += 1
-        recurrent = self.cache.has_states
+        recurrent = self.cache.states is not None
         guesses = {each.sequence.arrival: len(each.tree) for each in plan.drafted}
         for sequence, rows in zip(plan.sequences, plan.step.sequences, strict=True):
             sequence.served = self.steps
@@ -200,7 +200,7 @@ class Scheduler:
         assert all(s.computed == 0 and s.pages.length == 0 for s in waiting), "a sequence waits with pages"
         assert all(s.computed <= s.pages.slots for s in self.running), "tokens were computed without pages"
         queue = [*self.running, *waiting]
-        if self.cache.has_states:
+        if self.cache.states is not None:
             stateful = all((s.computed in s.pages.states) == (s.computed > 0) for s in queue)
             assert stateful, "a sequence has computed tokens and no state, or a state and no tokens"
         assert self._pooled_sequences == sum(s.pooled for s in queue), "pooled sequences were miscounted"
@@ -345,7 +345,7 @@ class Scheduler:
             count = min(count, reachable - sequence.computed)
         if count < 1:
             return False
-        if self.cache.has_states:
+        if self.cache.states is not None:
             computed, end = sequence.computed, sequence.computed + count
             count = self.cache.chunk_end(sequence.pages, computed, end, sequence.length) - computed
         self.cache.grow(sequence.pages, sequence.computed + count)
@@ -387,7 +387,7 @@ class Scheduler:
             return False
         other, end = budget.first_pages[first]
         alike = self.cache.prefixes.alike(one, (other.pages, other.token_ids), end)
-        if self.cache.has_states and alike < end:
+        if self.cache.states is not None and alike < end:
             return False  # the other's state will be behind tokens that are not this one's
         return 2 * (min(alike, sequence.restorable) - sequence.computed) >= sequence.remaining
 
