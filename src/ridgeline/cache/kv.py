@@ -96,8 +96,8 @@ class KVCache:
 
     def filled(self, sequences: Iterable[tuple[SequencePages, int]]) -> float:
         """Share of the slots of pages in use that hold a token or wait for one that is known, 0 to 1: 1 but
-        for the ends of last pages, which nobody shares. `sequences` are all that have pages, each with the
-        length of what is known of it."""
+        for the ends of last pages, which nobody shares, and pages taken for guesses. `sequences` are all that
+        have pages, each with the length of what is known of it."""
         slots = PAGE_TOKENS * sum(pool.used_pages for pool in self.pools)
         empty = len(self.pools) * sum(max(pages.slots - length, 0) for pages, length in sequences)
         return 1 - min(empty / slots, 1.0) if slots else 1.0
