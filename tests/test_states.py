@@ -426,6 +426,6 @@ def test_ten_thousand_operations_of_recurrent_models(monkeypatch: pytest.MonkeyP
     run_state_machine_as_test(OnFake, settings=OPERATIONS)
     assert done["operations"] >= 10_000, done
     assert done["finished"] > 500, done
-    assert done["preemptions"] > 80, done
+    assert done["preemptions"] > 40, done
     assert done["aborts"] > 100, done
     assert done["cached tokens"] > 1000, done
