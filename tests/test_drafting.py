@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 
 import pytest
@@ -299,6 +300,22 @@ def test_memory_stays_bounded_over_many_outputs() -> None:
     assert outputs.tenants[-1] == "1999"  # the longest silent have gone
     assert "a" not in outputs.tenants
     assert outputs.bytes == sum(index.bytes for name in outputs.tenants for index in outputs.of(name))
+
+
+def test_outputs_that_were_dropped_are_let_go_of_by_who_drafts_from_them() -> None:
+    outputs = PastOutputs(max_bytes=1 << 14, max_tenant_bytes=1 << 13)
+    drafter = SuffixDrafter(Histories(), outputs)
+    sequence = Drafted(0, [7, 2, 3], prompt_length=3, tenant="a")
+    outputs.add("a", [2, 3, 40, 41])
+    assert drafter.propose([sequence], [4])[0].tokens == [40, 41]
+    (dropped,) = outputs.of("a")
+    for number in range(20):
+        outputs.add(str(number), range(50))
+    assert not outputs.of("a")
+    assert not len(drafter.propose([sequence], [4])[0])
+    del sequence
+    gc.collect()
+    assert [each for each in gc.get_referrers(dropped) if isinstance(each, tuple | Trail)] == []
 
 
 def test_of_an_output_that_is_too_long_the_end_is_kept() -> None:

@@ -101,6 +101,27 @@ def executor_for(window: int | None, pages: int) -> FakeExecutor:
     return FakeExecutor((None, window), (pages, min(pages, pages_for(window) + 3)))
 
 
+def run_mixed(
+    engine: Engine, requests: list[Request], aborted: set[int], data: st.DataObject
+) -> dict[str, RequestOutput]:
+    """Requests that come at drawn steps, some of which are aborted at others; their last outputs."""
+    arriving = list(requests)
+    aborts = {str(i): data.draw(st.integers(0, 30)) for i in aborted}
+    results: dict[str, RequestOutput] = {}
+    steps = 0
+    while arriving or engine.has_work:
+        if arriving and (not engine.has_work or data.draw(st.booleans())):
+            engine.add(arriving.pop(0))
+        for request_id, when in aborts.items():
+            if when == steps:
+                engine.abort(request_id)
+        for output in engine.step():
+            results[output.request_id] = output
+        engine.scheduler.check_integrity()
+        steps += 1
+    return results
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     drawn=st.lists(requests, min_size=1, max_size=7),
@@ -131,23 +152,10 @@ def test_tokens_do_not_depend_on_company_chunks_memory_or_aborts(
         max_num_batched_tokens=budget,
         end_token_ids=frozenset([END]),
     )
-    arriving = list(together)
-    aborts = {str(i): data.draw(st.integers(0, 30)) for i in aborted}
-    results: dict[str, RequestOutput] = {}
-    steps = 0
-    while arriving or engine.has_work:
-        if arriving and (not engine.has_work or data.draw(st.booleans())):
-            engine.add(arriving.pop(0))
-        for request_id, when in aborts.items():
-            if when == steps:
-                engine.abort(request_id)
-        for output in engine.step():
-            results[output.request_id] = output
-        engine.scheduler.check_integrity()
-        steps += 1
-    for request in together:
-        if request.id not in aborts:
-            assert contents(results[request.id]) == alone[request.id]
+    results = run_mixed(engine, together, aborted, data)
+    for request_id, expected in alone.items():
+        if int(request_id) not in aborted:
+            assert contents(results[request_id]) == expected
     assert all(pool.used_pages == 0 for pool in engine.scheduler.cache.pools)
 
 

@@ -90,6 +90,16 @@ def test_predicted_steps_are_those_that_the_engine_runs(tiny: Tiny, prompt: int,
     assert times.decode.work.total.ops * decode.steps == pytest.approx(decode.work.ops, rel=0.05)
 
 
+@pytest.mark.usefixtures("two_cores")
+def test_a_batch_is_benchmarked_whatever_its_targets_are(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where streams leave prompts little time, the whole batch still decodes before its first ones end."""
+    slow = replace(TWO_CORES, int8_ops_per_s=1e6, bf16_flops_per_s=1e6, fp32_flops_per_s=1e6)
+    monkeypatch.setattr("ridgeline.loading.device_ceilings", lambda *_, **__: slow)
+    late = {"interactive": (1e-3, 1e-9)}
+    config = bench_config(16, model=str(tiny("llama").folder), threads=1, class_targets=late)
+    assert run(config, Workload(96, 4, 16), 1).rounds[0].decode.steps == 3
+
+
 def test_what_bounds_a_widened_model(default_model_path: Path) -> None:
     """Weight bytes at batch 1, arithmetic where a long prompt is read; fewer bits come first."""
     with open_model(default_model_path) as source:

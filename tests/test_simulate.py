@@ -25,6 +25,7 @@ from ridgeline.apps.simulate.trace import TraceRequest
 from ridgeline.config import EngineConfig, pages_for
 from ridgeline.execution.base import page_bytes
 from ridgeline.model.checkpoint import open_checkpoint
+from ridgeline.model.program import StateGroup
 from ridgeline.resources.step_time import Prediction
 from ridgeline.types import SERVICE_CLASSES, CapacityError, ConfigError, StepWork
 
@@ -122,6 +123,15 @@ def test_a_turn_comes_after_the_answer_before_it_and_finds_it_computed(llama: Fo
     assert done.served[1].start_s == 23.5
     assert done.served[1].cached_tokens == 48  # whole pages of 49: the last token was never run
     assert done.served[1].text_s[0] == 24.5
+
+
+def test_recurrent_states_are_left_where_the_next_turn_finds_them(llama: FormattedModel) -> None:
+    recurrent = replace(llama, program=replace(llama.program, states=(StateGroup((0,), 16),)))
+    first = TraceRequest("a", (("asked", 30),), 40, 1.0, output="told")
+    second = TraceRequest("b", (("asked", 30), ("told", 40), ("asked again", 10)), 5, None, "a", 2.5)
+    planned, jumped = (run(recurrent, [first, second], times=STEP, jump=jump) for jump in (False, True))
+    assert [served.cached_tokens for served in planned.served] == [0, 64]
+    assert [served.cached_tokens for served in jumped.served] == [0, 64]
 
 
 def test_what_can_never_be_served_is_refused_and_the_rest_goes_on(llama: FormattedModel) -> None:

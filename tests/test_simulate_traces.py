@@ -248,6 +248,7 @@ def test_classes_by_their_shares() -> None:
         ({"kind": "steady"}, "generate is 'steady'; accepted: poisson, bursty"),
         ({"rate_per_s": 0.0}, "request_rate is 0"),
         ({"burstiness": -1.0}, "burstiness is -1"),
+        ({"burstiness": 0.0}, "burstiness is 0"),
         ({"count": 0}, "count is 0; accepted: 1 to"),
         ({"turns": 0.5}, "turns is 0.5; accepted: 1 to 1000"),
         ({"think_s": float("nan")}, "think is nan"),

@@ -13,7 +13,7 @@ from fake_executor import FakeExecutor, make_engine
 from forced_drafts import ForcedDrafting
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_engine import END, Choice, build, contents, executor_for, requests, run
+from test_engine import END, Choice, build, contents, executor_for, requests, run, run_mixed
 from test_engine import results as at_once_and_late  # noqa: F401
 
 from ridgeline.engine import Engine
@@ -72,23 +72,10 @@ def test_tokens_do_not_depend_on_guesses(
         end_token_ids=ends,
     )
     drafting = forced(engine, seed, answers, right)
-    arriving = list(together)
-    aborts = {str(i): data.draw(st.integers(0, 30)) for i in aborted}
-    results: dict[str, RequestOutput] = {}
-    steps = 0
-    while arriving or engine.has_work:
-        if arriving and (not engine.has_work or data.draw(st.booleans())):
-            engine.add(arriving.pop(0))
-        for request_id, when in aborts.items():
-            if when == steps:
-                engine.abort(request_id)
-        for output in engine.step():
-            results[output.request_id] = output
-        engine.scheduler.check_integrity()
-        steps += 1
-    for request in together:
-        if request.id not in aborts:
-            assert contents(results[request.id]) == contents(answers[request.id])
+    results = run_mixed(engine, together, aborted, data)
+    for request_id, expected in answers.items():
+        if int(request_id) not in aborted:
+            assert contents(results[request_id]) == contents(expected)
     assert all(pool.used_pages == 0 for pool in engine.scheduler.cache.pools)
     records = engine.steps.recent.since(0)
     assert sum(record.drafted_tokens for record in records) >= drafting.drafted

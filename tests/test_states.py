@@ -227,7 +227,7 @@ def test_a_step_that_an_interrupt_hides_moves_no_state_twice(
 def test_settings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="state slots are 1; accepted: at least 2"):
         KVCache((None,), (4,), True, state_slots=1)
-    assert not KVCache((None,), (4,)).has_states
+    assert KVCache((None,), (4,)).states is None
 
 
 def sequence_of(cache: KVCache, tokens: tuple[int, ...], ends: list[int]) -> Any:
@@ -426,6 +426,6 @@ def test_ten_thousand_operations_of_recurrent_models(monkeypatch: pytest.MonkeyP
     run_state_machine_as_test(OnFake, settings=OPERATIONS)
     assert done["operations"] >= 10_000, done
     assert done["finished"] > 500, done
-    assert done["preemptions"] > 80, done
+    assert done["preemptions"] > 40, done
     assert done["aborts"] > 100, done
     assert done["cached tokens"] > 1000, done

@@ -337,6 +337,7 @@ class Engine:
         for choice in state.choices:
             if choice.finish_reason is None:
                 choice.abort()
+            if choice.sequence.arrival in self._owners:
                 self._retire(choice)
         return self._finish(state)
 
@@ -475,8 +476,9 @@ class Engine:
         return outputs
 
     def _retire(self, choice: Outcome) -> None:
-        self._owners.pop(choice.sequence.arrival, None)
+        # In this order, so that who was removed in part, as memory ran out, is removed again.
         self.scheduler.remove(choice.sequence)
+        self._owners.pop(choice.sequence.arrival, None)
 
     def _finish(self, state: RequestState) -> RequestOutput:
         del self._requests[state.id]

@@ -60,8 +60,15 @@ class Run:
 
 def bench_config(batch: int, **settings: Any) -> EngineConfig:
     """The settings with room for a batch of the benchmark."""
-    # Pages that prefixes keep would have every round take cold memory; a step is to be of the batch's tokens.
-    return EngineConfig(**settings, **bench_room(batch), enable_prefix_caching=False, speculation="off")
+    # Pages that prefixes keep would have every round take cold memory; a step is to be of the batch's tokens;
+    # and prompts that wait for those who decode already are read after these have ended.
+    return EngineConfig(
+        **settings,
+        **bench_room(batch),
+        enable_prefix_caching=False,
+        speculation="off",
+        measured_budget=False,
+    )
 
 
 def bench_room(batch: int) -> dict[str, Any]:

@@ -28,7 +28,8 @@ class KVCache:
     number of pages in its pool. With `prefix_caching`, what sequences have computed is kept until its pages
     are needed, and those that begin alike share it.
 
-    `state_slots` is the number of slots of recurrent state, 0 for a model that has none.
+    `state_slots` is the number of slots of recurrent state, 0 for a model that has none, whose `states` are
+    None. A state cannot be wound back: rows that a step has run are run for good.
 
     A page that several sequences would write to is copied for each of them. With `tiers`, pages that are
     evicted are spilled to them, and what they have of a sequence is filled in. All these `moves` are to be
@@ -74,12 +75,6 @@ class KVCache:
         return bool(self._windowed)
 
     @property
-    def has_states(self) -> bool:
-        """Whether sequences have a state that cannot be wound back: rows that a step has run are run for
-        good."""
-        return self.states is not None
-
-    @property
     def max_sequences(self) -> int | None:
         """How many may run at once; None when nothing bounds it."""
         return None if self.states is None else self.states.max_sequences
@@ -101,8 +96,8 @@ class KVCache:
 
     def filled(self, sequences: Iterable[tuple[SequencePages, int]]) -> float:
         """Share of the slots of pages in use that hold a token or wait for one that is known, 0 to 1: 1 but
-        for the ends of last pages, which nobody shares. `sequences` are all that have pages, each with the
-        length of what is known of it."""
+        for the ends of last pages, which nobody shares, and pages taken for guesses. `sequences` are all that
+        have pages, each with the length of what is known of it."""
         slots = PAGE_TOKENS * sum(pool.used_pages for pool in self.pools)
         empty = len(self.pools) * sum(max(pages.slots - length, 0) for pages, length in sequences)
         return 1 - min(empty / slots, 1.0) if slots else 1.0
@@ -128,14 +123,14 @@ class KVCache:
             if not pages.fetch.fetch.done:
                 return computed
             computed = max(computed, self._take_in(pages, token_ids))
-        held = None if sibling is None or self.has_states else self._held(sibling, limit)
+        held = None if sibling is None or self.states is not None else self._held(sibling, limit)
         if self.prefixes is None:
             return computed if held is None or computed else self._begin(pages, held, [], limit)
         if computed // PAGE_TOKENS != pages.shared:
             return computed
         tail = [table[-1] for table in held] if held is not None and limit % PAGE_TOKENS else None
         tokens, columns, path = self.prefixes.find(pages, token_ids, limit, tail)
-        if self.has_states:
+        if self.states is not None:
             common = (pages.shared + len(columns[-1])) * PAGE_TOKENS
             pages.parting = common if common > tokens else 0
         return self._begin(pages, columns, path, tokens) if tokens > computed else computed
@@ -282,7 +277,7 @@ class KVCache:
         assert self.prefixes is not None
         fetching = self.tiers.end(pages)
         assert fetching is not None
-        columns, contents = fetching.columns(len(self.pools) + self.has_states)
+        columns, contents = fetching.columns(len(self.pools) + (self.states is not None))
         pages.fetched_in_vain = not contents
         begin, end = pages.shared, fetching.end
         if begin != fetching.begin:

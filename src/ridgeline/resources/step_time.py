@@ -133,8 +133,8 @@ _STEP_LIMIT = 1.5
 moves it no further."""
 
 _LIMIT = 16.0
-"""The most that a correction can be, up or down. Ceilings that were measured while a machine was busy are wrong
-by its other work, several times over; beyond this they are another machine's."""
+"""The most that a correction can be, up or down. Ceilings that were measured while a machine was busy are
+wrong by its other work, several times over; beyond this they are another machine's."""
 
 _REMEMBERED = 128
 """Steps whose errors are remembered."""

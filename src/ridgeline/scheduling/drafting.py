@@ -6,8 +6,9 @@ them: beside the rows of a prompt, which have made it a matter of arithmetic, li
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
+from contextlib import contextmanager
 
 from ridgeline.model.program import StepLoad
 from ridgeline.records import DraftTotals
@@ -53,15 +54,24 @@ class Drafting:
         contexts = [sequence.computed + 1 for sequence, _, outputs in chunks if outputs]
         seconds = seconds_by_rows(pace, contexts, lambda: pace.load_of_chunks(chunks))
         planned_rows = sum([count for _, count, _ in chunks])
-        try:
+        with self._whole():
             return self._speculator.draft(decodes, StepCost(planned_rows, len(contexts), room, seconds))
-        except BaseException:  # an interrupt may have left indices half changed
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What fails in the block, or is interrupted, may have left indices half changed."""
+        try:
+            yield
+        except BaseException:
             self.restart()
             raise
 
     def restart(self) -> None:
-        """Forget all texts, past outputs included; how often guesses are right is still known."""
+        """Forget all texts, past outputs included; how often guesses are right is still known, and what they
+        have brought."""
+        totals = self._speculator.totals
         self._speculator = self._make(self._controller)
+        self._speculator.count_on(totals)
 
     def verified(self, drafted: Drafted, nodes: Many[int]) -> None:
         """Take in which guesses were right."""
@@ -70,7 +80,8 @@ class Drafting:
     def forget(self, sequence: Sequence) -> None:
         """A sequence has ended."""
         if sequence.speculation is not None:
-            self._speculator.forget(sequence)
+            with self._whole():
+                self._speculator.forget(sequence)
 
 
 def seconds_by_rows(
@@ -81,9 +92,11 @@ def seconds_by_rows(
     loads: list[StepLoad] = []  # of the plan, and of its decodes: few steps ask for them
 
     def seconds(rows: int) -> float:
+        nonlocal planned
         if not loads:
             alone = pace.load_of_decodes(contexts)
             loads.extend((alone if planned is None else planned(), alone))
+            planned = None  # curves keep this function longer than the plan's sequences live
         whole, alone = loads
         if rows < whole.rows:
             return pace.seconds(pace.load_of_decodes(contexts[:rows]))

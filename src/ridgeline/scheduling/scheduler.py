@@ -104,17 +104,17 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or aborted, and free its pages. Removing twice is harmless."""
-        if sequence.queued:
-            sequence.queued = False
+        was_queued, sequence.queued = sequence.queued, False
+        if was_queued:
             self._pooled_sequences -= sequence.pooled
             if sequence.running:
                 stand_up(self.running, sequence)
                 self.waiting.leave(sequence, waits=False)
             else:
                 self.waiting.leave(sequence, waits=True)
-            if self.drafting is not None:
-                self.drafting.forget(sequence)
         self._release(sequence)
+        if was_queued and self.drafting is not None:
+            self.drafting.forget(sequence)  # last, as keeping its output may take memory that is not there
 
     def schedule(self, now_s: float) -> Plan:
         """Choose the next step's rows and take the pages that they are written to.
@@ -138,14 +138,13 @@ class Scheduler:
         """Note that the step is launched: its rows' keys and values are stored before any later step reads
         them, and its drawn tokens are there for the next one."""
         self.steps += 1
-        recurrent = self.cache.has_states
+        recurrent = self.cache.states is not None
         guesses = {each.sequence.arrival: len(each.tree) for each in plan.drafted}
         for sequence, rows in zip(plan.sequences, plan.step.sequences, strict=True):
             sequence.served = self.steps
             before = sequence.computed
-            sequence.computed += len(rows.tokens)
-            if guesses:
-                sequence.computed -= guesses.get(sequence.arrival, 0)
+            count = len(rows.tokens) - (guesses.get(sequence.arrival, 0) if guesses else 0)
+            sequence.computed = before + count
             if recurrent:
                 self.cache.launched(sequence.pages, sequence.token_ids, before, sequence.computed)
             elif sequence.computed // PAGE_TOKENS > sequence.pages.shared:
@@ -201,7 +200,7 @@ class Scheduler:
         assert all(s.computed == 0 and s.pages.length == 0 for s in waiting), "a sequence waits with pages"
         assert all(s.computed <= s.pages.slots for s in self.running), "tokens were computed without pages"
         queue = [*self.running, *waiting]
-        if self.cache.has_states:
+        if self.cache.states is not None:
             stateful = all((s.computed in s.pages.states) == (s.computed > 0) for s in queue)
             assert stateful, "a sequence has computed tokens and no state, or a state and no tokens"
         assert self._pooled_sequences == sum(s.pooled for s in queue), "pooled sequences were miscounted"
@@ -346,7 +345,7 @@ class Scheduler:
             count = min(count, reachable - sequence.computed)
         if count < 1:
             return False
-        if self.cache.has_states:
+        if self.cache.states is not None:
             computed, end = sequence.computed, sequence.computed + count
             count = self.cache.chunk_end(sequence.pages, computed, end, sequence.length) - computed
         self.cache.grow(sequence.pages, sequence.computed + count)
@@ -388,7 +387,7 @@ class Scheduler:
             return False
         other, end = budget.first_pages[first]
         alike = self.cache.prefixes.alike(one, (other.pages, other.token_ids), end)
-        if self.cache.has_states and alike < end:
+        if self.cache.states is not None and alike < end:
             return False  # the other's state will be behind tokens that are not this one's
         return 2 * (min(alike, sequence.restorable) - sequence.computed) >= sequence.remaining
 

@@ -85,4 +85,6 @@ def _param(message: str) -> str | None:
     return _PARAMS.get(first, first if "_" in first or first in _WORDS else None)
 
 
-_WORDS = {"n", "seed", "stop", "temperature", "logprobs", "tools", "documents", "echo"}
+_WORDS = {
+    "documents", "echo", "logprobs", "mirostat", "n", "seed", "speculation", "stop", "temperature", "tools"
+}  # fmt: skip

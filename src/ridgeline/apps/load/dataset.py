@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
+from ridgeline.apps.json_lines import json_lines
 from ridgeline.types import ConfigError
 
 MAX_FILE_BYTES = 2 << 30
-MAX_LINE_BYTES = 16 << 20
 DEFAULT_OUTPUT_TOKENS = 128
 CHARACTERS_PER_TOKEN = 4  # of English, roughly: no tokenizer is at hand
 SHAREGPT_PROMPT_TOKENS = 1024  # vLLM's limits on what of ShareGPT is asked
@@ -126,17 +126,8 @@ _ACCEPTED = 'accepted: {"prompt": …} or {"messages": […]}, with "max_tokens"
 
 
 def _lines(path: Path) -> Iterator[Sample]:
-    with path.open("rb") as file:
-        for number in itertools.count(1):
-            text = file.readline(MAX_LINE_BYTES + 1)
-            if not text:
-                return
-            if len(text) > MAX_LINE_BYTES:
-                raise ConfigError(f"{path}, line {number}, is longer than {MAX_LINE_BYTES} bytes")
-            if number == 1:
-                text = text.removeprefix(b"\xef\xbb\xbf")
-            if text.strip():
-                yield _sample(text, f"{path}, line {number}")
+    for number, text in json_lines(path):
+        yield _sample(text, f"{path}, line {number}")
 
 
 def _sample(text: bytes, where: str) -> Sample:

@@ -146,7 +146,9 @@ class _Maker:
     def arrivals(self, requests_each: float) -> list[float]:
         """Of as many as there are requests, each of which brings so many."""
         work = self.workload
-        shape = work.burstiness or (BURSTINESS if work.kind == "bursty" else 1.0)
+        shape = work.burstiness
+        if shape is None:
+            shape = BURSTINESS if work.kind == "bursty" else 1.0
         return arrival_times(work.count, work.rate_per_s / requests_each, shape, work.seed)
 
     def levels(self) -> Iterator[ServiceClass]:

@@ -45,9 +45,11 @@ class Jumper:
         return _Run(self, most).steps_until(until_s)
 
     def _most_steps(self) -> int:
-        """Steps before one in which a sequence ends; 0 unless all are decodes that were in the last step."""
+        """Steps before one in which a sequence ends; 0 unless all are decodes that were in the last step, and
+        none has a state, which every step may leave in another slot."""
         scheduler = self.simulation.scheduler
-        if scheduler.waiting or scheduler.cache.moves or not scheduler.running:
+        cache = scheduler.cache
+        if scheduler.waiting or cache.moves or cache.states is not None or not scheduler.running:
             return 0
         most = 1 << 30
         for sequence in scheduler.running:

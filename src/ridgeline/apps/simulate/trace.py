@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ridgeline.apps.json_lines import json_lines
 from ridgeline.types import SERVICE_CLASSES, ConfigError, ServiceClass
 
 MOONCAKE_BLOCK_TOKENS = 512
@@ -39,7 +40,6 @@ MOST_REQUESTS = 1_000_000
 MOST_TOKENS = 1 << 22
 """Of one prompt, and of one answer."""
 MOST_S = 1e8
-MAX_LINE_BYTES = 16 << 20
 
 Part = tuple[str, int]
 """The name of some tokens, and how many of them."""
@@ -125,7 +125,7 @@ def read_trace(path: Path) -> list[TraceRequest]:
     found: list[TraceRequest] = []
     known: set[str] = set()
     mooncake = None
-    for number, text in _lines(path):
+    for number, text in json_lines(path):
         where = f"{path}, line {number}"
         if mooncake is None:
             mooncake = b'"input_length"' in text
@@ -141,21 +141,6 @@ def read_trace(path: Path) -> list[TraceRequest]:
     if not found:
         raise ConfigError(f"{path} has no requests; {_ACCEPTED}")
     return found
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Those that are not blank, with their numbers."""
-    with path.open("rb") as file:
-        for number in itertools.count(1):
-            text = file.readline(MAX_LINE_BYTES + 1)
-            if not text:
-                return
-            if len(text) > MAX_LINE_BYTES:
-                raise ConfigError(f"{path}, line {number}, is longer than {MAX_LINE_BYTES} bytes")
-            if number == 1:
-                text = text.removeprefix(b"\xef\xbb\xbf")
-            if text.strip():
-                yield number, text
 
 
 def _decoded(decoder: msgspec.json.Decoder[Any], text: bytes, where: str) -> Any:

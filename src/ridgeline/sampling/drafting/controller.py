@@ -31,7 +31,7 @@ _SAVED_STEPS = 32
 """So many steps' allowance is kept at most."""
 _PROBE_NODES = 2
 _LEAST_GAIN = 0.02
-"""By so much more tokens per second guesses have to promise: what the engine does for them beside the step."""
+"""By so much more tokens per second guesses have to promise: what they take of the engine beside the step."""
 _GAIN_WEIGHT = 0.1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -68,6 +68,11 @@ class Speculator:
     def totals(self) -> dict[str, DraftTotals]:
         """What each drafter has brought, by its name."""
         return {name: source.totals for name, source in self._sources.items()}
+
+    def count_on(self, totals: Mapping[str, DraftTotals]) -> None:
+        """Go on from what the drafters of another one have brought."""
+        for name, source in self._sources.items():
+            source.totals = totals.get(name, source.totals)
 
     def draft(self, sequences: Sequence[DraftedSequence], cost: StepCost) -> list[DraftTree]:
         """What is to be verified of each sequence in a step, with the token that it has last."""
@@ -152,9 +157,9 @@ class Speculator:
     def forget(self, sequence: DraftedSequence) -> None:
         """Note that a sequence has ended. Its output may serve others of its tenant from now on."""
         self._in_vain.pop(sequence.arrival, None)
+        self._controller.forget(sequence)  # first, as it outlives drafters of which one fails
         for source in self._sources.values():
             source.drafter.forget(sequence)
-        self._controller.forget(sequence)
 
 
 _NO_TIME = DraftTime(0.0, 0.0)

@@ -131,7 +131,10 @@ class SuffixDrafter:
         found = history.trail.matches(len(history.index.tokens))
         best, score = self._best(history.index, found, budget, NO_DRAFT, 0.0) if found else (NO_DRAFT, 0.0)
         indices = self._outputs.of(sequence.tenant)
-        if not indices or score >= budget:
+        if not indices:
+            self._pasts.pop(sequence.arrival, None)  # outputs that were dropped take no memory any longer
+            return best
+        if score >= budget:
             return best  # no other tree has more nodes, and none is more than certain
         past = self._pasts.get(sequence.arrival)
         if past is None or past.indices is not indices:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from ridgeline.server.errors import bad_request
 from ridgeline.server.wire.base import Accepts, Body, anything, only
@@ -68,7 +68,7 @@ class StructuredOutputs(Body):
 
 
 class Speculation(Body):
-    drafter: str = "auto"
+    drafter: Annotated[str, Field(max_length=64)] = "auto"
     max_tokens: int | None = None
 
     def params(self) -> SpeculationParams:
@@ -78,7 +78,19 @@ class Speculation(Body):
 
 ResponseFormatField = Annotated[ResponseFormat, _checked(ResponseFormat)]
 StructuredOutputsField = Annotated[StructuredOutputs, _checked(StructuredOutputs)]
-SpeculationField = bool | Annotated[Speculation, _checked(Speculation)]
+
+
+def _json_type(value: Any) -> str | None:
+    if isinstance(value, bool):
+        return "boolean"
+    return "object" if isinstance(value, dict | Speculation) else None
+
+
+# By its type, as what is wrong with an object is no news if all that is told is that it is not a truth value.
+SpeculationField = Annotated[
+    Annotated[bool, Tag("boolean")] | Annotated[Speculation, _checked(Speculation), Tag("object")],
+    Discriminator(_json_type, "speculation_type", "Input should be true, false or an object"),
+]
 
 
 # ------------------------------------------------------------------------------------------ tool calls
