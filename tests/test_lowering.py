@@ -13,7 +13,7 @@ from tiny_models import TinyModel
 
 from ridgeline.execution.cpu.lower import lower
 from ridgeline.execution.lowering import Footprint, Launch, WorkModel, borders, check_lowering, launch_work
-from ridgeline.model.program import Attention, Program, StepLoad
+from ridgeline.model.program import Attention, Program, StepLoad, StoreKV
 from ridgeline.precision.formats import DEVICE_FORMATS
 from ridgeline.types import Work
 
@@ -43,6 +43,24 @@ def test_a_llama_layer_is_eight_launches(tiny: Tiny, weights: str) -> None:
     store.close()
     layers = sum(len(group.layers) for group in program.groups)
     assert len(lower(program)) == 8 * layers + 4  # and embedding, final norm, head, sample
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_the_last_layer_only_keys_and_values_are_of_every_row(tiny: Tiny, family: str) -> None:
+    """And what they are made of: its projections and their norms. Of the other layers, all is."""
+    program, launches = launches_of(tiny, family)
+    last = f"layers.{max(max(group.layers) for group in program.groups)}."
+    inputs = ("q", "k", "v", "attention_norm", "feed_forward_norm")
+    for launch in launches:
+        names = [op.out.name for op in launch.covers]
+        if launch.only_outputs:
+            assert all(name.startswith(last) for name in names)
+            assert not any(isinstance(op, StoreKV) for op in launch.covers)
+        elif names[0].startswith(last):
+            makes_memory = any(isinstance(op, StoreKV) for op in launch.covers)
+            assert makes_memory or names[0].removeprefix(last).split(".")[0].startswith(inputs)
+    attention = next(one for one in launches[::-1] if isinstance(one.covers[0], Attention))
+    assert attention.only_outputs
 
 
 def launches_of(tiny: Tiny, family: str = "llama") -> tuple[Program, list[Launch]]:
@@ -78,7 +96,8 @@ def test_work_is_linear_and_keeps_the_arithmetic(tiny: Tiny, family: str) -> Non
     for outputs in (0, 1, 5):
         rows = int(random.integers(5, 50))
         pairs, slots = (tuple(random.integers(1, 999, len(program.groups)).tolist()) for _ in range(2))
-        load_ = StepLoad(rows, outputs, pairs, slots, sequences=3)
+        seen = [tuple(n // 3 for n in counts) for counts in (pairs, slots)]
+        load_ = StepLoad(rows, outputs, pairs, slots, 3, *seen)
         summed = total_work(program, launches, load_)
         assert model.at(load_) == summed
         parts = model.parts(load_)
@@ -87,11 +106,20 @@ def test_work_is_linear_and_keeps_the_arithmetic(tiny: Tiny, family: str) -> Non
         attention = Work.total(launch_work(one, crossed[id(one)], load_, FOOTPRINT) for one in attending)
         assert (parts.attention, parts.total) == (attention, summed)
         assert (parts.rows, parts.outputs, parts.sequences) == (rows, outputs, 3)
-        assert len(launches) - parts.launches in ((0,) if outputs else (3, 4))
+        spared = sum(launch.only_outputs for launch in launches)
+        assert len(launches) - parts.launches - (0 if outputs else spared) in ((0,) if outputs else (3, 4))
         groups, layers = range(len(program.groups)), [len(group.layers) for group in program.groups]
         stored = sum(layers[g] * (rows + slots[g]) * FOOTPRINT.slot_bytes(g) for g in groups)
+        for one in launches:
+            for op in one.covers:
+                if isinstance(op, Attention) and one.only_outputs:
+                    unseen = slots[op.group] - load_.of_outputs.slots[op.group]
+                    stored -= unseen * FOOTPRINT.slot_bytes(op.group)
         assert parts.kv_bytes == stored
-        assert summed.ops == program.work(load_).ops
+        counted = [
+            (op, load_.of_outputs if one.only_outputs else load_) for one in launches for op in one.covers
+        ]
+        assert summed.ops == sum(op.work(seen).ops for op, seen in counted)
 
 
 def test_figures_beyond_64_bits_are_exact(tiny: Tiny) -> None:

@@ -292,3 +292,50 @@ def test_probes_refuse_what_would_not_end() -> None:
 
 def positive(samples: list[float]) -> bool:
     return len(samples) >= 2 and all(math.isfinite(x) and x > 0 for x in samples)
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+def test_only_rows_with_outputs(isa: str) -> None:
+    """Launches that are for these leave other rows' results as they are, whatever the order of the outputs;
+    one that is wanted twice is added once."""
+    rows, width, wanted = 90, 64, [89, 3, 4, 5, 41, 4]
+    x, other, weights = normal(rows, width), normal(rows, width, seed=1), normal(48, width, seed=2)
+    base = normal(rows, 48, seed=3)
+    matrix = packed(weights, "Q8_0", TEAM)
+    results = []
+    for only in (False, True):
+        tape = native.Tape(TEAM, isa, rows)
+        source, times = f32_buffer(rows, width, x), f32_buffer(rows, width, other)
+        coded = a8_buffer(rows, width)
+        tape.quantise(source, coded, width)
+        normed, activated, narrow = (f32_buffer(rows, width) for _ in range(3))
+        summed, projected = f32_buffer(rows, width, other), f32_buffer(rows, 48, base)
+        again = a8_buffer(rows, width)
+        again[:] = 77
+        tape.only_outputs(only)
+        tape.norm(source, normed, "rms", 1e-5, width)
+        tape.quantise(source, again, width)
+        tape.add(source, summed, width)
+        tape.activate(source, activated, width, "silu", times)
+        tape.linear(coded, [native.Part(matrix, projected, accumulate=True)])
+        tape.only_outputs(False)
+        tape.norm(source, narrow, "rms", 1e-5, width, gather=True)
+        tape.run(plain_step(rows, output_rows=wanted))
+        results.append((normed, again, summed, activated, projected, narrow))
+    chosen = sorted(set(wanted))
+    others = np.setdiff1d(np.arange(rows), chosen)
+    untouched = (np.nan, 77, other, np.nan, base)
+    for every, some, before in zip(*results, (*untouched, None), strict=True):
+        if before is None:
+            np.testing.assert_array_equal(some, every)
+            continue
+        np.testing.assert_array_equal(some[chosen], every[chosen])
+        kept = some[others] if np.isscalar(before) else some[others, : before.shape[1]]
+        np.testing.assert_array_equal(kept, before if np.isscalar(before) else before[others])
+
+
+def test_only_some_launches_are_for_outputs() -> None:
+    tape = native.Tape(TEAM, "portable", 4)
+    tape.only_outputs(True)
+    with pytest.raises(ValueError, match="only_outputs is on before softcap; accepted: off"):
+        tape.softcap(16, 30.0)

@@ -58,7 +58,7 @@ def sequences(draw: st.DrawFn) -> SequenceRows:
     )
     own = Segment(((0,), (0,)), start + count, draw(st.integers(0, 8)))
     parents = tuple(draw(st.integers(-1, row - 1)) for row in range(count)) if draw(st.booleans()) else ()
-    outputs = draw(st.sampled_from([(), (count - 1,)]))
+    outputs = draw(st.sampled_from([(), (count - 1,), tuple(range(count)), tuple(range(count // 2, count))]))
     return SequenceRows([1] * count, start, (*others, own), outputs, parents)
 
 
@@ -91,6 +91,11 @@ def test_load_counts_what_rows_see(batch: list[SequenceRows], window: int) -> No
         seen = [visible(sequence, limit) for sequence in batch]
         assert load.pairs[g] == sum(len(row) for rows in seen for row in rows)
         assert load.slots[g] == sum(len({pair for row in rows for pair in row}) for rows in seen)
+        wanted = [[rows[i] for i in each.outputs] for each, rows in zip(batch, seen, strict=True)]
+        assert load.of_outputs.pairs[g] == sum(len(row) for rows in wanted for row in rows)
+        if not any(each.parents and 0 < len(each.outputs) < len(each.tokens) for each in batch):
+            distinct = [len({pair for row in rows for pair in row}) for rows in wanted]
+            assert load.of_outputs.slots[g] == sum(distinct)
 
 
 def test_groups_follow_geometry() -> None:

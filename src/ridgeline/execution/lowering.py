@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from ridgeline.model.program import (
@@ -30,13 +30,15 @@ from ridgeline.types import StepWork, Work
 class Launch:
     """One kernel call. `overwrites` pairs a value that is written with the one whose buffer it takes over.
 
-    What a launch writes `side_by_side` lies in the columns of one buffer.
+    What a launch writes `side_by_side` lies in the columns of one buffer. One that is for `only_outputs`
+    computes the rows whose outputs the step wants, and leaves the others of what it writes as they are.
     """
 
     side_by_side: ClassVar[bool] = False
 
     covers: tuple[Operation, ...]
     overwrites: tuple[tuple[Value, Value], ...]
+    only_outputs: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,8 @@ def _expert_weights(launch: Launch, footprint: Footprint) -> list[ExpertWeights]
 
 def _steady_work(launch: Launch, border: Border, load: StepLoad, footprint: Footprint) -> Work:
     """All but the reading of experts' weights: linear in the load."""
+    if launch.only_outputs:
+        load = load.of_outputs
     work = Work.total(op.work(load) for op in launch.covers)
     picked = {op.x.name for op in launch.covers if isinstance(op, Select)}  # of these, only the chosen rows
     read = sum(
@@ -128,10 +132,11 @@ class WorkModel:
 
     Every operation and every launch is linear in rows, outputs, pairs and slots, but for the weights of
     experts, and those of the final norm and the head, which are only read when a step wants outputs at all.
-    Only launches over selected rows depend on outputs, and only attention on pairs and slots.
+    Only launches over rows with outputs depend on outputs, and only attention on pairs and slots.
 
     `figures` has a line for each figure of a `StepWork`: what each of the step's counts adds to it, which are
-    1, rows, whether it wants outputs, outputs, and each group's pairs and slots. None where nothing does.
+    1, rows, whether it wants outputs, outputs, and each group's pairs, slots, and pairs and slots of the rows
+    with outputs. None where nothing does.
     """
 
     figures: tuple[tuple[int, ...] | None, ...]
@@ -147,10 +152,11 @@ class WorkModel:
         nothing = [0] * groups
         reads = [d.read_bytes + a.read_bytes for d, a in zip(dense, attention, strict=True)]
         # What is read whatever the rows are is weights.
-        weights = [reads[0], 0, reads[2], 0, *nothing, *nothing]
-        kv = [0, _stored_bytes(launches, footprint), 0, 0, *nothing, *reads[4 + groups :]]
+        weights = [reads[0], 0, reads[2], 0, *4 * nothing]
+        slots, output_slots = reads[4 + groups : 4 + 2 * groups], reads[4 + 3 * groups :]
+        kv = [0, _stored_bytes(launches, footprint), 0, 0, *nothing, *slots, *nothing, *output_slots]
         selecting = sum(map(_selects, launches))
-        calls = [len(launches) - selecting, 0, selecting, 0, *nothing, *nothing]
+        calls = [len(launches) - selecting, 0, selecting, 0, *4 * nothing]
         rows = zip(dense, attention, weights, kv, calls, strict=True)
         figures = zip(*([*d.numbers, *a.numbers, *rest] for d, a, *rest in rows), strict=True)
         experts = Counter(held for launch in launches for held in _expert_weights(launch, footprint))
@@ -159,7 +165,8 @@ class WorkModel:
     def parts(self, load: StepLoad) -> StepWork:
         """The work of a step; a few microseconds, so that every step can be told its own."""
         rows, outputs = load.rows, load.outputs
-        counts = (1, rows, min(outputs, 1), outputs, *load.pairs, *load.slots)
+        seen = load if outputs == rows else load.of_outputs
+        counts = (1, rows, min(outputs, 1), outputs, *load.pairs, *load.slots, *seen.pairs, *seen.slots)
         # Not NumPy: a product this small costs less than the way to it, and Python's numbers are exact.
         figures = [0 if line is None else sum(map(operator.mul, line, counts)) for line in self.figures]
         for held, times in self.experts:
@@ -183,7 +190,7 @@ def _attends(launch: Launch) -> bool:
 
 
 def _selects(launch: Launch) -> bool:
-    return any(op.out.selected for op in launch.covers)
+    return launch.only_outputs or any(op.out.selected for op in launch.covers)
 
 
 def _stored_bytes(launches: Iterable[Launch], footprint: Footprint) -> int:
@@ -193,11 +200,12 @@ def _stored_bytes(launches: Iterable[Launch], footprint: Footprint) -> int:
 
 
 def _coefficients(some: Sequence[tuple[Launch, Border]], groups: int, footprint: Footprint) -> list[Work]:
-    """What launches add for 1 (whatever the step), each row, any outputs at all, each output, and each pair
-    and slot of every memory group."""
+    """What launches add for 1 (whatever the step), each row, any outputs at all, each output, each pair and
+    slot of every memory group, and each of those of rows with outputs."""
     none = (0,) * groups
     units = [tuple(int(g == h) for h in range(groups)) for g in range(groups)]
     one = StepLoad(1, 0, none, none)
+    wanted = StepLoad(2, 1, none, none, output_pairs=none, output_slots=none)
     selecting = [crossed for crossed in some if _selects(crossed[0])]
     attending = [crossed for crossed in some if _attends(crossed[0])]
 
@@ -218,6 +226,8 @@ def _coefficients(some: Sequence[tuple[Launch, Border]], groups: int, footprint:
         per_output,
         *(added(attending, replace(one, pairs=unit)) for unit in units),
         *(added(attending, replace(one, slots=unit)) for unit in units),
+        *(added(attending, replace(wanted, output_pairs=unit), to=wanted) for unit in units),
+        *(added(attending, replace(wanted, output_slots=unit), to=wanted) for unit in units),
     ]
 
 

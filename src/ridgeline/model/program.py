@@ -8,7 +8,7 @@ inside one launch moves none.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ridgeline.model.spec import Activation, NormSpec, RopeSpec
@@ -72,7 +72,8 @@ class StepLoad:
     """How much of everything a step asks for: what operations need to know to count their arithmetic.
 
     For memory group g, `pairs[g]` counts the (row, visible slot) pairs and `slots[g]` the slots that any
-    row of a sequence sees, summed over sequences.
+    row of a sequence sees, summed over sequences; `output_pairs` and `output_slots` count those of the rows
+    with outputs alone, and are None where these are all rows.
     """
 
     rows: int
@@ -80,27 +81,59 @@ class StepLoad:
     pairs: tuple[int, ...]
     slots: tuple[int, ...]
     sequences: int = 1
+    output_pairs: tuple[int, ...] | None = None
+    output_slots: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, step: Step, groups: Sequence[MemoryGroup]) -> StepLoad:
         counts = [_visible(step.sequences, group.window) for group in groups]
         pairs, slots = zip(*counts, strict=True) if counts else ((), ())
-        return cls(step.rows, step.outputs, pairs, slots, len(step.sequences))
+        load = cls(step.rows, step.outputs, pairs, slots, len(step.sequences))
+        if step.outputs == step.rows:
+            return load
+        counts = [_visible_to_outputs(step.sequences, group.window) for group in groups]
+        pairs, slots = zip(*counts, strict=True) if counts else ((), ())
+        return replace(load, output_pairs=pairs, output_slots=slots)
+
+    @property
+    def of_outputs(self) -> StepLoad:
+        """The load of the rows with outputs alone."""
+        pairs, slots = self.pairs, self.slots
+        if not self.outputs:
+            pairs = slots = (0,) * len(pairs)
+        elif self.output_pairs is not None and self.output_slots is not None:
+            pairs, slots = self.output_pairs, self.output_slots
+        return StepLoad(self.outputs, self.outputs, pairs, slots, self.sequences)
 
     def times(self, count: int) -> StepLoad:
         """The load of a step that does this `count` times, for other sequences each."""
-        pairs, slots = (tuple(n * count for n in counts) for counts in (self.pairs, self.slots))
-        return StepLoad(self.rows * count, self.outputs * count, pairs, slots, self.sequences * count)
+        seen = self.of_outputs
+        counts = (self.pairs, self.slots, seen.pairs, seen.slots)
+        pairs, slots, output_pairs, output_slots = (tuple(n * count for n in each) for each in counts)
+        load = StepLoad(self.rows * count, self.outputs * count, pairs, slots, self.sequences * count)
+        if self.outputs == self.rows:
+            return load
+        return replace(load, output_pairs=output_pairs, output_slots=output_slots)
+
+    @property
+    def without_outputs(self) -> StepLoad:
+        """The load of a step with the same rows that wants no output."""
+        return replace(self, outputs=0, output_pairs=None, output_slots=None)
 
     def __add__(self, other: StepLoad) -> StepLoad:
         """The load of a step that does both."""
-        return StepLoad(
+        load = StepLoad(
             self.rows + other.rows,
             self.outputs + other.outputs,
-            tuple(map(sum, zip(self.pairs, other.pairs, strict=True))),
-            tuple(map(sum, zip(self.slots, other.slots, strict=True))),
+            _sums(self.pairs, other.pairs),
+            _sums(self.slots, other.slots),
             self.sequences + other.sequences,
         )
+        if load.outputs == load.rows:
+            return load
+        mine, theirs = self.of_outputs, other.of_outputs
+        pairs, slots = _sums(mine.pairs, theirs.pairs), _sums(mine.slots, theirs.slots)
+        return replace(load, output_pairs=pairs, output_slots=slots)
 
     def rows_of(self, value: Value) -> int:
         return (self.outputs if value.selected else self.rows) * value.experts
@@ -130,10 +163,48 @@ def _visible(sequences: Sequence[SequenceRows], window: int | None) -> tuple[int
         lasts = [max(last for _, last in runs)] * (len(sequence.segments) - 1) + [first + rows - 1]
         for segment, last in zip(sequence.segments, lasts, strict=True):
             pairs += sum(_pairs(segment, window, *run) for run in runs)
-            begin, end = segment.first_position, segment.first_position + segment.length
-            low = begin if window is None else max(begin, first - window + 1)
-            slots += max(0, (min(end, last + 1) if segment.causal else end) - low)
+            slots += _slots(segment, window, first, last)
     return pairs, slots
+
+
+def _visible_to_outputs(sequences: Sequence[SequenceRows], window: int | None) -> tuple[int, int]:
+    """As `_visible`, of the rows with outputs alone. Slots between those that some of them see count too."""
+    pairs = slots = 0
+    for sequence in sequences:
+        if not sequence.outputs:
+            continue
+        if len(sequence.outputs) == len(sequence.tokens):
+            some_pairs, some_slots = _visible((sequence,), window)
+            pairs += some_pairs
+            slots += some_slots
+            continue
+        own = sequence.segments[-1]
+        if window is None and len(sequence.segments) == len(sequence.outputs) == 1 and own.causal:
+            seen = sequence.start + sequence.depths[sequence.outputs[0]] + 1
+            pairs += seen
+            slots += min(own.length, sequence.start + sequence.outputs[0] + 1)
+            continue
+        depths = sequence.depths
+        places = [own.first_position + sequence.start + depths[row] for row in sequence.outputs]
+        first, last = min(places), max(places)
+        # Rows of a tree see slots of their own segment, wherever they stand.
+        ends = [last] * (len(sequence.segments) - 1)
+        ends.append(own.first_position + sequence.start + sequence.outputs[-1])
+        for segment, end in zip(sequence.segments, ends, strict=True):
+            pairs += sum(_pairs(segment, window, place, place) for place in places)
+            slots += _slots(segment, window, first, end)
+    return pairs, slots
+
+
+def _slots(segment: Segment, window: int | None, first: int, last: int) -> int:
+    """Slots of a segment that rows at positions first..last see."""
+    begin, end = segment.first_position, segment.first_position + segment.length
+    low = begin if window is None else max(begin, first - window + 1)
+    return max(0, (min(end, last + 1) if segment.causal else end) - low)
+
+
+def _sums(some: tuple[int, ...], others: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(map(sum, zip(some, others, strict=True)))
 
 
 def _pairs(segment: Segment, window: int | None, first: int, last: int) -> int:

@@ -239,6 +239,11 @@ class Tape:
     def launches(self) -> list[str]:
         """Names of the launches, in order; `profile` gives their times in the same order."""
 
+    def only_outputs(self, only: bool) -> None:
+        """Whether launches that are appended from now on compute only the rows that have outputs, each where
+        it lies; what the others have in their buffers stays. Of norm, quantise, add, activate, linear and
+        attention. Raises ValueError when a launch of another kind is appended while this is on."""
+
     def embed(
         self,
         matrix: Matrix,

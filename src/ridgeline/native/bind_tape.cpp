@@ -64,6 +64,8 @@ class PyTape : public ExpertTape {
  public:
   using ExpertTape::ExpertTape;
 
+  void only_outputs(bool only) { tape_.only_outputs(only); }
+
   void embed(std::shared_ptr<Matrix> matrix, nb::object out, float scale, const std::string& source,
              bool accumulate) {
     if (source != "tokens" && source != "positions")
@@ -287,6 +289,7 @@ void bind_tape(nb::module_& m) {
       .def_prop_ro("isa", [](PyTape& t) { return t.tape().kernels().name; })
       .def_prop_ro("max_rows", [](PyTape& t) { return t.tape().max_rows(); })
       .def_prop_ro("launches", [](PyTape& t) { return t.tape().names(); })
+      .def("only_outputs", &PyTape::only_outputs, "only"_a)
       .def("embed", &PyTape::embed, "matrix"_a, "out"_a, "scale"_a = 1.0f, "source"_a = "tokens",
            "accumulate"_a = false)
       .def("norm", &PyTape::norm, "x"_a, "out"_a, "kind"_a, "eps"_a, "width"_a, "weight"_a = nb::none(),

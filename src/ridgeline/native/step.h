@@ -15,6 +15,11 @@ struct RowBlock {
 
 constexpr int kBlockRows = 16;
 
+// Rows that are neighbours.
+struct RowRun {
+  int32_t begin, count;
+};
+
 struct StepView {
   int32_t rows, outputs, sequences, segments, groups;
   const int32_t* tokens;                  // (rows)
@@ -34,10 +39,18 @@ struct StepView {
   int64_t pages;                          // entries of each group's table
   float* logits;                          // (at least outputs, vocabulary)
   int64_t vocabulary;
-  const RowBlock* blocks;  // the rows, cut for attention
+  // The rows that a launch computes, each where it lies: all of the step's, or those with outputs; in order, once
+  // each, as runs, and cut for attention.
+  const int32_t* chosen;  // (chosen_rows); null where they are all
+  int32_t chosen_rows;
+  const RowRun* runs;
+  int32_t run_count;
+  const RowBlock* blocks;
   int32_t block_count;
   uint8_t* partials;  // memory that the workers share within a launch
   int64_t partial_bytes;
+
+  RIDGELINE_MEMBER int64_t chosen_row(int64_t i) const { return chosen == nullptr ? i : chosen[i]; }
 };
 
 // The slot from which on those that a row sees are not in order: the first on its path that does not lie where it

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <stdexcept>
+#include <type_traits>
 
 namespace ridgeline {
 namespace {
@@ -34,15 +36,29 @@ void find_branches(const StepView& step, RowBlock& block) {
   }
 }
 
-void cut_blocks(const StepView& step, std::vector<RowBlock>& blocks) {
+// Cuts runs of rows into blocks, none of which has rows of two sequences.
+void cut_blocks(const StepView& step, const std::vector<RowRun>& runs, std::vector<RowBlock>& blocks) {
   blocks.clear();
-  for (int32_t s = 0; s < step.sequences; ++s) {
-    const int32_t end = step.sequence_row_begin[s + 1];
-    for (int32_t row = step.sequence_row_begin[s]; row < end; row += kBlockRows) {
-      blocks.push_back({s, row, std::min(kBlockRows, end - row), 0, 0});
+  for (const RowRun& run : runs) {
+    const int32_t end = run.begin + run.count;
+    for (int32_t row = run.begin; row < end; row += blocks.back().row_count) {
+      const int32_t s = step.row_sequence[row];
+      const int32_t last = std::min(end, step.sequence_row_begin[s + 1]);
+      blocks.push_back({s, row, std::min(kBlockRows, last - row), 0, 0});
       find_branches(step, blocks.back());
     }
   }
+}
+
+bool computes_chosen_rows(const AnyLaunch& launch) {
+  return std::visit(
+      [](const auto& l) {
+        using L = std::decay_t<decltype(l)>;
+        return std::is_same_v<L, NormLaunch> || std::is_same_v<L, QuantiseLaunch> ||
+               std::is_same_v<L, AddLaunch> || std::is_same_v<L, ActivateLaunch> ||
+               std::is_same_v<L, LinearLaunch> || std::is_same_v<L, AttentionLaunch>;
+      },
+      launch);
 }
 
 double now_s() {
@@ -92,8 +108,11 @@ void Tape::collect(const AnyLaunch& launch) {
 
 void Tape::append(std::string name, AnyLaunch launch) {
   std::lock_guard lock(running_);
+  if (only_outputs_ && !computes_chosen_rows(launch))
+    throw std::invalid_argument("only_outputs is on before " + name + "; accepted: off");
   collect(launch);
-  launches_.push_back(std::move(launch));
+  launches_.push_back({std::move(launch), only_outputs_});
+  any_only_outputs_ = any_only_outputs_ || only_outputs_;
   names_.push_back(std::move(name));
   scratch_.clear();
 }
@@ -116,23 +135,57 @@ void Tape::launch(const AnyLaunch& launch, const StepView& step, Worker& worker)
              launch);
 }
 
+void Tape::ChosenRows::show(StepView& step) const {
+  step.runs = runs.data();
+  step.run_count = int32_t(runs.size());
+  step.blocks = blocks.data();
+  step.block_count = int32_t(blocks.size());
+}
+
+void Tape::choose_all(StepView& step) {
+  step.chosen = nullptr;
+  step.chosen_rows = step.rows;
+  all_.runs.assign(1, {0, step.rows});
+  cut_blocks(step, all_.runs, all_.blocks);
+  all_.show(step);
+}
+
+// A row that is wanted twice is computed once.
+void Tape::choose_outputs(StepView& step) {
+  std::vector<int32_t>& rows = wanted_.rows;
+  rows.assign(step.output_rows, step.output_rows + step.outputs);
+  std::sort(rows.begin(), rows.end());
+  rows.erase(std::unique(rows.begin(), rows.end()), rows.end());
+  if (int32_t(rows.size()) == step.rows) return;
+  wanted_.runs.clear();
+  for (const int32_t row : rows) {
+    if (wanted_.runs.empty() || wanted_.runs.back().begin + wanted_.runs.back().count != row)
+      wanted_.runs.push_back({row, 0});
+    ++wanted_.runs.back().count;
+  }
+  cut_blocks(step, wanted_.runs, wanted_.blocks);
+  step.chosen = rows.data();
+  step.chosen_rows = int32_t(rows.size());
+  wanted_.show(step);
+}
+
 void Tape::run(StepView step, int64_t logits_rows, std::vector<double>* seconds) {
   std::lock_guard lock(running_);
   check_step(step, logits_rows, needs_);
   while (scratch_.size() < size_t(team_->threads())) scratch_.emplace_back(scratch_bytes_);
-  cut_blocks(step, blocks_);
+  choose_all(step);
   if (partials_.bytes() < partial_bytes_) partials_ = Memory(partial_bytes_, false);
   step.partials = partials_.data();
   step.partial_bytes = int64_t(partials_.bytes());
-  step.blocks = blocks_.data();
-  step.block_count = int32_t(blocks_.size());
+  StepView wanted = step;
+  if (any_only_outputs_) choose_outputs(wanted);
   if (seconds != nullptr) seconds->reserve(launches_.size());
   team_->run(kPhasesPerLaunch * int(launches_.size()), [&](int index) {
     Worker worker{team_.get(), index, 0, scratch_[size_t(index)].data()};
     const bool timed = index == 0 && seconds != nullptr;
     double start = timed ? now_s() : 0.0;
-    for (const AnyLaunch& any : launches_) {
-      launch(any, step, worker);
+    for (const Entry& entry : launches_) {
+      launch(entry.launch, entry.only_outputs ? wanted : step, worker);
       if (!timed) continue;
       const double end = now_s();
       seconds->push_back(end - start);

@@ -46,6 +46,9 @@ class Tape {
   int32_t max_rows() const { return needs_.max_rows; }
   const std::vector<std::string>& names() const { return names_; }
 
+  // Whether launches that are appended from now on compute only the rows that have outputs, each where it lies.
+  void only_outputs(bool only) { only_outputs_ = only; }
+  // Throws std::invalid_argument if a launch of this kind cannot be for some rows only.
   void append(std::string name, AnyLaunch launch);
   // Checks the step and runs it on the team; with `seconds`, also times each launch.
   void run(StepView step, int64_t logits_rows, std::vector<double>* seconds);
@@ -57,13 +60,29 @@ class Tape {
   std::shared_ptr<Team> team_;
   const Kernels& kernels_;
   StepNeeds needs_;
-  std::vector<AnyLaunch> launches_;
+  struct Entry {
+    AnyLaunch launch;
+    bool only_outputs;
+  };
+  // The rows of a StepView that are chosen.
+  struct ChosenRows {
+    std::vector<int32_t> rows;
+    std::vector<RowRun> runs;
+    std::vector<RowBlock> blocks;
+
+    void show(StepView& step) const;
+  };
+  void choose_all(StepView& step);
+  void choose_outputs(StepView& step);
+
+  std::vector<Entry> launches_;
   std::vector<std::string> names_;
-  std::vector<RowBlock> blocks_;
+  bool only_outputs_ = false, any_only_outputs_ = false;
+  ChosenRows all_, wanted_;
   size_t scratch_bytes_ = 0, partial_bytes_;
   std::vector<Memory> scratch_;  // one per worker
   Memory partials_;
-  std::mutex running_;  // guards blocks_ and scratch_
+  std::mutex running_;  // guards all_, wanted_ and scratch_
 };
 
 }  // namespace ridgeline

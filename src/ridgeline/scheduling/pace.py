@@ -72,7 +72,7 @@ class Pace:
     def load_of(self, start: int, rows: int, outputs: int) -> StepLoad:
         """The load of a sequence's next rows."""
         segment = Segment(((),) * len(self.groups), start + rows)
-        asked = SequenceRows(range(rows), start, (segment,), range(outputs))
+        asked = SequenceRows(range(rows), start, (segment,), range(rows - outputs, rows))
         return StepLoad.of(Step((asked,)), self.groups)
 
     def load_of_decodes(self, contexts: Sequence[int]) -> StepLoad:

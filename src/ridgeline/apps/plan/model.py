@@ -100,8 +100,8 @@ class PlannedModel:
             by_format[key] = by_format.get(key, 0) + nbytes
         # A GPU's launches move the same weights and KV cache, but more activations: a fifth of all bytes
         # where prompts are read, which arithmetic bounds. Importing them takes PyTorch, so the CPU's lowering
-        # stands for both, and a plan is the same everywhere.
-        launches = lower(program)
+        # stands for both, and a plan is the same everywhere. A GPU runs the last layer for every row.
+        launches = lower(program, every_row=device == "cuda")
         footprint = _footprint(program, bytes_of, kv_format)
         return FormattedModel(
             choice=choice,

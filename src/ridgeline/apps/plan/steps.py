@@ -47,7 +47,7 @@ def prompt_loads(model: HasProgram, prompt: int, max_rows: int) -> list[StepLoad
     """The loads of the steps that read a prompt, `max_rows` at a time; only the last has an output."""
     ends = [*range(max_rows, prompt, max_rows), prompt]
     loads = [load_of(model, end - begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
-    return [replace(load, outputs=0) for load in loads[:-1]] + loads[-1:]
+    return [load.without_outputs for load in loads[:-1]] + loads[-1:]
 
 
 def times_of(model: FormattedModel, host: Host) -> StepTimeModel:

@@ -126,6 +126,7 @@ class CpuExecutor:
             rope=lambda spec: ropes[spec],
         )
         for launch in launches:
+            tape.only_outputs(launch.only_outputs)
             launch.bind(binding)
         work = WorkModel.of(program, launches, self._footprint(program))
         return CpuHandle(program, launches, tape, ropes, work, buffers.get(program.output.name))

@@ -6,6 +6,8 @@ The rules, each local and guarded by "nobody else reads it":
 - a `Quantise`, or an `Add` to the residual stream, joins the operation that produces its input;
 - picking output rows joins the final norm;
 - head norms, ropes and the rounding of Q, and those of K, join the store of K and V.
+
+Then launches whose results are only wanted of rows with outputs are told so.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from ridgeline.execution.cpu.launches import (
     SampleLaunch,
     SoftcapLaunch,
 )
+from ridgeline.execution.cpu.outputs import for_outputs
 from ridgeline.execution.fusion import Fusion
 from ridgeline.execution.lowering import Launch
 from ridgeline.model.program import (
@@ -55,9 +58,11 @@ from ridgeline.model.program import (
 A8_HEAD_MULTIPLE = 32  # attention writes its heads one by one, so a group of A8 must not span two
 
 
-def lower(program: Program) -> tuple[CpuLaunch, ...]:
-    """The program's launches in order; checked to cover it exactly."""
-    return _Lowering(program).lower()
+def lower(program: Program, every_row: bool = False) -> tuple[CpuLaunch, ...]:
+    """The program's launches in order; checked to cover it exactly. With `every_row`, none is only for rows
+    with outputs but those that the program itself has behind its selection."""
+    launches = _Lowering(program).lower()
+    return launches if every_row else for_outputs(program, launches)
 
 
 class _Lowering(Fusion[CpuLaunch]):

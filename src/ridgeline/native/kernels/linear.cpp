@@ -25,12 +25,19 @@ bool uses_panels(const LinearLaunch& launch, int64_t rows) {
   return any;
 }
 
+// Rows that a launch computes: at most `rows` in each run.
+struct Runs {
+  const RowRun* data;
+  int count;
+  int64_t rows;
+};
+
 // How a launch is cut into units. It decides who computes what, never how.
 struct Cut {
   int64_t pairs;           // of output tiles, over all parts
   int64_t pairs_per_unit;  // neighbours in memory
   int64_t rows_per_unit;
-  int64_t pair_units, units;
+  int64_t pair_units, row_units;
 };
 
 // Even runs of rows, enough of them to give every worker something to do.
@@ -40,21 +47,25 @@ int64_t panel_rows(int64_t rows, int64_t pairs, int threads) {
   return int64_t(round_up(size_t((rows + runs - 1) / runs), kRegisterRows));
 }
 
-Cut cut(const LinearLaunch& launch, int64_t rows, int threads) {
+int64_t row_units(const RowRun& run, int64_t rows_per_unit) {
+  return (run.count + rows_per_unit - 1) / rows_per_unit;
+}
+
+Cut cut(const LinearLaunch& launch, const Runs& runs, int threads) {
   constexpr int64_t kRowsPerUnit = 66, kUnitsPerWorker = 8;
   constexpr int64_t kBytesPerUnit = 128 << 10;  // of weights, to stay in the second-level cache
+  const int64_t rows = runs.rows;
   Cut c{};
   for (const LinearPart& part : launch.parts) c.pairs += pair_count(part.matrix);
   c.rows_per_unit = rows < kRowsPerUnit ? rows : kRowsPerUnit;
   if (uses_panels(launch, rows)) c.rows_per_unit = panel_rows(rows, c.pairs, threads);
-  const int64_t row_units = (rows + c.rows_per_unit - 1) / c.rows_per_unit;
+  for (int i = 0; i < runs.count; ++i) c.row_units += row_units(runs.data[i], c.rows_per_unit);
   const LinearPart& part = launch.parts.front();
   const int64_t fitting = kBytesPerUnit / pair_bytes(part),
-                wanted = c.pairs * row_units / (kUnitsPerWorker * threads);
+                wanted = c.pairs * c.row_units / (kUnitsPerWorker * threads);
   c.pairs_per_unit = wanted < fitting ? wanted : fitting;
   if (c.pairs_per_unit < 1) c.pairs_per_unit = 1;
   c.pair_units = (c.pairs + c.pairs_per_unit - 1) / c.pairs_per_unit;
-  c.units = c.pair_units * row_units;
   return c;
 }
 
@@ -110,12 +121,17 @@ size_t linear_scratch_bytes(const LinearLaunch& launch) {
 }
 
 void linear(const LinearLaunch& launch, const StepView& step, Worker& worker) {
-  const int64_t rows = launch.outputs_only ? step.outputs : step.rows;
-  if (rows == 0) return;
-  const Cut c = cut(launch, rows, worker.team->threads());
-  worker.for_units(c.units, [&](int64_t unit) {
-    const int64_t begin = unit / c.pair_units * c.rows_per_unit;
-    const int64_t end = begin + c.rows_per_unit < rows ? begin + c.rows_per_unit : rows;
+  const RowRun gathered{0, step.outputs};
+  const Runs runs = launch.outputs_only ? Runs{&gathered, 1, step.outputs}
+                                        : Runs{step.runs, step.run_count, step.chosen_rows};
+  if (runs.rows == 0) return;
+  const Cut c = cut(launch, runs, worker.team->threads());
+  worker.for_units(c.pair_units * c.row_units, [&](int64_t unit) {
+    const RowRun* run = runs.data;
+    int64_t place = unit / c.pair_units;
+    for (int64_t n; place >= (n = row_units(*run, c.rows_per_unit)); ++run) place -= n;
+    const int64_t run_end = int64_t(run->begin) + run->count, begin = run->begin + place * c.rows_per_unit;
+    const int64_t end = begin + c.rows_per_unit < run_end ? begin + c.rows_per_unit : run_end;
     const int64_t first = unit % c.pair_units * c.pairs_per_unit;
     run_unit(launch, step, {first, c.pairs_per_unit, begin, end}, worker.scratch);
   });

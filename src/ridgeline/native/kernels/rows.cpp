@@ -9,6 +9,11 @@ namespace {
 
 constexpr int64_t kRowsPerUnit = 4;
 
+// Row i of those that a launch computes, of buffers with `experts` rows for each of the step's.
+RIDGELINE_INLINE int64_t row_of(const StepView& step, int64_t i, int64_t experts) {
+  return experts == 1 ? step.chosen_row(i) : step.chosen_row(i / experts) * experts + i % experts;
+}
+
 RIDGELINE_INLINE vfloat load_up_to(const float* p, int count) { return load(first_lanes(count), p); }
 
 // Sum of f(vector at column) over the row, in four interleaved accumulators. f gives zeros beyond the width.
@@ -51,16 +56,18 @@ void norm_row(const NormLaunch& launch, const float* x, int64_t row) {
 }  // namespace
 
 void norm(const NormLaunch& launch, const StepView& step, Worker& worker) {
-  for_rows(worker, launch.gather ? step.outputs : step.rows, kRowsPerUnit, [&](int64_t row) {
-    const int64_t source = launch.gather ? step.output_rows[row] : row;
+  for_rows(worker, launch.gather ? step.outputs : step.chosen_rows, kRowsPerUnit, [&](int64_t i) {
+    const int64_t row = launch.gather ? i : step.chosen_row(i);
+    const int64_t source = launch.gather ? step.output_rows[i] : row;
     norm_row(launch, launch.x.data + source * launch.x.stride, row);
   });
 }
 
 void quantise(const QuantiseLaunch& launch, const StepView& step, Worker& worker) {
-  const int64_t rows = (launch.gather ? step.outputs : step.rows) * int64_t(launch.experts);
-  for_rows(worker, rows, kRowsPerUnit, [&](int64_t row) {
-    const float* x = launch.x.data + (launch.gather ? step.output_rows[row] : row) * launch.x.stride;
+  const int64_t rows = (launch.gather ? step.outputs : step.chosen_rows) * int64_t(launch.experts);
+  for_rows(worker, rows, kRowsPerUnit, [&](int64_t i) {
+    const int64_t row = launch.gather ? i : row_of(step, i, launch.experts);
+    const float* x = launch.x.data + (launch.gather ? step.output_rows[i] : row) * launch.x.stride;
     write_row(launch.out, row, launch.width, [&](int c, vfloat& a, vfloat& b) {
       a = load_up_to(x + c, launch.width - c);
       b = load_up_to(x + c + 16, launch.width - c - 16);
@@ -70,7 +77,8 @@ void quantise(const QuantiseLaunch& launch, const StepView& step, Worker& worker
 
 void add(const AddLaunch& launch, const StepView& step, Worker& worker) {
   const Target out{.f32 = launch.out, .accumulate = true};
-  for_rows(worker, step.rows, kRowsPerUnit, [&](int64_t row) {
+  for_rows(worker, step.chosen_rows, kRowsPerUnit, [&](int64_t i) {
+    const int64_t row = step.chosen_row(i);
     const float* x = launch.x.data + row * launch.x.stride;
     write_row(out, row, launch.width, [&](int c, vfloat& a, vfloat& b) {
       a = load_up_to(x + c, launch.width - c);
@@ -80,7 +88,8 @@ void add(const AddLaunch& launch, const StepView& step, Worker& worker) {
 }
 
 void activate(const ActivateLaunch& launch, const StepView& step, Worker& worker) {
-  for_rows(worker, step.rows * int64_t(launch.experts), kRowsPerUnit, [&](int64_t row) {
+  for_rows(worker, step.chosen_rows * int64_t(launch.experts), kRowsPerUnit, [&](int64_t i) {
+    const int64_t row = row_of(step, i, launch.experts);
     const float* x = launch.x.data + row * launch.x.stride;
     const float* times =
         launch.times.data == nullptr ? nullptr : launch.times.data + row * launch.times.stride;
