@@ -4,7 +4,7 @@
 // splits of kSplitSlots slots, in a split tiles of kTileSlots, both anchored at slot 0; the splits' results
 // are merged in order. Slots that a row does not see add exact zeros (x * 0 + acc for finite x), so it does
 // not matter whether they are computed for the sake of another row of the block. Values that are not finite
-// would break that; a tile that holds one takes each row's own slots only.
+// would break that; a tile that holds one takes each row's own slots only. Scores are in units of log 2.
 #pragma once
 
 #include <type_traits>
@@ -19,6 +19,7 @@ RIDGELINE_BEGIN
 namespace {
 
 constexpr int kSplitSlots = 256;
+constexpr float kLog2E = 1.44269504f;
 constexpr float kLowest = -1e30f;  // finite, so that (masked - lowest) is minus infinity and not a NaN
 
 RIDGELINE_INLINE SlotRange clip(SlotRange r, int begin, int end) {
@@ -120,7 +121,8 @@ class BlockTask {
         b_(buffers),
         ratio_(launch.heads / launch.kv_heads),
         queries_(block.row_count * ratio_),
-        packed_(kFastBf16Dot && launch.rounded_q.data != nullptr && launch.pool.format == KvFormat::bf16) {
+        packed_(kFastBf16Dot && launch.rounded_q.data != nullptr && launch.pool.format == KvFormat::bf16),
+        score_factor_((launch.softcap == 0 ? launch.scale : launch.softcap) * kLog2E) {
     for (int i = 0; i < queries_; ++i) {
       const int64_t row = block.row_begin + i / ratio_;
       const int64_t column = int64_t(kv_head * ratio_ + i % ratio_) * launch.head_dim;
@@ -173,7 +175,7 @@ class BlockTask {
     const State& total = b_.total;
     for (int i = 0; i < queries_; ++i) {
       const float top = total.top[i] > split.top[i] ? total.top[i] : split.top[i];
-      const vfloat keep = exp(splat(total.top[i] - top)), take = exp(splat(split.top[i] - top));
+      const vfloat keep = exp2(splat(total.top[i] - top)), take = exp2(splat(split.top[i] - top));
       store(first_lanes(1), total.sum + i, fma(splat(split.sum[i]), take, splat(total.sum[i]) * keep));
       total.top[i] = top;
       for (int d = i * b_.value_stride; d < (i + 1) * b_.value_stride; d += 16) {
@@ -186,11 +188,11 @@ class BlockTask {
   float final_scale(int i) const {
     float top = b_.total.top[i], sum = b_.total.sum[i], keep = 1.0f;
     if (launch_.sinks != nullptr) {
-      const float sink = launch_.sinks[kv_head_ * ratio_ + i % ratio_];
+      const float sink = launch_.sinks[kv_head_ * ratio_ + i % ratio_] * kLog2E;
       const float new_top = sink > top ? sink : top;
       alignas(64) float decayed[32];
-      store(decayed, exp(splat(top - new_top)));
-      store(decayed + 16, exp(splat(sink - new_top)));
+      store(decayed, exp2(splat(top - new_top)));
+      store(decayed + 16, exp2(splat(sink - new_top)));
       keep = decayed[0];
       sum = sum * keep + decayed[16];
     }
@@ -299,39 +301,100 @@ class BlockTask {
   template <class Pages>
   void run_tile(const Pages& source, int begin, SlotRange slots, PageRange pages, float bias, Rows rows,
                 const State& state) {
+    if constexpr (std::is_same_v<Pages, Bf16Pages>) {
+      if (packed_) return run_packed_tile(source, begin, slots, pages, bias, rows, state);
+    }
     const bool alone = rows.count == 1;
-    if (!alone && !packed_) widen_keys(source, pages);
+    if (!alone) widen_keys(source, pages);
     const bool finite = alone || widen_values(source, slots, pages);
     by_queries(rows.count * ratio_, [&](auto count, int place) RIDGELINE_INLINED {
       constexpr int kQueries = decltype(count)::value;
       const int first = rows.begin * ratio_ + place;
-      score_queries<kQueries>(source, alone, pages, first);
-      for (int i = first; i < first + kQueries; ++i) softmax(source, i, begin, pages, bias, state);
-      const float *p = b_.p + first * kTileSlots, *decay = b_.decay + first;
-      float* o = state.o + first * b_.value_stride;
+      float *p = b_.p + first * kTileSlots, *o = state.o + first * b_.value_stride;
+      const float* decay = b_.decay + first;
+      if (alone)
+        score<kQueries>(source, pages, b_.q + first, launch_.head_dim, p);
+      else
+        score<kQueries>(b_.widened, pages, b_.q + first, launch_.head_dim, p);
+      for (int i = first; i < first + kQueries; ++i) softmax<false>(source, i, begin, pages, bias, state);
       if (alone) return add_values<kQueries>(source, slots, p, decay, o, b_.value_stride);
       if (finite) return add_values<kQueries>(b_.widened, slots, p, decay, o, b_.value_stride);
       for (int i = first; i < first + kQueries; ++i) add_own_values(i, begin, slots, state);
     });
   }
 
-  template <int kQueries, class Pages>
-  void score_queries(const Pages& source, bool alone, PageRange pages, int first) const {
-    float* out = b_.p + first * kTileSlots;
-    if constexpr (std::is_same_v<Pages, Bf16Pages>) {
-      if (packed_)
-        return score<kQueries>(PackedKeys{source}, pages, b_.rounded_q + first, launch_.head_dim, out);
+  // The same with products of bfloat16: of queries and keys, and of weights and values.
+  void run_packed_tile(const Bf16Pages& source, int begin, SlotRange slots, PageRange pages, float bias,
+                       Rows rows, const State& state) {
+    const PairsInPages in_pages{source, slots};
+    const PackedPairs packed{reinterpret_cast<int32_t*>(b_.widened.value_rows), b_.value_stride};
+    const bool alone = rows.count == 1;
+    const bool dense = alone || (seen_by_all(rows, begin, slots) ? pack_values<false>(in_pages, packed)
+                                                                 : pack_values<true>(in_pages, packed));
+    by_queries(rows.count * ratio_, [&](auto count, int place) RIDGELINE_INLINED {
+      constexpr int kQueries = decltype(count)::value;
+      const int first = rows.begin * ratio_ + place;
+      float *p = b_.p + first * kTileSlots, *o = state.o + first * b_.value_stride;
+      score<kQueries>(PackedKeys{source}, pages, b_.rounded_q + first, launch_.head_dim, p);
+      for (int i = first; i < first + kQueries; ++i) softmax<true>(source, i, begin, pages, bias, state);
+      const uint16_t* weights = rounded_weights(first);
+      const float* decay = b_.decay + first;
+      if (alone) return add_values<kQueries>(in_pages, slots, weights, decay, o, b_.value_stride);
+      if (dense) return add_values<kQueries>(packed, slots, weights, decay, o, b_.value_stride);
+      for (int i = first; i < first + kQueries; ++i) {
+        const SlotRange own = own_slots(i, begin, slots);
+        if (own.begin >= own.end) continue;
+        add_values<1>(PairsInPages{source, own}, own, rounded_weights(i), b_.decay + i,
+                      state.o + i * b_.value_stride, b_.value_stride);
+      }
+    });
+  }
+
+  uint16_t* rounded_weights(int i) const { return reinterpret_cast<uint16_t*>(b_.p + i * kTileSlots); }
+
+  // Whether each of the rows sees all of a tile's slots.
+  bool seen_by_all(Rows rows, int begin, SlotRange slots) const {
+    for (int i = rows.begin; i < rows.begin + rows.count; ++i) {
+      const SlotRange own = b_.visible[i * ratio_];
+      if (own.begin > begin + slots.begin || own.end < begin + slots.end) return false;
     }
-    if (alone) return score<kQueries>(source, pages, b_.q + first, launch_.head_dim, out);
-    score<kQueries>(b_.widened, pages, b_.q + first, launch_.head_dim, out);
+    return true;
+  }
+
+  // The values of `pairs`, in its slots. False if one of them is infinite or not a number, where that is checked.
+  template <bool kCheck>
+  bool pack_values(const PairsInPages& pairs, const PackedPairs& out) const {
+    const vint exponents = isplat(0x7f807f80), lowest = isplat(0x00800080);
+    vint carries = izero();  // out of exponents of ones
+    for (int column = 0; column < launch_.head_dim; column += kGroup) {
+      const vmask mask = pairs.value_mask(column);
+      int slot = pairs.slots.begin / 2 * 2;
+      const uint16_t* row = pairs.pair_row(slot);
+      for (; slot < pairs.slots.end; slot += 2, row = next_pair_row(pairs, unsigned(slot), row)) {
+        const SlotPair x = pairs.pair(slot, mask, row + column);
+        if (kCheck) {
+          carries = bit_or(carries, add(bit_and(x.even, exponents), lowest));
+          carries = bit_or(carries, add(bit_and(x.odd, exponents), lowest));
+        }
+        istore(out.pair_row(slot) + column, x.even);
+        istore(out.pair_row(slot) + column + 16, x.odd);
+      }
+    }
+    return reduce_max(shift_right<1>(bit_and(carries, isplat(int32_t(0x80008000u))))) == 0;
+  }
+
+  // The slots of a tile that a query sees.
+  SlotRange own_slots(int i, int begin, SlotRange slots) const {
+    const SlotRange own = clip(b_.visible[i], begin + slots.begin, begin + slots.end);
+    return {own.begin - begin, own.end - begin};
   }
 
   // The values of the slots that a query sees; where it sees none its state stays.
   void add_own_values(int i, int begin, SlotRange slots, const State& state) const {
-    const SlotRange own = clip(b_.visible[i], begin + slots.begin, begin + slots.end);
+    const SlotRange own = own_slots(i, begin, slots);
     if (own.begin >= own.end) return;
-    add_values<1>(b_.widened, {own.begin - begin, own.end - begin}, b_.p + i * kTileSlots, b_.decay + i,
-                  state.o + i * b_.value_stride, b_.value_stride);
+    add_values<1>(b_.widened, own, b_.p + i * kTileSlots, b_.decay + i, state.o + i * b_.value_stride,
+                  b_.value_stride);
   }
 
   template <class Pages>
@@ -371,13 +434,13 @@ class BlockTask {
   }
 
   vfloat scaled(vfloat product, float bias) const {
-    if (launch_.softcap == 0) return fma(product, splat(launch_.scale), splat(bias));
-    const vfloat cap = splat(launch_.softcap);
-    return fma(cap, tanh(product * splat(launch_.scale) / cap), splat(bias));
+    if (launch_.softcap != 0) product = tanh(product * splat(launch_.scale) / splat(launch_.softcap));
+    return fma(product, splat(score_factor_), splat(bias * kLog2E));
   }
 
-  // Scores to weights, for one query; updates its maximum, its sum and the decay of what it has so far.
-  template <class Pages>
+  // Scores to weights, for one query, in bfloat16 or in float32; updates its maximum, its sum and the decay of what
+  // it has so far.
+  template <bool kRounded, class Pages>
   void softmax(const Pages& source, int i, int begin, PageRange pages, float bias, const State& state) {
     const SlotRange own = b_.visible[i];
     float* p = b_.p + i * kTileSlots;
@@ -392,12 +455,15 @@ class BlockTask {
     }
     const float old_top = state.top[i], tile_top = reduce_max(largest),
                 top = tile_top > old_top ? tile_top : old_top;
-    const vfloat decay = top == old_top ? splat(1.0f) : exp(splat(old_top - top));  // exp(0) is exactly 1
+    const vfloat decay = top == old_top ? splat(1.0f) : exp2(splat(old_top - top));  // exp2(0) is exactly 1
     vfloat sum = load(b_.lanes + 16 * i) * decay;
     for (int j = pages.begin; j < pages.end; ++j) {
-      const vfloat weight = exp(s[j] - splat(top));
+      const vfloat weight = exp2(s[j] - splat(top));
       sum = sum + weight;
-      store(p + j * kPageTokens, source.scale_weights(j, weight));
+      if constexpr (kRounded)
+        store_weights(rounded_weights(i) + j * kPageTokens, weight);
+      else
+        store(p + j * kPageTokens, source.scale_weights(j, weight));
     }
     store(b_.lanes + 16 * i, sum);
     store(first_lanes(1), b_.decay + i, decay);
@@ -410,7 +476,8 @@ class BlockTask {
   const int kv_head_;
   const Buffers b_;
   const int ratio_, queries_;
-  const bool packed_;  // queries and keys are multiplied as bfloat16
+  const bool packed_;  // products are of bfloat16
+  const float score_factor_;
 };
 
 }  // namespace
