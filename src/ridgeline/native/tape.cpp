@@ -37,9 +37,11 @@ void find_branches(const StepView& step, RowBlock& block) {
 void cut_blocks(const StepView& step, std::vector<RowBlock>& blocks) {
   blocks.clear();
   for (int32_t s = 0; s < step.sequences; ++s) {
-    const int32_t end = step.sequence_row_begin[s + 1];
-    for (int32_t row = step.sequence_row_begin[s]; row < end; row += kBlockRows) {
-      blocks.push_back({s, row, std::min(kBlockRows, end - row), 0, 0});
+    const int32_t begin = step.sequence_row_begin[s], end = step.sequence_row_begin[s + 1];
+    const int32_t count = (end - begin + kBlockRows - 1) / kBlockRows;
+    const int32_t size = count == 0 ? 0 : (end - begin + count - 1) / count;  // no small block at the end
+    for (int32_t row = begin; row < end; row += size) {
+      blocks.push_back({s, row, std::min(size, end - row), 0, 0});
       find_branches(step, blocks.back());
     }
   }

@@ -238,9 +238,28 @@ class BlockTask {
     }
   }
 
-  void prefetch_page(const uint8_t* page) const {
-    const size_t bytes = page_bytes(launch_.pool.format, launch_.head_dim);
-    for (size_t i = 0; i < bytes; i += kLineBytes) prefetch(page + i);
+  // Pages that are wanted next: those of the tile that follows, or of the next head's first one.
+  void look_ahead(int segment, int begin, int end) {
+    int head = kv_head_;
+    if (begin >= end) {
+      begin = b_.visible[0].begin / kTileSlots * kTileSlots;
+      head = kv_head_ + 1;
+    }
+    ahead_ = {};
+    if (head == launch_.kv_heads) return;
+    for (int slot = begin; slot < begin + kTileSlots && slot < end; slot += kPageTokens)
+      ahead_.page[ahead_.count++] = page_of(launch_, step_, segment, head, slot);
+  }
+
+  // Fetches the share of them that goes with some of the queries, of which the first half fetch everything: all at
+  // once it would wait for memory, and later it would come too late.
+  void fetch_ahead(int first, int queries, int all) const {
+    const int lines = int(page_bytes(launch_.pool.format, launch_.head_dim) / kLineBytes);
+    const auto share = [&](int done) { return lines * (2 * done < all ? 2 * done : all) / all; };
+    const int from = share(first), to = share(first + queries);
+    for (int p = 0; p < ahead_.count; ++p) {
+      for (int line = from; line < to; ++line) prefetch(ahead_.page[p] + size_t(line) * kLineBytes);
+    }
   }
 
   // Rows of the block.
@@ -250,15 +269,17 @@ class BlockTask {
 
   // Slots [slots.begin, slots.end) of the tile that begins at slot `begin`; pages of others are not touched.
   void run_tile(int segment, int begin, SlotRange slots, int next_end, Rows rows, const State& state) {
-    for (int slot = begin + kTileSlots; slot < begin + 2 * kTileSlots && slot < next_end;
-         slot += kPageTokens) {
-      prefetch_page(page_of(launch_, step_, segment, kv_head_, slot));
+    look_ahead(segment, begin + kTileSlots, next_end);
+    if (rows.count == 1) {  // its few queries come after one another, and wait for memory anyway
+      fetch_ahead(0, 1, 1);
+      ahead_.count = 0;
     }
     const PageRange pages = pages_of(begin, slots);
     TilePages held{};
     for (int p = pages.begin; p < pages.end; ++p)
       held.page[p] = page_of(launch_, step_, segment, kv_head_, begin + p * kPageTokens);
     run_tile(segment, begin, slots, held, rows, state);
+    ahead_.count = 0;
   }
 
   // A tile in which not all rows see their slots in order: those that do together, the others one by one.
@@ -316,7 +337,8 @@ class BlockTask {
         score<kQueries>(source, pages, b_.q + first, launch_.head_dim, p);
       else
         score<kQueries>(b_.widened, pages, b_.q + first, launch_.head_dim, p);
-      for (int i = first; i < first + kQueries; ++i) softmax<false>(source, i, begin, pages, bias, state);
+      softmax<false, kQueries>(source, first, begin, pages, bias, state);
+      fetch_ahead(place, kQueries, rows.count * ratio_);
       if (alone) return add_values<kQueries>(source, slots, p, decay, o, b_.value_stride);
       if (finite) return add_values<kQueries>(b_.widened, slots, p, decay, o, b_.value_stride);
       for (int i = first; i < first + kQueries; ++i) add_own_values(i, begin, slots, state);
@@ -336,7 +358,8 @@ class BlockTask {
       const int first = rows.begin * ratio_ + place;
       float *p = b_.p + first * kTileSlots, *o = state.o + first * b_.value_stride;
       score<kQueries>(PackedKeys{source}, pages, b_.rounded_q + first, launch_.head_dim, p);
-      for (int i = first; i < first + kQueries; ++i) softmax<true>(source, i, begin, pages, bias, state);
+      softmax<true, kQueries>(source, first, begin, pages, bias, state);
+      fetch_ahead(place, kQueries, rows.count * ratio_);
       const uint16_t* weights = rounded_weights(first);
       const float* decay = b_.decay + first;
       if (alone) return add_values<kQueries>(in_pages, slots, weights, decay, o, b_.value_stride);
@@ -433,41 +456,68 @@ class BlockTask {
     return reduce_max(largest) < 0x7f800000;
   }
 
-  vfloat scaled(vfloat product, float bias) const {
-    if (launch_.softcap != 0) product = tanh(product * splat(launch_.scale) / splat(launch_.softcap));
-    return fma(product, splat(score_factor_), splat(bias * kLog2E));
+  // Scores to weights, in bfloat16 or in float32, for a few queries; updates their maxima, their sums and the decay
+  // of what they have so far.
+  template <bool kRounded, int kQueries, class Pages>
+  void softmax(const Pages& source, int first, int begin, PageRange pages, float bias, const State& state) {
+    if (launch_.softcap != 0) {
+      for (int i = first; i < first + kQueries; ++i) cap_scores(source, i, pages);
+    }
+    bool whole = pages.begin == 0 && pages.end == kTilePages;
+    for (int i = first; i < first + kQueries; ++i)
+      whole = whole && b_.visible[i].begin <= begin && b_.visible[i].end >= begin + kTileSlots;
+    if (whole) return weigh<kRounded, true, kQueries>(source, first, begin, pages, bias, state);
+    weigh<kRounded, false, kQueries>(source, first, begin, pages, bias, state);
   }
 
-  // Scores to weights, for one query, in bfloat16 or in float32; updates its maximum, its sum and the decay of what
-  // it has so far.
-  template <bool kRounded, class Pages>
-  void softmax(const Pages& source, int i, int begin, PageRange pages, float bias, const State& state) {
-    const SlotRange own = b_.visible[i];
-    float* p = b_.p + i * kTileSlots;
-    vfloat s[kTilePages], largest = splat(-__builtin_inff());
+  template <class Pages>
+  void cap_scores(const Pages& source, int i, PageRange pages) const {
     for (int j = pages.begin; j < pages.end; ++j) {
-      s[j] = scaled(source.scale_products(j, load(p + j * kPageTokens)), bias);
-      const int first = begin + j * kPageTokens;
-      if (own.begin > first || own.end < first + kPageTokens) {
-        s[j] = select(lanes(own.begin - first, own.end - first), s[j], splat(-__builtin_inff()));
+      float* p = b_.p + i * kTileSlots + j * kPageTokens;
+      store(p, tanh(source.scale_products(j, load(p)) * splat(launch_.scale) / splat(launch_.softcap)));
+    }
+  }
+
+  // All maxima come before the first weight, so that the queries do not wait for one another. `kWhole`: the queries
+  // see all of the tile.
+  template <bool kRounded, bool kWhole, int kQueries, class Pages>
+  void weigh(const Pages& source, int first, int begin, PageRange pages, float bias, const State& state) const {
+    const int from = kWhole ? 0 : pages.begin, to = kWhole ? kTilePages : pages.end;
+    const vfloat factor = splat(score_factor_), shift = splat(bias * kLog2E);
+    vfloat s[kQueries][kTilePages];
+    float tops[kQueries];
+    for (int q = 0; q < kQueries; ++q) {
+      const SlotRange own = b_.visible[first + q];
+      vfloat largest = splat(-__builtin_inff());
+      for (int j = from; j < to; ++j) {
+        vfloat product = load(b_.p + (first + q) * kTileSlots + j * kPageTokens);
+        if (launch_.softcap == 0) product = source.scale_products(j, product);
+        s[q][j] = fma(product, factor, shift);
+        if constexpr (!kWhole) {
+          const int slot = begin + j * kPageTokens;
+          s[q][j] = select(lanes(own.begin - slot, own.end - slot), s[q][j], splat(-__builtin_inff()));
+        }
+        largest = max(largest, s[q][j]);
       }
-      largest = max(largest, s[j]);
+      const float tile_top = reduce_max(largest);
+      tops[q] = tile_top > state.top[first + q] ? tile_top : state.top[first + q];
     }
-    const float old_top = state.top[i], tile_top = reduce_max(largest),
-                top = tile_top > old_top ? tile_top : old_top;
-    const vfloat decay = top == old_top ? splat(1.0f) : exp2(splat(old_top - top));  // exp2(0) is exactly 1
-    vfloat sum = load(b_.lanes + 16 * i) * decay;
-    for (int j = pages.begin; j < pages.end; ++j) {
-      const vfloat weight = exp2(s[j] - splat(top));
-      sum = sum + weight;
-      if constexpr (kRounded)
-        store_weights(rounded_weights(i) + j * kPageTokens, weight);
-      else
-        store(p + j * kPageTokens, source.scale_weights(j, weight));
+    for (int q = 0; q < kQueries; ++q) {
+      const int i = first + q;
+      const vfloat decay = exp2(splat(state.top[i] - tops[q]));
+      vfloat sum = load(b_.lanes + 16 * i) * decay;
+      for (int j = from; j < to; ++j) {
+        const vfloat weight = exp2(s[q][j] - splat(tops[q]));
+        sum = sum + weight;
+        if constexpr (kRounded)
+          store_weights(rounded_weights(i) + j * kPageTokens, weight);
+        else
+          store(b_.p + i * kTileSlots + j * kPageTokens, source.scale_weights(j, weight));
+      }
+      store(b_.lanes + 16 * i, sum);
+      store(first_lanes(1), b_.decay + i, decay);
+      state.top[i] = tops[q];
     }
-    store(b_.lanes + 16 * i, sum);
-    store(first_lanes(1), b_.decay + i, decay);
-    state.top[i] = top;
   }
 
   const AttentionLaunch& launch_;
@@ -478,6 +528,10 @@ class BlockTask {
   const int ratio_, queries_;
   const bool packed_;  // products are of bfloat16
   const float score_factor_;
+  struct {
+    const uint8_t* page[kTilePages];
+    int count;
+  } ahead_ = {};
 };
 
 }  // namespace
