@@ -19,7 +19,7 @@ int splits_of(const AttentionLaunch& launch, const StepView& step, const RowBloc
 
 // Rows [begin, end) of a block.
 RowBlock rows_of(const RowBlock& block, int begin, int end) {
-  const int in_place = block.in_place < begin ? 0 : block.in_place > end ? end - begin : block.in_place - begin;
+  const int last = block.in_place < end ? block.in_place : end, in_place = last > begin ? last - begin : 0;
   const int fork = in_place == end - begin ? INT32_MAX : block.fork;
   return {block.sequence, block.row_begin + begin, end - begin, in_place, fork};
 }
@@ -85,7 +85,8 @@ int choose_pieces(const AttentionLaunch& launch, const StepView& step, int threa
   const int ratio = launch.heads / launch.kv_heads;
   const int64_t units = count_units(launch, step, 1);
   int rows = 0, best = 1;
-  for (int b = 0; b < step.block_count; ++b) rows = rows > step.blocks[b].row_count ? rows : step.blocks[b].row_count;
+  for (int b = 0; b < step.block_count; ++b)
+    rows = rows > step.blocks[b].row_count ? rows : step.blocks[b].row_count;
   double least = 0;
   for (int pieces = 1; pieces <= rows && pieces <= kMaxPieces; ++pieces) {
     const double rounds = double((units * pieces + threads - 1) / threads);

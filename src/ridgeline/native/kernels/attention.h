@@ -204,8 +204,8 @@ static void value_tile(const Source& source, SlotRange slots, int column, const 
   }
 }
 
-// The values of two neighbouring slots, of which the first is even, for weights in bfloat16: a lane holds a dimension
-// of both. `even` has the even ones of 32 dimensions, `odd` the odd ones.
+// The values of two neighbouring slots, of which the first is even, for weights in bfloat16: a lane holds a
+// dimension of both. `even` has the even ones of 32 dimensions, `odd` the odd ones.
 struct SlotPair {
   vint even, odd;
 };

@@ -11,6 +11,7 @@
 
 #include "attention.h"
 #include "attention_path.h"
+#include "attention_state.h"
 #include "rows.h"
 #include "vector_math.h"
 
@@ -18,97 +19,8 @@ RIDGELINE_BEGIN
 
 namespace {
 
-constexpr int kSplitSlots = 256;
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLowest = -1e30f;  // finite, so that (masked - lowest) is minus infinity and not a NaN
-
-RIDGELINE_INLINE SlotRange clip(SlotRange r, int begin, int end) {
-  r.begin = r.begin < begin ? begin : r.begin;
-  r.end = r.end > end ? end : r.end;
-  return r;
-}
-
-// The slots of a segment that a row sees; both ends are 0 if there are none.
-RIDGELINE_INLINE SlotRange visible_slots(const AttentionLaunch& launch, const StepView& step, int64_t row,
-                                         int segment) {
-  const int64_t position = int64_t(step.positions[row]) - step.segment_first_position[segment];
-  int64_t begin = launch.window == 0 ? 0 : position - launch.window + 1;
-  int64_t end = step.segment_length[segment];
-  if (step.segment_causal[segment] && position + 1 < end) end = position + 1;
-  begin = begin < 0 ? 0 : begin;
-  return begin < end ? SlotRange{int(begin), int(end)} : SlotRange{0, 0};
-}
-
-// The range that holds what any of a block's rows sees.
-RIDGELINE_INLINE SlotRange visible_slots(const AttentionLaunch& launch, const StepView& step,
-                                         const RowBlock& block, int segment) {
-  SlotRange all{0, 0};
-  for (int i = 0; i < block.row_count; ++i) {
-    const SlotRange own = visible_slots(launch, step, block.row_begin + i, segment);
-    if (own.begin == own.end) continue;
-    if (all.begin == all.end) all = own;
-    all = {all.begin < own.begin ? all.begin : own.begin, all.end > own.end ? all.end : own.end};
-  }
-  return all;
-}
-
-// Splits that a range of slots touches.
-RIDGELINE_INLINE int split_count(SlotRange slots) {
-  return slots.begin == slots.end ? 0 : (slots.end - 1) / kSplitSlots - slots.begin / kSplitSlots + 1;
-}
-
-// Running softmax of a block's queries: largest score, sum of weights, weighted sum of values.
-struct State {
-  float *top, *sum, *o;  // (queries), (queries), (queries, value_stride)
-};
-
-// Cuts memory into arrays; at base 0 it only counts.
-struct Arena {
-  uintptr_t base = 0;
-  size_t used = 0;
-
-  template <class T>
-  RIDGELINE_MEMBER T* take(size_t count) {
-    T* p = reinterpret_cast<T*>(base + used);
-    used += round_up(count * sizeof(T), kLineBytes);
-    return p;
-  }
-  RIDGELINE_MEMBER State take_state(size_t queries, size_t stride) {
-    float *top = take<float>(queries), *sum = take<float>(queries);
-    return {top, sum, take<float>(queries * stride)};
-  }
-};
-
-struct Buffers {
-  int value_stride;
-  Widened widened;
-  float *p, *decay, *lanes, *wide_q;
-  const float** q;
-  const uint16_t** rounded_q;
-  SlotRange* visible;
-  State split, total;
-  uint8_t* path;  // pages of a tile
-};
-
-RIDGELINE_INLINE Buffers lay_out(const AttentionLaunch& launch, Arena& arena) {
-  Buffers b{};
-  b.value_stride = int(round_up(size_t(launch.head_dim), kGroup));
-  const size_t queries = size_t(kBlockRows) * (launch.heads / launch.kv_heads),
-               stride = size_t(b.value_stride);
-  float* keys = arena.take<float>(size_t(launch.head_dim) * kTileSlots);
-  b.widened = {keys, arena.take<float>(kTileSlots * stride), b.value_stride};
-  b.p = arena.take<float>(queries * kTileSlots);
-  b.decay = arena.take<float>(queries);
-  b.lanes = arena.take<float>(queries * 16);
-  b.q = arena.take<const float*>(queries);
-  b.rounded_q = arena.take<const uint16_t*>(queries);
-  b.wide_q = arena.take<float>(launch.rounded_q.data == nullptr ? 0 : queries * stride);
-  b.visible = arena.take<SlotRange>(queries);
-  b.split = arena.take_state(queries, stride);
-  b.total = arena.take_state(queries, stride);
-  b.path = arena.take<uint8_t>(kTilePages * page_bytes(launch.pool.format, launch.head_dim));
-  return b;
-}
 
 class BlockTask {
  public:
@@ -251,8 +163,8 @@ class BlockTask {
       ahead_.page[ahead_.count++] = page_of(launch_, step_, segment, head, slot);
   }
 
-  // Fetches the share of them that goes with some of the queries, of which the first half fetch everything: all at
-  // once it would wait for memory, and later it would come too late.
+  // Fetches the share of them that goes with some of the queries, of which the first half fetch everything: all
+  // at once it would wait for memory, and later it would come too late.
   void fetch_ahead(int first, int queries, int all) const {
     const int lines = int(page_bytes(launch_.pool.format, launch_.head_dim) / kLineBytes);
     const auto share = [&](int done) { return lines * (2 * done < all ? 2 * done : all) / all; };
@@ -384,7 +296,7 @@ class BlockTask {
     return true;
   }
 
-  // The values of `pairs`, in its slots. False if one of them is infinite or not a number, where that is checked.
+  // The values of `pairs`, in its slots. False if one is infinite or not a number, where that is checked.
   template <bool kCheck>
   bool pack_values(const PairsInPages& pairs, const PackedPairs& out) const {
     const vint exponents = isplat(0x7f807f80), lowest = isplat(0x00800080);
@@ -456,8 +368,8 @@ class BlockTask {
     return reduce_max(largest) < 0x7f800000;
   }
 
-  // Scores to weights, in bfloat16 or in float32, for a few queries; updates their maxima, their sums and the decay
-  // of what they have so far.
+  // Scores to weights, in bfloat16 or in float32, for a few queries; updates their maxima, their sums and the
+  // decay of what they have so far.
   template <bool kRounded, int kQueries, class Pages>
   void softmax(const Pages& source, int first, int begin, PageRange pages, float bias, const State& state) {
     if (launch_.softcap != 0) {
@@ -478,8 +390,8 @@ class BlockTask {
     }
   }
 
-  // All maxima come before the first weight, so that the queries do not wait for one another. `kWhole`: the queries
-  // see all of the tile.
+  // All maxima come before the first weight, so that the queries do not wait for one another. `kWhole`: the
+  // queries see all of the tile.
   template <bool kRounded, bool kWhole, int kQueries, class Pages>
   void weigh(const Pages& source, int first, int begin, PageRange pages, float bias, const State& state) const {
     const int from = kWhole ? 0 : pages.begin, to = kWhole ? kTilePages : pages.end;
