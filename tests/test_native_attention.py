@@ -19,6 +19,7 @@ from native_oracles import (
     a8_buffer,
     a8_values,
     bf16_bits,
+    bf16_buffer,
     f32_buffer,
     kv8_values,
     step_inputs,
@@ -32,7 +33,8 @@ ONE_THREAD = native.Team(1)
 FIVE_THREADS = native.Team(5)
 BF16, F32, INT8 = np.dtype(np.uint16), np.dtype(np.float32), np.dtype(np.uint8)
 NAN = {BF16: 0x7FFF, F32: np.nan, INT8: 0xFF}  # what fills a pool with NaN: int8 codes have NaN scales
-POOLS = pytest.mark.parametrize("pool", NAN, ids=["bf16", "f32", "int8"])
+KINDS: list[dict[str, Any]] = [{"pool": pool} for pool in NAN] + [{"pool": BF16, "rounded": True}]
+EACH_KIND = pytest.mark.parametrize("kind", KINDS, ids=["bf16", "f32", "int8", "bf16-rounded"])
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,14 @@ class Shape:
     softcap: float = 0.0
     with_sinks: bool = False
     pool: np.dtype[Any] = BF16
+    rounded: bool = False  # queries are bfloat16; weights are too where the level multiplies such pairs
+
+    def queries(self, q: Floats) -> Floats:
+        return widen(bf16_bits(q)) if self.rounded else q
+
+    @property
+    def tolerances(self) -> dict[str, float]:
+        return {"rtol": 1e-4, "atol": 8e-3 if self.rounded else 2e-6}
 
     def stored(self, x: Floats) -> Floats:
         """x as the pool rounds it, (..., kv_width)."""
@@ -77,12 +87,14 @@ class Harness:
         self.k, self.v = f32_buffer(max_rows, shape.kv_width), f32_buffer(max_rows, shape.kv_width)
         geometry = (0, shape.heads, shape.kv_heads, shape.head_dim)
         self.tape = native.Tape(team, isa, max_rows)
-        self.tape.rope_store(self.q, self.k, self.v, self.pool, *geometry)
+        rounded = bf16_buffer(max_rows, shape.q_width) if shape.rounded else None
+        self.tape.rope_store(self.q, self.k, self.v, self.pool, *geometry, rounded_q=rounded)
+        queries = self.q if rounded is None else rounded
         options = (shape.scale, shape.window, shape.softcap, shape.sinks)
-        self.tape.attention(self.q, self.out, self.pool, *geometry, *options)
+        self.tape.attention(queries, self.out, self.pool, *geometry, *options)
         self.coded = a8_buffer(max_rows, shape.q_width)
         if shape.head_dim % 32 == 0:
-            self.tape.attention(self.q, self.coded, self.pool, *geometry, *options)
+            self.tape.attention(queries, self.coded, self.pool, *geometry, *options)
 
     def run(self, sequences: Sequence[Rows], q: Floats, k: Floats, v: Floats) -> Floats:
         rows, shape = len(q), self.shape
@@ -121,7 +133,7 @@ class Context:
 
 def attention_of(shape: Shape, q: Floats, position: int, contexts: Sequence[Context]) -> np.ndarray:
     """One row: q (heads, head_dim) over its segments, in float64."""
-    scores, values = [], []
+    scores, values, q = [], [], shape.queries(q)
     for c in contexts:
         at = c.segment.first_position + np.arange(c.segment.length)
         seen = np.ones(len(at), bool) if not c.segment.causal else at <= position
@@ -170,6 +182,11 @@ SHAPES = [
     Shape(heads=4, kv_heads=4, head_dim=6, softcap=1.5, pool=INT8),
     Shape(heads=5, kv_heads=1, head_dim=18, window=20, pool=INT8),
     Shape(heads=6, kv_heads=2, head_dim=32, window=30, with_sinks=True, pool=INT8),
+    Shape(heads=9, kv_heads=3, head_dim=64, scale=0.125, rounded=True),
+    Shape(heads=5, kv_heads=1, head_dim=18, window=13, rounded=True),
+    Shape(heads=2, kv_heads=2, head_dim=96, window=40, softcap=1.5, rounded=True),
+    Shape(heads=6, kv_heads=2, head_dim=32, window=30, with_sinks=True, rounded=True),
+    Shape(heads=4, kv_heads=2, head_dim=32, pool=INT8, rounded=True),
 ]
 
 
@@ -190,7 +207,7 @@ def test_whole_prompt_is_softmax_attention(isa: str, shape: Shape, length: int) 
     context = Context(k, v, Part(length))
     heads = q.reshape(length, shape.heads, -1)
     expected = np.stack([attention_of(shape, heads[i], i, [context]) for i in range(length)])
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(out, expected, **shape.tolerances)
 
 
 def run_in_chunks(
@@ -227,10 +244,10 @@ def test_chunks_pages_and_threads_change_no_bit(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("window", [0, 600])
-@pytest.mark.parametrize("pool", [BF16, INT8], ids=["bf16", "int8"])
-def test_long_contexts_by_one_row_and_by_many(isa: str, window: int, pool: np.dtype[Any]) -> None:
+@EACH_KIND
+def test_long_contexts_by_one_row_and_by_many(isa: str, window: int, kind: dict[str, Any]) -> None:
     """Several splits: one new token alone, and as the last of a chunk, on one thread and on two."""
-    shape = Shape(heads=3, kv_heads=1, head_dim=16, window=window, pool=pool)
+    shape = Shape(heads=3, kv_heads=1, head_dim=16, window=window, **kind)
     length = 1400
     tokens = make_tokens(np.random.default_rng(2), shape, length)
     pages = np.random.default_rng(3).permutation(-(-length // 16)).tolist()
@@ -240,14 +257,14 @@ def test_long_contexts_by_one_row_and_by_many(isa: str, window: int, pool: np.dt
         np.testing.assert_array_equal(by_row.view(np.uint32), whole.view(np.uint32))
     k, v = (shape.stored(x).reshape(length, 1, -1) for x in tokens[1:])
     expected = attention_of(shape, tokens[0][-1].reshape(3, -1), length - 1, [Context(k, v, Part(length))])
-    np.testing.assert_allclose(whole[-1], expected, rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(whole[-1], expected, **shape.tolerances)
 
 
 @pytest.mark.parametrize("isa", LEVELS)
-@POOLS
-def test_a_row_is_not_touched_by_values_that_it_cannot_see(isa: str, pool: np.dtype[Any]) -> None:
+@EACH_KIND
+def test_a_row_is_not_touched_by_values_that_it_cannot_see(isa: str, kind: dict[str, Any]) -> None:
     """A later row of the same block stores infinities and NaN: earlier rows keep their bits."""
-    shape = Shape(pool=pool)
+    shape = Shape(**kind)
     q, k, v = make_tokens(np.random.default_rng(4), shape, 20)
     clean = run_in_chunks(isa, shape, (q, k, v), [0, 20], [0, 1])
     bad_v, bad_k = v.copy(), k.copy()
@@ -275,10 +292,10 @@ def test_the_sign_of_a_zero_does_not_depend_on_the_block(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", LEVELS)
 @pytest.mark.parametrize("window", [0, 25])
-@POOLS
-def test_several_segments_with_bias_and_without_mask(isa: str, window: int, pool: np.dtype[Any]) -> None:
+@EACH_KIND
+def test_several_segments_with_bias_and_without_mask(isa: str, window: int, kind: dict[str, Any]) -> None:
     """Two stored segments, one of them seen whole, and the sequence's own: alone and beside others."""
-    shape = Shape(heads=4, kv_heads=2, head_dim=32, window=window, pool=pool)
+    shape = Shape(heads=4, kv_heads=2, head_dim=32, window=window, **kind)
     rng = np.random.default_rng(5)
     harness = Harness(isa, shape, 40, 20)
     first, second, own = Part(20), Part(35, 3, -0.5, causal=False), Part(13, 18, 1.25)
@@ -295,7 +312,7 @@ def test_several_segments_with_bias_and_without_mask(isa: str, window: int, pool
     mine = Rows(0, 13, (first, second, own), tuple(places.values()))
     alone = harness.run([mine], q, k, v)
     expected = [attention_of(shape, q[i].reshape(4, -1), 18 + i, contexts) for i in range(13)]
-    np.testing.assert_allclose(alone, np.stack(expected), rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(alone, np.stack(expected), **shape.tolerances)
     others = make_tokens(rng, shape, 8)
     before, after = Rows(0, 3, (Part(3),), ((10,),)), Rows(0, 5, (Part(5),), ((11,),))
     joined = [np.concatenate([o[:3], x, o[3:]]) for o, x in zip(others, (q, k, v), strict=True)]
@@ -304,10 +321,10 @@ def test_several_segments_with_bias_and_without_mask(isa: str, window: int, pool
 
 
 @pytest.mark.parametrize("isa", LEVELS)
-@POOLS
-def test_long_segments_are_split_alike_by_one_thread_and_by_many(isa: str, pool: np.dtype[Any]) -> None:
+@EACH_KIND
+def test_long_segments_are_split_alike_by_one_thread_and_by_many(isa: str, kind: dict[str, Any]) -> None:
     """A row over two stored segments and its own, each of several splits, alone and in company."""
-    shape = Shape(heads=4, kv_heads=2, head_dim=16, pool=pool)
+    shape = Shape(heads=4, kv_heads=2, head_dim=16, **kind)
     first, second, own = Part(300), Part(530, 300, -1.0, causal=False), Part(261, 830, 0.5)
     outs = []
     for team in (ONE_THREAD, TEAM, FIVE_THREADS):
@@ -328,7 +345,7 @@ def test_long_segments_are_split_alike_by_one_thread_and_by_many(isa: str, pool:
         company = [np.concatenate([x, o]) for x, o in zip(last, make_tokens(rng, shape, 40), strict=True)]
         outs += [alone, harness.run([mine, other], *company)[:1]]
     expected = attention_of(shape, q[-1].reshape(4, -1), 830 + 260, contexts)
-    np.testing.assert_allclose(outs[0][0], expected, rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(outs[0][0], expected, **shape.tolerances)
     for out in outs[1:]:
         np.testing.assert_array_equal(out.view(np.uint32), outs[0].view(np.uint32))
 

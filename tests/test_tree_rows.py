@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from native_oracles import LEVELS, Part, Rows, ints
 from running import PAGES, Loaded, load, relative_error
-from test_native_attention import NAN, SHAPES, Harness, Shape, make_tokens
+from test_native_attention import EACH_KIND, NAN, SHAPES, Harness, Shape, make_tokens
 from test_native_rows import checking_tape, step_with
 from tiny_models import VOCABULARY, TinyModel
 
@@ -106,10 +107,10 @@ def test_a_node_attends_as_at_the_end_of_its_path(isa: str, data: st.DataObject)
 
 
 @pytest.mark.parametrize("isa", LEVELS)
-@pytest.mark.parametrize("pool", NAN, ids=str)
-def test_a_node_is_not_touched_by_its_siblings_values(isa: str, pool: np.dtype) -> None:
+@EACH_KIND
+def test_a_node_is_not_touched_by_its_siblings_values(isa: str, kind: dict[str, Any]) -> None:
     """Infinities and NaN in slots between those of a path."""
-    shape = Shape(pool=pool)
+    shape = Shape(**kind)
     q, k, v = make_tokens(np.random.default_rng(4), shape, 9)
     parents = (-1, 0, 1, 0, 3, 4, -1, 6, 5)
     outs = []

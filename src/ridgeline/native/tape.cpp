@@ -40,12 +40,16 @@ void find_branches(const StepView& step, RowBlock& block) {
 void cut_blocks(const StepView& step, const std::vector<RowRun>& runs, std::vector<RowBlock>& blocks) {
   blocks.clear();
   for (const RowRun& run : runs) {
-    const int32_t end = run.begin + run.count;
-    for (int32_t row = run.begin; row < end; row += blocks.back().row_count) {
-      const int32_t s = step.row_sequence[row];
-      const int32_t last = std::min(end, step.sequence_row_begin[s + 1]);
-      blocks.push_back({s, row, std::min(kBlockRows, last - row), 0, 0});
-      find_branches(step, blocks.back());
+    const int32_t run_end = run.begin + run.count;
+    for (int32_t begin = run.begin, end = begin; begin < run_end; begin = end) {
+      const int32_t s = step.row_sequence[begin];
+      end = std::min(run_end, step.sequence_row_begin[s + 1]);
+      const int32_t count = (end - begin + kBlockRows - 1) / kBlockRows;
+      const int32_t size = (end - begin + count - 1) / count;  // no small block at the end
+      for (int32_t row = begin; row < end; row += size) {
+        blocks.push_back({s, row, std::min(size, end - row), 0, 0});
+        find_branches(step, blocks.back());
+      }
     }
   }
 }

@@ -1,10 +1,13 @@
 // Paged attention with online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022). Where
-// blocks of rows are too few for the workers, their splits are computed side by side (FlashDecoding).
+// blocks of rows are too few for the workers, their rows are cut into pieces, and their splits are computed side by
+// side (FlashDecoding).
 #include "attention_block.h"
 
 RIDGELINE_BEGIN
 
 namespace {
+
+constexpr int kMaxPieces = 4;  // of a block's rows
 
 int splits_of(const AttentionLaunch& launch, const StepView& step, const RowBlock& block) {
   int splits = 0;
@@ -14,33 +17,85 @@ int splits_of(const AttentionLaunch& launch, const StepView& step, const RowBloc
   return splits;
 }
 
-int64_t units_of(const AttentionLaunch& launch, const StepView& step, int block) {
-  return int64_t(splits_of(launch, step, step.blocks[block])) * launch.kv_heads;
+// Rows [begin, end) of a block.
+RowBlock rows_of(const RowBlock& block, int begin, int end) {
+  const int last = block.in_place < end ? block.in_place : end, in_place = last > begin ? last - begin : 0;
+  const int fork = in_place == end - begin ? INT32_MAX : block.fork;
+  return {block.sequence, block.row_begin + begin, end - begin, in_place, fork};
+}
+// One of `pieces` as even as can be.
+RowBlock piece_of(const RowBlock& block, int piece, int pieces) {
+  return rows_of(block, block.row_count * piece / pieces, block.row_count * (piece + 1) / pieces);
 }
 
-// One split as a unit of work.
+// One split of a piece as a unit of work.
 struct SplitUnit {
-  int block, kv_head, segment, split;
+  RowBlock rows;
+  int kv_head, segment, split;
 };
 
-// Units of a block are neighbours, head by head, splits in order.
-SplitUnit find_unit(const AttentionLaunch& launch, const StepView& step, int64_t unit) {
+// Units of a block are neighbours, head by head, in these piece by piece, splits in order. Calls f(rows, kv_head,
+// first, splits) for the units of each piece with each head, `first` being their first, until it returns true.
+template <class F>
+void for_pieces(const AttentionLaunch& launch, const StepView& step, int pieces, const F& f) {
+  int64_t first = 0;
   for (int b = 0; b < step.block_count; ++b) {
-    const RowBlock& block = step.blocks[b];
-    const int splits = splits_of(launch, step, block);
-    if (unit >= units_of(launch, step, b)) {
-      unit -= units_of(launch, step, b);
-      continue;
+    RowBlock rows[kMaxPieces];
+    int splits[kMaxPieces];
+    for (int piece = 0; piece < pieces; ++piece) {
+      rows[piece] = piece_of(step.blocks[b], piece, pieces);
+      splits[piece] = splits_of(launch, step, rows[piece]);
     }
-    int split = int(unit % splits), segment = step.segment_begin[block.sequence];
+    for (int kv_head = 0; kv_head < launch.kv_heads; ++kv_head) {
+      for (int piece = 0; piece < pieces; first += splits[piece++]) {
+        if (f(rows[piece], kv_head, first, splits[piece])) return;
+      }
+    }
+  }
+}
+
+int64_t count_units(const AttentionLaunch& launch, const StepView& step, int pieces) {
+  int64_t units = 0;
+  for_pieces(launch, step, pieces, [&](const RowBlock&, int, int64_t first, int splits) {
+    units = first + splits;
+    return false;
+  });
+  return units;
+}
+
+SplitUnit find_unit(const AttentionLaunch& launch, const StepView& step, int pieces, int64_t unit) {
+  SplitUnit found{};
+  for_pieces(launch, step, pieces, [&](const RowBlock& rows, int kv_head, int64_t first, int splits) {
+    if (unit >= first + splits) return false;
+    int split = int(unit - first), segment = step.segment_begin[rows.sequence];
     for (;; ++segment) {
-      const int count = split_count(visible_slots(launch, step, block, segment));
+      const int count = split_count(visible_slots(launch, step, rows, segment));
       if (split < count) break;
       split -= count;
     }
-    return {b, int(unit / splits), segment, split};
+    found = {rows, kv_head, segment, split};
+    return true;
+  });
+  return found;
+}
+
+// The number of pieces by which the workers are done soonest, where all units of one are alike. Each reads and
+// unpacks keys and values for itself, which takes about as long as one more query.
+int choose_pieces(const AttentionLaunch& launch, const StepView& step, int threads) {
+  const int ratio = launch.heads / launch.kv_heads;
+  const int64_t units = count_units(launch, step, 1);
+  int rows = 0, best = 1;
+  for (int b = 0; b < step.block_count; ++b)
+    rows = rows > step.blocks[b].row_count ? rows : step.blocks[b].row_count;
+  double least = 0;
+  for (int pieces = 1; pieces <= rows && pieces <= kMaxPieces; ++pieces) {
+    const double rounds = double((units * pieces + threads - 1) / threads);
+    const double time = rounds * (double(rows) * ratio / pieces + 1);
+    if (pieces > 1 && time >= least) continue;
+    least = time;
+    best = pieces;
   }
-  return {};
+  return best;
 }
 
 // The state that a split leaves for the merge. Every unit has room for a whole block of rows.
@@ -60,24 +115,35 @@ State partial_state(const AttentionLaunch& launch, const StepView& step, int64_t
   return partial_state(launch, arena);
 }
 
-void run_by_splits(const AttentionLaunch& launch, const StepView& step, int64_t units, const Buffers& buffers,
-                   Worker& worker) {
+// The splits of a row, one after the other, merged and written.
+void merge_row(const AttentionLaunch& launch, const StepView& step, int pieces, int64_t row_and_head,
+               const Buffers& buffers) {
+  const int64_t row = row_and_head / launch.kv_heads;
+  const int kv_head = int(row_and_head % launch.kv_heads), ratio = launch.heads / launch.kv_heads;
+  for_pieces(launch, step, pieces, [&](const RowBlock& rows, int head, int64_t first, int splits) {
+    const int64_t place = row - rows.row_begin;
+    if (head != kv_head || place < 0 || place >= rows.row_count) return false;
+    BlockTask task(launch, step, rows_of(rows, int(place), int(place) + 1), kv_head, buffers);
+    task.clear_total();
+    for (int split = 0; split < splits; ++split) {
+      const State all = partial_state(launch, step, first + split);
+      const int64_t query = place * ratio;
+      task.merge({all.top + query, all.sum + query, all.o + query * buffers.value_stride});
+    }
+    task.write();
+    return true;
+  });
+}
+
+void run_by_splits(const AttentionLaunch& launch, const StepView& step, int pieces, int64_t units,
+                   const Buffers& buffers, Worker& worker) {
   worker.for_units(units, [&](int64_t unit) {
-    const SplitUnit u = find_unit(launch, step, unit);
-    BlockTask task(launch, step, step.blocks[u.block], u.kv_head, buffers);
+    const SplitUnit u = find_unit(launch, step, pieces, unit);
+    BlockTask task(launch, step, u.rows, u.kv_head, buffers);
     task.run_split(u.segment, u.split, partial_state(launch, step, unit));
   });
-  worker.for_units(int64_t(step.block_count) * launch.kv_heads, [&](int64_t i) {
-    const int block = int(i / launch.kv_heads), kv_head = int(i % launch.kv_heads);
-    int64_t unit = 0;
-    for (int b = 0; b < block; ++b) unit += units_of(launch, step, b);
-    const int splits = splits_of(launch, step, step.blocks[block]);
-    unit += int64_t(kv_head) * splits;
-    BlockTask task(launch, step, step.blocks[block], kv_head, buffers);
-    task.clear_total();
-    for (int split = 0; split < splits; ++split) task.merge(partial_state(launch, step, unit + split));
-    task.write();
-  });
+  worker.for_units(int64_t(step.rows) * launch.kv_heads,
+                   [&](int64_t i) { merge_row(launch, step, pieces, i, buffers); });
 }
 
 }  // namespace
@@ -93,17 +159,19 @@ void attention(const AttentionLaunch& launch, const StepView& step, Worker& work
   const Buffers buffers = lay_out(launch, arena);
   const int64_t tasks = int64_t(step.block_count) * launch.kv_heads;
   constexpr int64_t kTasksPerWorker = 4;
+  int pieces = 1;
   if (worker.team->threads() > 1 && tasks < kTasksPerWorker * worker.team->threads()) {
-    int64_t units = 0;
-    for (int b = 0; b < step.block_count; ++b) units += units_of(launch, step, b);
-    if (units > tasks && units * int64_t(partial_bytes(launch)) <= step.partial_bytes) {
-      return run_by_splits(launch, step, units, buffers, worker);
+    pieces = choose_pieces(launch, step, worker.team->threads());
+    const int64_t units = count_units(launch, step, pieces);
+    if (units > tasks * pieces && units * int64_t(partial_bytes(launch)) <= step.partial_bytes) {
+      return run_by_splits(launch, step, pieces, units, buffers, worker);
     }
   }
-  worker.for_units(tasks, [&](int64_t i) {
+  worker.for_units(tasks * pieces, [&](int64_t i) {
     // Later blocks of a prompt see more: starting with them leaves small ones for the end.
-    const RowBlock& block = step.blocks[step.block_count - 1 - i / launch.kv_heads];
-    BlockTask(launch, step, block, int(i % launch.kv_heads), buffers).run();
+    const int per_block = launch.kv_heads * pieces, place = int(i % per_block);
+    const RowBlock rows = piece_of(step.blocks[step.block_count - 1 - i / per_block], place % pieces, pieces);
+    if (rows.row_count > 0) BlockTask(launch, step, rows, place / pieces, buffers).run();
   });
 }
 

@@ -51,8 +51,11 @@ struct Bf16Pages {
   }
   RIDGELINE_MEMBER int value_stride() const { return head_dim; }
   RIDGELINE_MEMBER vmask value_mask(int column) const { return first_lanes((head_dim - column) / 2); }
+  static RIDGELINE_MEMBER vint packed_values(vmask m, const uint16_t* p) {
+    return bits(load(m, reinterpret_cast<const float*>(p)));
+  }
   static RIDGELINE_MEMBER FloatPair values(vmask m, const uint16_t* p) {
-    return widen_pairs(bits(load(m, reinterpret_cast<const float*>(p))));
+    return widen_pairs(packed_values(m, p));
   }
   RIDGELINE_MEMBER vfloat scale_products(int, vfloat products) const { return products; }
   RIDGELINE_MEMBER vfloat scale_weights(int, vfloat weights) const { return weights; }
@@ -128,6 +131,9 @@ struct Widened {
   static RIDGELINE_MEMBER FloatPair values(bool, const float* p) { return {load(p), load(p + 16)}; }
 };
 
+// Weights in bfloat16 lie where the scores were, from one query's to the next one's so many apart.
+constexpr int kWeightStride = 2 * kTileSlots;
+
 struct PageRange {
   int begin, end;  // of a tile
 };
@@ -198,6 +204,77 @@ static void value_tile(const Source& source, SlotRange slots, int column, const 
   }
 }
 
+// The values of two neighbouring slots, of which the first is even, for weights in bfloat16: a lane holds a
+// dimension of both. `even` has the even ones of 32 dimensions, `odd` the odd ones.
+struct SlotPair {
+  vint even, odd;
+};
+RIDGELINE_INLINE SlotPair pair_slots(vint first, vint second) {
+  return {bit_or(bit_and(first, isplat(0xffff)), shift_left<16>(second)),
+          bit_or(shift_right<16>(first), bit_and(second, isplat(int32_t(0xffff0000u))))};
+}
+
+// Values in their pages, of some slots of a tile; those of other slots are zeros and not read. A pair's values
+// begin at pair_row(), those of the page's next pair being pair_stride() further.
+struct PairsInPages {
+  const Bf16Pages& pages;
+  SlotRange slots;
+
+  RIDGELINE_MEMBER const uint16_t* pair_row(int slot) const {
+    return pages.value_row(slot / kPageTokens, slot % kPageTokens);
+  }
+  RIDGELINE_MEMBER int pair_stride() const { return 2 * pages.head_dim; }
+  RIDGELINE_MEMBER vmask value_mask(int column) const { return pages.value_mask(column); }
+  RIDGELINE_MEMBER SlotPair pair(int slot, vmask m, const uint16_t* p) const {
+    const vint first = slot >= slots.begin ? pages.packed_values(m, p) : izero();
+    return pair_slots(first, slot + 1 < slots.end ? pages.packed_values(m, p + pages.head_dim) : izero());
+  }
+};
+// The same, written out for many queries: [slot / 2][stride], 32 dimensions as the even ones and the odd ones.
+struct PackedPairs {
+  int32_t* rows;
+  int stride;
+
+  RIDGELINE_MEMBER int32_t* pair_row(int slot) const { return rows + slot / 2 * stride; }
+  RIDGELINE_MEMBER int pair_stride() const { return stride; }
+  RIDGELINE_MEMBER bool value_mask(int) const { return true; }
+  RIDGELINE_MEMBER SlotPair pair(int, bool, const int32_t* p) const { return {iload(p), iload(p + 16)}; }
+};
+template <class Pairs, class Row>
+RIDGELINE_INLINE Row next_pair_row(const Pairs& pairs, unsigned slot, Row row) {
+  return slot % kPageTokens == 0 ? pairs.pair_row(int(slot)) : row + pairs.pair_stride();
+}
+
+// value_tile for weights in bfloat16: slots are added two by two, each with the neighbour that it has at any
+// length; the weight of a slot outside of `slots` is zero, or its value is.
+template <int kQueries, int kPairs, class Pairs>
+static void value_tile(const Pairs& pairs, SlotRange slots, int column, const uint16_t* p, const float* decay,
+                       float* out, int stride) {
+  if (slots.begin >= slots.end) __builtin_unreachable();  // keeps the accumulators out of memory
+  vfloat acc[kQueries][2 * kPairs];
+  for (int i = 0; i < kQueries; ++i) {
+    for (int v = 0; v < 2 * kPairs; ++v)
+      acc[i][v] = load(out + i * stride + column + 16 * v) * splat(decay[i]);
+  }
+  decltype(pairs.value_mask(0)) mask[kPairs];
+  for (int v = 0; v < kPairs; ++v) mask[v] = pairs.value_mask(column + 32 * v);
+  int slot = slots.begin / 2 * 2;
+  auto row = pairs.pair_row(slot);
+  for (; slot < slots.end; slot += 2, row = next_pair_row(pairs, unsigned(slot), row)) {
+    for (int v = 0; v < kPairs; ++v) {
+      const SlotPair x = pairs.pair(slot, mask[v], row + column + 32 * v);
+      for (int i = 0; i < kQueries; ++i) {
+        const vint weights = splat_pair(p + i * kWeightStride, slot / 2);
+        acc[i][2 * v] = dot_bf16(acc[i][2 * v], weights, x.even);
+        acc[i][2 * v + 1] = dot_bf16(acc[i][2 * v + 1], weights, x.odd);
+      }
+    }
+  }
+  for (int i = 0; i < kQueries; ++i) {
+    for (int v = 0; v < 2 * kPairs; ++v) store(out + i * stride + column + 16 * v, acc[i][v]);
+  }
+}
+
 template <int kQueries, class Source, class Value>
 RIDGELINE_INLINE void score(const Source& source, PageRange pages, const Value* const* q, int head_dim,
                                   float* out) {
@@ -209,8 +286,8 @@ RIDGELINE_INLINE void score(const Source& source, PageRange pages, const Value* 
   }
 }
 
-template <int kQueries, class Source>
-RIDGELINE_INLINE void add_values(const Source& source, SlotRange slots, const float* p, const float* decay,
+template <int kQueries, class Source, class Weight>
+RIDGELINE_INLINE void add_values(const Source& source, SlotRange slots, const Weight* p, const float* decay,
                                  float* out, int stride) {
   int column = 0;
   for (; column + 64 <= stride; column += 64)

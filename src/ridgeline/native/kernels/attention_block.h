@@ -4,13 +4,14 @@
 // splits of kSplitSlots slots, in a split tiles of kTileSlots, both anchored at slot 0; the splits' results
 // are merged in order. Slots that a row does not see add exact zeros (x * 0 + acc for finite x), so it does
 // not matter whether they are computed for the sake of another row of the block. Values that are not finite
-// would break that; a tile that holds one takes each row's own slots only.
+// would break that; a tile that holds one takes each row's own slots only. Scores are in units of log 2.
 #pragma once
 
 #include <type_traits>
 
 #include "attention.h"
 #include "attention_path.h"
+#include "attention_state.h"
 #include "rows.h"
 #include "vector_math.h"
 
@@ -18,96 +19,8 @@ RIDGELINE_BEGIN
 
 namespace {
 
-constexpr int kSplitSlots = 256;
+constexpr float kLog2E = 1.44269504f;
 constexpr float kLowest = -1e30f;  // finite, so that (masked - lowest) is minus infinity and not a NaN
-
-RIDGELINE_INLINE SlotRange clip(SlotRange r, int begin, int end) {
-  r.begin = r.begin < begin ? begin : r.begin;
-  r.end = r.end > end ? end : r.end;
-  return r;
-}
-
-// The slots of a segment that a row sees; both ends are 0 if there are none.
-RIDGELINE_INLINE SlotRange visible_slots(const AttentionLaunch& launch, const StepView& step, int64_t row,
-                                         int segment) {
-  const int64_t position = int64_t(step.positions[row]) - step.segment_first_position[segment];
-  int64_t begin = launch.window == 0 ? 0 : position - launch.window + 1;
-  int64_t end = step.segment_length[segment];
-  if (step.segment_causal[segment] && position + 1 < end) end = position + 1;
-  begin = begin < 0 ? 0 : begin;
-  return begin < end ? SlotRange{int(begin), int(end)} : SlotRange{0, 0};
-}
-
-// The range that holds what any of a block's rows sees.
-RIDGELINE_INLINE SlotRange visible_slots(const AttentionLaunch& launch, const StepView& step,
-                                         const RowBlock& block, int segment) {
-  SlotRange all{0, 0};
-  for (int i = 0; i < block.row_count; ++i) {
-    const SlotRange own = visible_slots(launch, step, block.row_begin + i, segment);
-    if (own.begin == own.end) continue;
-    if (all.begin == all.end) all = own;
-    all = {all.begin < own.begin ? all.begin : own.begin, all.end > own.end ? all.end : own.end};
-  }
-  return all;
-}
-
-// Splits that a range of slots touches.
-RIDGELINE_INLINE int split_count(SlotRange slots) {
-  return slots.begin == slots.end ? 0 : (slots.end - 1) / kSplitSlots - slots.begin / kSplitSlots + 1;
-}
-
-// Running softmax of a block's queries: largest score, sum of weights, weighted sum of values.
-struct State {
-  float *top, *sum, *o;  // (queries), (queries), (queries, value_stride)
-};
-
-// Cuts memory into arrays; at base 0 it only counts.
-struct Arena {
-  uintptr_t base = 0;
-  size_t used = 0;
-
-  template <class T>
-  RIDGELINE_MEMBER T* take(size_t count) {
-    T* p = reinterpret_cast<T*>(base + used);
-    used += round_up(count * sizeof(T), kLineBytes);
-    return p;
-  }
-  RIDGELINE_MEMBER State take_state(size_t queries, size_t stride) {
-    float *top = take<float>(queries), *sum = take<float>(queries);
-    return {top, sum, take<float>(queries * stride)};
-  }
-};
-
-struct Buffers {
-  int value_stride;
-  Widened widened;
-  float *p, *decay, *lanes, *wide_q;
-  const float** q;
-  const uint16_t** rounded_q;
-  SlotRange* visible;
-  State split, total;
-  uint8_t* path;  // pages of a tile
-};
-
-RIDGELINE_INLINE Buffers lay_out(const AttentionLaunch& launch, Arena& arena) {
-  Buffers b{};
-  b.value_stride = int(round_up(size_t(launch.head_dim), kGroup));
-  const size_t queries = size_t(kBlockRows) * (launch.heads / launch.kv_heads),
-               stride = size_t(b.value_stride);
-  float* keys = arena.take<float>(size_t(launch.head_dim) * kTileSlots);
-  b.widened = {keys, arena.take<float>(kTileSlots * stride), b.value_stride};
-  b.p = arena.take<float>(queries * kTileSlots);
-  b.decay = arena.take<float>(queries);
-  b.lanes = arena.take<float>(queries * 16);
-  b.q = arena.take<const float*>(queries);
-  b.rounded_q = arena.take<const uint16_t*>(queries);
-  b.wide_q = arena.take<float>(launch.rounded_q.data == nullptr ? 0 : queries * stride);
-  b.visible = arena.take<SlotRange>(queries);
-  b.split = arena.take_state(queries, stride);
-  b.total = arena.take_state(queries, stride);
-  b.path = arena.take<uint8_t>(kTilePages * page_bytes(launch.pool.format, launch.head_dim));
-  return b;
-}
 
 class BlockTask {
  public:
@@ -120,7 +33,8 @@ class BlockTask {
         b_(buffers),
         ratio_(launch.heads / launch.kv_heads),
         queries_(block.row_count * ratio_),
-        packed_(kFastBf16Dot && launch.rounded_q.data != nullptr && launch.pool.format == KvFormat::bf16) {
+        packed_(kFastBf16Dot && launch.rounded_q.data != nullptr && launch.pool.format == KvFormat::bf16),
+        score_factor_((launch.softcap == 0 ? launch.scale : launch.softcap) * kLog2E) {
     for (int i = 0; i < queries_; ++i) {
       const int64_t row = block.row_begin + i / ratio_;
       const int64_t column = int64_t(kv_head * ratio_ + i % ratio_) * launch.head_dim;
@@ -173,7 +87,7 @@ class BlockTask {
     const State& total = b_.total;
     for (int i = 0; i < queries_; ++i) {
       const float top = total.top[i] > split.top[i] ? total.top[i] : split.top[i];
-      const vfloat keep = exp(splat(total.top[i] - top)), take = exp(splat(split.top[i] - top));
+      const vfloat keep = exp2(splat(total.top[i] - top)), take = exp2(splat(split.top[i] - top));
       store(first_lanes(1), total.sum + i, fma(splat(split.sum[i]), take, splat(total.sum[i]) * keep));
       total.top[i] = top;
       for (int d = i * b_.value_stride; d < (i + 1) * b_.value_stride; d += 16) {
@@ -186,11 +100,11 @@ class BlockTask {
   float final_scale(int i) const {
     float top = b_.total.top[i], sum = b_.total.sum[i], keep = 1.0f;
     if (launch_.sinks != nullptr) {
-      const float sink = launch_.sinks[kv_head_ * ratio_ + i % ratio_];
+      const float sink = launch_.sinks[kv_head_ * ratio_ + i % ratio_] * kLog2E;
       const float new_top = sink > top ? sink : top;
       alignas(64) float decayed[32];
-      store(decayed, exp(splat(top - new_top)));
-      store(decayed + 16, exp(splat(sink - new_top)));
+      store(decayed, exp2(splat(top - new_top)));
+      store(decayed + 16, exp2(splat(sink - new_top)));
       keep = decayed[0];
       sum = sum * keep + decayed[16];
     }
@@ -236,9 +150,28 @@ class BlockTask {
     }
   }
 
-  void prefetch_page(const uint8_t* page) const {
-    const size_t bytes = page_bytes(launch_.pool.format, launch_.head_dim);
-    for (size_t i = 0; i < bytes; i += kLineBytes) prefetch(page + i);
+  // Pages that are wanted next: those of the tile that follows, or of the next head's first one.
+  void look_ahead(int segment, int begin, int end) {
+    int head = kv_head_;
+    if (begin >= end) {
+      begin = b_.visible[0].begin / kTileSlots * kTileSlots;
+      head = kv_head_ + 1;
+    }
+    ahead_ = {};
+    if (head == launch_.kv_heads) return;
+    for (int slot = begin; slot < begin + kTileSlots && slot < end; slot += kPageTokens)
+      ahead_.page[ahead_.count++] = page_of(launch_, step_, segment, head, slot);
+  }
+
+  // Fetches the share of them that goes with some of the queries, of which the first half fetch everything: all
+  // at once it would wait for memory, and later it would come too late.
+  void fetch_ahead(int first, int queries, int all) const {
+    const int lines = int(page_bytes(launch_.pool.format, launch_.head_dim) / kLineBytes);
+    const auto share = [&](int done) { return lines * (2 * done < all ? 2 * done : all) / all; };
+    const int from = share(first), to = share(first + queries);
+    for (int p = 0; p < ahead_.count; ++p) {
+      for (int line = from; line < to; ++line) prefetch(ahead_.page[p] + size_t(line) * kLineBytes);
+    }
   }
 
   // Rows of the block.
@@ -248,15 +181,17 @@ class BlockTask {
 
   // Slots [slots.begin, slots.end) of the tile that begins at slot `begin`; pages of others are not touched.
   void run_tile(int segment, int begin, SlotRange slots, int next_end, Rows rows, const State& state) {
-    for (int slot = begin + kTileSlots; slot < begin + 2 * kTileSlots && slot < next_end;
-         slot += kPageTokens) {
-      prefetch_page(page_of(launch_, step_, segment, kv_head_, slot));
+    look_ahead(segment, begin + kTileSlots, next_end);
+    if (rows.count == 1) {  // its few queries come after one another, and wait for memory anyway
+      fetch_ahead(0, 1, 1);
+      ahead_.count = 0;
     }
     const PageRange pages = pages_of(begin, slots);
     TilePages held{};
     for (int p = pages.begin; p < pages.end; ++p)
       held.page[p] = page_of(launch_, step_, segment, kv_head_, begin + p * kPageTokens);
     run_tile(segment, begin, slots, held, rows, state);
+    ahead_.count = 0;
   }
 
   // A tile in which not all rows see their slots in order: those that do together, the others one by one.
@@ -299,39 +234,102 @@ class BlockTask {
   template <class Pages>
   void run_tile(const Pages& source, int begin, SlotRange slots, PageRange pages, float bias, Rows rows,
                 const State& state) {
+    if constexpr (std::is_same_v<Pages, Bf16Pages>) {
+      if (packed_) return run_packed_tile(source, begin, slots, pages, bias, rows, state);
+    }
     const bool alone = rows.count == 1;
-    if (!alone && !packed_) widen_keys(source, pages);
+    if (!alone) widen_keys(source, pages);
     const bool finite = alone || widen_values(source, slots, pages);
     by_queries(rows.count * ratio_, [&](auto count, int place) RIDGELINE_INLINED {
       constexpr int kQueries = decltype(count)::value;
       const int first = rows.begin * ratio_ + place;
-      score_queries<kQueries>(source, alone, pages, first);
-      for (int i = first; i < first + kQueries; ++i) softmax(source, i, begin, pages, bias, state);
-      const float *p = b_.p + first * kTileSlots, *decay = b_.decay + first;
-      float* o = state.o + first * b_.value_stride;
+      float *p = b_.p + first * kTileSlots, *o = state.o + first * b_.value_stride;
+      const float* decay = b_.decay + first;
+      if (alone)
+        score<kQueries>(source, pages, b_.q + first, launch_.head_dim, p);
+      else
+        score<kQueries>(b_.widened, pages, b_.q + first, launch_.head_dim, p);
+      softmax<false, kQueries>(source, first, begin, pages, bias, state);
+      fetch_ahead(place, kQueries, rows.count * ratio_);
       if (alone) return add_values<kQueries>(source, slots, p, decay, o, b_.value_stride);
       if (finite) return add_values<kQueries>(b_.widened, slots, p, decay, o, b_.value_stride);
       for (int i = first; i < first + kQueries; ++i) add_own_values(i, begin, slots, state);
     });
   }
 
-  template <int kQueries, class Pages>
-  void score_queries(const Pages& source, bool alone, PageRange pages, int first) const {
-    float* out = b_.p + first * kTileSlots;
-    if constexpr (std::is_same_v<Pages, Bf16Pages>) {
-      if (packed_)
-        return score<kQueries>(PackedKeys{source}, pages, b_.rounded_q + first, launch_.head_dim, out);
+  // The same with products of bfloat16: of queries and keys, and of weights and values.
+  void run_packed_tile(const Bf16Pages& source, int begin, SlotRange slots, PageRange pages, float bias,
+                       Rows rows, const State& state) {
+    const PairsInPages in_pages{source, slots};
+    const PackedPairs packed{reinterpret_cast<int32_t*>(b_.widened.value_rows), b_.value_stride};
+    const bool alone = rows.count == 1;
+    const bool dense = alone || (seen_by_all(rows, begin, slots) ? pack_values<false>(in_pages, packed)
+                                                                 : pack_values<true>(in_pages, packed));
+    by_queries(rows.count * ratio_, [&](auto count, int place) RIDGELINE_INLINED {
+      constexpr int kQueries = decltype(count)::value;
+      const int first = rows.begin * ratio_ + place;
+      float *p = b_.p + first * kTileSlots, *o = state.o + first * b_.value_stride;
+      score<kQueries>(PackedKeys{source}, pages, b_.rounded_q + first, launch_.head_dim, p);
+      softmax<true, kQueries>(source, first, begin, pages, bias, state);
+      fetch_ahead(place, kQueries, rows.count * ratio_);
+      const uint16_t* weights = rounded_weights(first);
+      const float* decay = b_.decay + first;
+      if (alone) return add_values<kQueries>(in_pages, slots, weights, decay, o, b_.value_stride);
+      if (dense) return add_values<kQueries>(packed, slots, weights, decay, o, b_.value_stride);
+      for (int i = first; i < first + kQueries; ++i) {
+        const SlotRange own = own_slots(i, begin, slots);
+        if (own.begin >= own.end) continue;
+        add_values<1>(PairsInPages{source, own}, own, rounded_weights(i), b_.decay + i,
+                      state.o + i * b_.value_stride, b_.value_stride);
+      }
+    });
+  }
+
+  uint16_t* rounded_weights(int i) const { return reinterpret_cast<uint16_t*>(b_.p + i * kTileSlots); }
+
+  // Whether each of the rows sees all of a tile's slots.
+  bool seen_by_all(Rows rows, int begin, SlotRange slots) const {
+    for (int i = rows.begin; i < rows.begin + rows.count; ++i) {
+      const SlotRange own = b_.visible[i * ratio_];
+      if (own.begin > begin + slots.begin || own.end < begin + slots.end) return false;
     }
-    if (alone) return score<kQueries>(source, pages, b_.q + first, launch_.head_dim, out);
-    score<kQueries>(b_.widened, pages, b_.q + first, launch_.head_dim, out);
+    return true;
+  }
+
+  // The values of `pairs`, in its slots. False if one is infinite or not a number, where that is checked.
+  template <bool kCheck>
+  bool pack_values(const PairsInPages& pairs, const PackedPairs& out) const {
+    const vint exponents = isplat(0x7f807f80), lowest = isplat(0x00800080);
+    vint carries = izero();  // out of exponents of ones
+    for (int column = 0; column < launch_.head_dim; column += kGroup) {
+      const vmask mask = pairs.value_mask(column);
+      int slot = pairs.slots.begin / 2 * 2;
+      const uint16_t* row = pairs.pair_row(slot);
+      for (; slot < pairs.slots.end; slot += 2, row = next_pair_row(pairs, unsigned(slot), row)) {
+        const SlotPair x = pairs.pair(slot, mask, row + column);
+        if (kCheck) {
+          carries = bit_or(carries, add(bit_and(x.even, exponents), lowest));
+          carries = bit_or(carries, add(bit_and(x.odd, exponents), lowest));
+        }
+        istore(out.pair_row(slot) + column, x.even);
+        istore(out.pair_row(slot) + column + 16, x.odd);
+      }
+    }
+    return reduce_max(shift_right<1>(bit_and(carries, isplat(int32_t(0x80008000u))))) == 0;
+  }
+
+  // The slots of a tile that a query sees.
+  SlotRange own_slots(int i, int begin, SlotRange slots) const {
+    const SlotRange own = clip(b_.visible[i], begin + slots.begin, begin + slots.end);
+    return {own.begin - begin, own.end - begin};
   }
 
   // The values of the slots that a query sees; where it sees none its state stays.
   void add_own_values(int i, int begin, SlotRange slots, const State& state) const {
-    const SlotRange own = clip(b_.visible[i], begin + slots.begin, begin + slots.end);
+    const SlotRange own = own_slots(i, begin, slots);
     if (own.begin >= own.end) return;
-    add_values<1>(b_.widened, {own.begin - begin, own.end - begin}, b_.p + i * kTileSlots, b_.decay + i,
-                  state.o + i * b_.value_stride, b_.value_stride);
+    add_values<1>(b_.widened, own, b_.p + i * kTileSlots, b_.decay + i, state.o + i * b_.value_stride,
+                  b_.value_stride);
   }
 
   template <class Pages>
@@ -370,38 +368,68 @@ class BlockTask {
     return reduce_max(largest) < 0x7f800000;
   }
 
-  vfloat scaled(vfloat product, float bias) const {
-    if (launch_.softcap == 0) return fma(product, splat(launch_.scale), splat(bias));
-    const vfloat cap = splat(launch_.softcap);
-    return fma(cap, tanh(product * splat(launch_.scale) / cap), splat(bias));
+  // Scores to weights, in bfloat16 or in float32, for a few queries; updates their maxima, their sums and the
+  // decay of what they have so far.
+  template <bool kRounded, int kQueries, class Pages>
+  void softmax(const Pages& source, int first, int begin, PageRange pages, float bias, const State& state) {
+    if (launch_.softcap != 0) {
+      for (int i = first; i < first + kQueries; ++i) cap_scores(source, i, pages);
+    }
+    bool whole = pages.begin == 0 && pages.end == kTilePages;
+    for (int i = first; i < first + kQueries; ++i)
+      whole = whole && b_.visible[i].begin <= begin && b_.visible[i].end >= begin + kTileSlots;
+    if (whole) return weigh<kRounded, true, kQueries>(source, first, begin, pages, bias, state);
+    weigh<kRounded, false, kQueries>(source, first, begin, pages, bias, state);
   }
 
-  // Scores to weights, for one query; updates its maximum, its sum and the decay of what it has so far.
   template <class Pages>
-  void softmax(const Pages& source, int i, int begin, PageRange pages, float bias, const State& state) {
-    const SlotRange own = b_.visible[i];
-    float* p = b_.p + i * kTileSlots;
-    vfloat s[kTilePages], largest = splat(-__builtin_inff());
+  void cap_scores(const Pages& source, int i, PageRange pages) const {
     for (int j = pages.begin; j < pages.end; ++j) {
-      s[j] = scaled(source.scale_products(j, load(p + j * kPageTokens)), bias);
-      const int first = begin + j * kPageTokens;
-      if (own.begin > first || own.end < first + kPageTokens) {
-        s[j] = select(lanes(own.begin - first, own.end - first), s[j], splat(-__builtin_inff()));
+      float* p = b_.p + i * kTileSlots + j * kPageTokens;
+      store(p, tanh(source.scale_products(j, load(p)) * splat(launch_.scale) / splat(launch_.softcap)));
+    }
+  }
+
+  // All maxima come before the first weight, so that the queries do not wait for one another. `kWhole`: the
+  // queries see all of the tile.
+  template <bool kRounded, bool kWhole, int kQueries, class Pages>
+  void weigh(const Pages& source, int first, int begin, PageRange pages, float bias, const State& state) const {
+    const int from = kWhole ? 0 : pages.begin, to = kWhole ? kTilePages : pages.end;
+    const vfloat factor = splat(score_factor_), shift = splat(bias * kLog2E);
+    vfloat s[kQueries][kTilePages];
+    float tops[kQueries];
+    for (int q = 0; q < kQueries; ++q) {
+      const SlotRange own = b_.visible[first + q];
+      vfloat largest = splat(-__builtin_inff());
+      for (int j = from; j < to; ++j) {
+        vfloat product = load(b_.p + (first + q) * kTileSlots + j * kPageTokens);
+        if (launch_.softcap == 0) product = source.scale_products(j, product);
+        s[q][j] = fma(product, factor, shift);
+        if constexpr (!kWhole) {
+          const int slot = begin + j * kPageTokens;
+          s[q][j] = select(lanes(own.begin - slot, own.end - slot), s[q][j], splat(-__builtin_inff()));
+        }
+        largest = max(largest, s[q][j]);
       }
-      largest = max(largest, s[j]);
+      const float tile_top = reduce_max(largest);
+      tops[q] = tile_top > state.top[first + q] ? tile_top : state.top[first + q];
     }
-    const float old_top = state.top[i], tile_top = reduce_max(largest),
-                top = tile_top > old_top ? tile_top : old_top;
-    const vfloat decay = top == old_top ? splat(1.0f) : exp(splat(old_top - top));  // exp(0) is exactly 1
-    vfloat sum = load(b_.lanes + 16 * i) * decay;
-    for (int j = pages.begin; j < pages.end; ++j) {
-      const vfloat weight = exp(s[j] - splat(top));
-      sum = sum + weight;
-      store(p + j * kPageTokens, source.scale_weights(j, weight));
+    for (int q = 0; q < kQueries; ++q) {
+      const int i = first + q;
+      const vfloat decay = exp2(splat(state.top[i] - tops[q]));
+      vfloat sum = load(b_.lanes + 16 * i) * decay;
+      for (int j = from; j < to; ++j) {
+        const vfloat weight = exp2(s[q][j] - splat(tops[q]));
+        sum = sum + weight;
+        if constexpr (kRounded)
+          store_weights(rounded_weights(i) + j * kPageTokens, weight);
+        else
+          store(b_.p + i * kTileSlots + j * kPageTokens, source.scale_weights(j, weight));
+      }
+      store(b_.lanes + 16 * i, sum);
+      store(first_lanes(1), b_.decay + i, decay);
+      state.top[i] = tops[q];
     }
-    store(b_.lanes + 16 * i, sum);
-    store(first_lanes(1), b_.decay + i, decay);
-    state.top[i] = top;
   }
 
   const AttentionLaunch& launch_;
@@ -410,7 +438,12 @@ class BlockTask {
   const int kv_head_;
   const Buffers b_;
   const int ratio_, queries_;
-  const bool packed_;  // queries and keys are multiplied as bfloat16
+  const bool packed_;  // products are of bfloat16
+  const float score_factor_;
+  struct {
+    const uint8_t* page[kTilePages];
+    int count;
+  } ahead_ = {};
 };
 
 }  // namespace

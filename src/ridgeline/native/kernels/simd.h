@@ -14,6 +14,7 @@
 //   to_int, truncate, to_float,                   to_int rounds to nearest even
 //   times_power_of_two
 //   load_f16, load_bf16, bf16_bits                16 values of a half format; bf16 rounds to nearest even
+//   store_weights                                 16 numbers, none of them denormal, as bfloat16
 //   interleave                                    the lanes of two vectors in turn, in place
 //   byte_fields<shift, bits>                      bits of each of 64 bytes, moved down
 //   load_table, look_up                           16 bytes, picked from by 64 indices below 16

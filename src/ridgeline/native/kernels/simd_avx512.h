@@ -118,6 +118,14 @@ RIDGELINE_INLINE void store_bf16(vmask m, uint16_t* p, vfloat a) {
   _mm256_mask_storeu_epi16(p, m, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
+RIDGELINE_INLINE void store_weights(uint16_t* p, vfloat a) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a));
+#else
+  store_bf16(first_lanes(16), p, a);
+#endif
+}
+
 template <int kShift, int kBits>
 RIDGELINE_INLINE vint byte_fields(vint a) {
   return {_mm512_and_si512(_mm512_srli_epi16(a.v, kShift), _mm512_set1_epi8((1 << kBits) - 1))};

@@ -261,6 +261,7 @@ RIDGELINE_INLINE void store_bf16(vmask m, uint16_t* p, vfloat a) {
   for (int i = 0; i < 4; ++i) vst1_u16(to + 4 * i, bf16_rounded(a.v[i]));
   if (!m.all) for_lanes(m, [&](int i) { p[i] = values[i]; });
 }
+RIDGELINE_INLINE void store_weights(uint16_t* p, vfloat a) { store_bf16(first_lanes(16), p, a); }
 
 template <int kShift, int kBits>
 RIDGELINE_INLINE vint byte_fields(vint a) {

@@ -200,6 +200,7 @@ RIDGELINE_INLINE void store_bf16(vmask m, uint16_t* p, vfloat a) {
     if (m[i]) p[i] = uint16_t(uint32_t(rounded[i]) >> 16);
   }
 }
+RIDGELINE_INLINE void store_weights(uint16_t* p, vfloat a) { store_bf16(first_lanes(16), p, a); }
 
 template <int kShift, int kBits>
 RIDGELINE_INLINE vint byte_fields(vint a) {

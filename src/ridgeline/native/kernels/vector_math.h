@@ -27,6 +27,14 @@ RIDGELINE_INLINE vfloat exp(vfloat x) {
   return select(less(x, low), zero(), times_power_of_two(e, n));
 }
 
+// 2 to the power of x, which is at most 0, within 2 ulp. Exactly 1 at 0, exactly 0 below -126.
+RIDGELINE_INLINE vfloat exp2(vfloat x) {
+  const vfloat low = splat(-126.0f);
+  const vfloat in_range = max(low, x), n = round_even(in_range);
+  const float terms[] = {1.0f, 0.693147004f, 0.240222424f, 0.0555073395f, 0.00967151392f, 0.00132647192f};
+  return select(less(x, low), zero(), times_power_of_two(polynomial(in_range - n, terms), n));
+}
+
 RIDGELINE_INLINE vfloat tanh(vfloat x) {
   const vfloat size = abs(x), square = x * x;
   const float terms[] = {-0.333333284f, 0.133331627f,    -0.0539411269f,
