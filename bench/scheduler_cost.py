@@ -41,15 +41,14 @@ class IdleExecutor:
         self._work = StepWork(Work(), Work(), 0, 0, 0, 0)
         self._tokens = np.full(1 << 16, 7, np.int32)
         self._logits = np.zeros((0, VOCABULARY), np.float32)
-        self._step: Step | None = None
+        self._outputs = 0
 
     def run(self, handle: Any, step: Step) -> IdleExecutor:
-        self._step = step
+        self._outputs = len(step.draws)
         return self
 
     def result(self) -> StepResult:
-        assert self._step is not None
-        return StepResult(self._logits, self._tokens[: self._step.outputs], 0.001, self._work)
+        return StepResult(self._logits, self._tokens[: self._outputs], 0.001, self._work)
 
     def transfer(self, moves: Sequence[Any]) -> None:
         """Nothing is stored."""

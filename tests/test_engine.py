@@ -14,7 +14,7 @@ from fake_executor import FakeDetokenizer, FakeExecutor, letter, make_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ridgeline.config import pages_for
+from ridgeline.config import PAGE_TOKENS, pages_for
 from ridgeline.engine import Engine
 from ridgeline.outcome import Choice
 from ridgeline.types import (
@@ -547,3 +547,31 @@ def test_close_drops_everything() -> None:
     assert executor.closed
     assert not engine.has_work
     assert engine.scheduler.cache.usage == 0
+
+
+@pytest.mark.parametrize("budget", [3, 7, 16, 40])
+def test_full_pages_are_shared_as_soon_as_their_tokens_are_known(budget: int) -> None:
+    engine = make_engine(FakeExecutor(pages=(64,)), max_num_seqs=3, max_num_batched_tokens=budget)
+    late = FakeExecutor.asynchronous  # the token of a row that was just launched is not known yet
+    params = SamplingParams(temperature=0, max_tokens=45, ignore_eos=True)
+    for name, length in (("a", 1), ("b", 37), ("c", 50)):
+        engine.add(Request(name, tuple(range(length)), params), stream=False)
+    while engine.has_work:
+        engine.step()
+        for sequence in engine.scheduler.running:
+            assert sequence.pages.shared >= (sequence.computed - late) // PAGE_TOKENS
+
+
+@pytest.mark.parametrize("length", [32, 33, 34, 100])
+def test_long_text_is_whole_however_it_is_told(length: int) -> None:
+    params = SamplingParams(temperature=0.7, seed=5, max_tokens=length, ignore_eos=True)
+    engine = make_engine(FakeExecutor())
+    told = run(engine, [Request("told at its end", (1, 2, 3), params)])["told at its end"].outputs[0]
+    assert told.text == "".join(map(letter, told.token_ids))
+    engine.add(Request("streamed", (1, 2, 3), params))
+    texts = []
+    while engine.has_work:
+        texts += [output.outputs[0] for output in engine.step()]
+    assert texts[-1].text == told.text
+    assert all(len(each.token_ids) == place + 1 for place, each in enumerate(texts))
+    assert all(told.text.startswith(each.text) for each in texts)

@@ -415,17 +415,19 @@ class Engine:
         A sequence that has ended meanwhile, or took its token on before an interrupt, is passed over.
         """
         now_s = self.clock()
-        rows = plan.step.rows
-        decode = len(plan.sequences) == rows - plan.guesses and not plan.pooled
-        (self.stats.decode if decode else self.stats.prefill).add(rows, result)
+        decode = len(plan.sequences) == plan.rows - plan.guesses and not plan.pooled
+        (self.stats.decode if decode else self.stats.prefill).add(plan.rows, result)
         advanced: dict[str, RequestState] = {}
+        outputs: list[RequestOutput] = []
         accepted = self._follow(plan, result, sampled) if plan.drafted else 0
         self.steps.add(plan, result, now_s, accepted, self.handle)
+        sequences, positions, owners = plan.sampled, plan.positions, self._owners
         for output in plan.certain:
-            sequence, position = plan.sampled[output], plan.positions[output]
-            if sequence.arrival not in self._owners:
+            sequence, position = sequences[output], positions[output]
+            owner = owners.get(sequence.arrival)
+            if owner is None:
                 continue
-            state, choice = self._owners[sequence.arrival]
+            state, choice = owner
             if choice.finish_reason is None:
                 choice.take(sampled[output], position)
             if choice.finish_reason is not None:
@@ -434,8 +436,11 @@ class Engine:
                 continue  # the prompt's own token: nothing to tell yet
             if state.first_token_s is None and sequence.generated:
                 state.first_token_s = now_s
-            advanced[state.id] = state
-        return self._tell(advanced.values())
+            if choice.finish_reason is not None or len(state.choices) > 1:
+                advanced[state.id] = state
+            elif state.stream:  # told while it is at hand: with many sequences, looking again is dear
+                outputs.append(state.output())
+        return outputs + self._tell(advanced.values())
 
     def _follow(self, plan: Plan, result: StepResult, sampled: list[Sampled]) -> int:
         """Let sequences take on what they drafted, for as long as the target says the same, and the token

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from ridgeline.model.detokenizer import Detokenizer
 
 
+_MOST_PIECES = 32
+"""Pieces of text that are put by before they are joined to the text before them, which copies all of it."""
+
+
 class Outcome:
     """What one sequence of a request came to. The engine hands it the outputs of the sequence's rows until
     there is a `finish_reason`."""
@@ -61,7 +65,10 @@ class Outcome:
 class Choice(Outcome):
     """One of a request's continuations: its sequence, its text so far, and when it ends."""
 
-    __slots__ = ("_scores", "_tokens", "detokenizer", "ends", "limit", "logprobs", "params", "stops", "text")
+    __slots__ = (
+        "_constraint", "_only_scored", "_pieces", "_scores", "_text", "_tokens", "detokenizer", "ends",
+        "limit", "logprobs", "params", "stops"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -80,7 +87,10 @@ class Choice(Outcome):
         self.stops = (
             StopMatcher(tuple(params.stop), params.include_stop_str_in_output) if params.stop else None
         )
-        self.text = ""
+        self._constraint = sequence.chooser.constraint
+        self._only_scored = params.max_tokens == 0
+        self._text = ""
+        self._pieces: list[str] = []  # of text, behind that
         self._tokens: tuple[int, ...] = ()  # the tokens of the last output
         self.logprobs: list[TokenLogprobs] = []
         self._scores: list[TokenLogprobs | None] = [None]  # of the prompt's tokens so far
@@ -95,10 +105,10 @@ class Choice(Outcome):
         """
         sequence = self.sequence
         try:
-            if position < sequence.prompt_length:
-                self._score(sample, position)
-            elif position == len(sequence.token_ids):
+            if position == len(sequence.token_ids):
                 self._take(sample)
+            elif position < sequence.prompt_length:
+                self._score(sample, position)
         except Exception as error:  # what is wrong with one request must not end the others
             self._fail("text", error)
 
@@ -116,7 +126,7 @@ class Choice(Outcome):
         if position == len(self._scores):
             self._scores.append(sample.logprobs)
         self._note_scores()
-        if self.prompt_logprobs is not None and self.params.max_tokens == 0:
+        if self.prompt_logprobs is not None and self._only_scored:
             self._end("length")
 
     def _note_scores(self) -> None:
@@ -127,14 +137,15 @@ class Choice(Outcome):
             self.prompt_logprobs = tuple(self._scores)
 
     def _take(self, sample: Sampled) -> None:
+        sequence = self.sequence
         if sample.error is not None:
             self._end("error", sample.error)
             return
-        if self.params.max_tokens == 0:  # a prompt of one token has nothing to score, but its row is run
+        if self._only_scored:  # a prompt of one token has nothing to score, but its row is run
             self._end("length")
             return
         token = sample.token_id
-        self.sequence.append(token)
+        sequence.append(token)
         if sample.logprobs is not None:
             self.logprobs.append(sample.logprobs)
         if token in self.ends:
@@ -143,18 +154,19 @@ class Choice(Outcome):
                 self._show(self.detokenizer.push(token))
             self._end("stop", token if named else None)
             return
-        if self.sequence.chooser.has_ended:  # by an end token that the request ignores otherwise
+        # By an end token that the request ignores otherwise.
+        if self._constraint is not None and self._constraint.ended:
             self._end("stop")
             return
         self._show(self.detokenizer.push(token))
-        if self.finish_reason is None and len(self.sequence.token_ids) >= self.limit:
+        if len(sequence.token_ids) >= self.limit and self.finish_reason is None:
             self._end("length")
 
     def _end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         """Release the text that was held back and close the choice."""
         self._show(self.detokenizer.finish())
         if self.stops is not None:
-            self.text += self.stops.flush()
+            self._pieces.append(self.stops.flush())
         if self.finish_reason is None:
             self.finish_reason, self.stop_reason = reason, stop_reason
 
@@ -164,7 +176,15 @@ class Choice(Outcome):
             piece = self.stops.push(piece)
             if self.stops.matched is not None and self.finish_reason is None:
                 self.finish_reason, self.stop_reason = "stop", self.stops.matched
-        self.text += piece
+        pieces = self._pieces
+        pieces.append(piece)
+        if len(pieces) > _MOST_PIECES:
+            self._join()
+
+    def _join(self) -> None:
+        pieces = self._pieces
+        self._text += pieces[0] if len(pieces) == 1 else "".join(pieces)
+        pieces.clear()
 
     @property
     def mean_logprob(self) -> float:
@@ -174,10 +194,14 @@ class Choice(Outcome):
 
     def output(self) -> CompletionOutput:
         known, told = self.sequence.token_ids, self._tokens
+        new = len(known) - self.sequence.prompt_length - len(told)
         # Most are those of last time: a tuple is copied faster than a list is made one.
-        tokens = self._tokens = told + tuple(known[self.sequence.prompt_length + len(told) :])
+        tokens = self._tokens = told + ((known[-1],) if new == 1 else tuple(known[len(known) - new :]))
         logprobs = tuple(self.logprobs) if self.params.logprobs is not None else None
-        return CompletionOutput(self.index, self.text, tokens, self.finish_reason, self.stop_reason, logprobs)
+        self._join()
+        return CompletionOutput(
+            self.index, self._text, tokens, self.finish_reason, self.stop_reason, logprobs
+        )
 
 
 class PooledPrompt(Outcome):

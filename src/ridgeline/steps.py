@@ -154,10 +154,7 @@ class StepLog:
 
 def _tokens(plan: Plan) -> tuple[int, int]:
     """Rows of prompts, and tokens that were drawn for sequences behind theirs."""
-    pairs = zip(plan.sequences, plan.step.sequences, strict=True)
-    prompt = sum(
-        [min(left, len(rows.tokens)) for seq, rows in pairs if (left := seq.prompt_length - rows.start) > 0]
-    )
+    prompt = plan.prompt_rows
     if plan.pooled:
         return prompt, 0
     if not prompt:  # as in most steps: every output is behind its prompt

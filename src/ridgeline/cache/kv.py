@@ -342,8 +342,9 @@ class KVCache:
         missing = pages_for(slots) - pages.length
         if missing <= 0:
             return True
-        if not all(pool.free_pages >= missing for pool in self.pools):
-            return False
+        for pool in self.pools:  # every page of every sequence comes by here: no generator
+            if pool.free_pages < missing:
+                return False
         for pool, table in zip(self.pools, pages.tables, strict=True):
             table.extend(pool.allocate(missing))
         pages.length += missing

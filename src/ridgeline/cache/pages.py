@@ -53,12 +53,14 @@ class PagePool:
             raise ValueError(f"page count is {count}; accepted: 0 or more")
         if count > self.free_pages:
             raise CapacityError(f"{count} pages wanted; {self.free_pages} of {self.pages} are free")
-        while len(self._free) < count:
+        free = self._free
+        while len(free) < count:
             page, _ = self._evictable.popitem(last=False)
             self._kept[page] = 0
-            self._free.append(page)
+            free.append(page)
             self.evict(page)
-        taken = [self._free.pop() for _ in range(count)]
+        taken = free[: -count - 1 : -1]
+        del free[len(free) - count :]
         for page in taken:
             self._users[page] = 1
         return taken

@@ -133,12 +133,13 @@ class PrefixCache:
         self._enter(pages)
         assert pages.node is not None
         key = pages.spell(token_ids, full)
-        for node, taken in self._tree.walk(pages.node, key, pages.shared, full):
-            node = self._tree.split(node, taken)
-            for index in range(taken):
-                self._merge(pages, node, index)
-            self._stand(pages, node)
-            pages.shared += taken
+        if pages.node.children:
+            for node, taken in self._tree.walk(pages.node, key, pages.shared, full):
+                node = self._tree.split(node, taken)
+                for index in range(taken):
+                    self._merge(pages, node, index)
+                self._stand(pages, node)
+                pages.shared += taken
         if pages.shared < full:
             new = key[pages.shared * PAGE_BYTES : full * PAGE_BYTES]
             below = self._below

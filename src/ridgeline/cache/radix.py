@@ -224,7 +224,9 @@ class RadixTree:
 
     def _own(self, node: Node, columns: tuple[array[int], ...]) -> None:
         for owners, column in zip(self._owners, columns, strict=True):
-            owners.update((page, node) for page in column if page != HOLE)
+            for page in column:
+                if page != HOLE:
+                    owners[page] = node
 
     def _empty(self) -> tuple[array[int], ...]:
         return tuple(array("i") for _ in range(self._groups))

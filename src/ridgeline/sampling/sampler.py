@@ -47,7 +47,7 @@ class Sampled(msgspec.Struct, frozen=True, gc=False):
 class Chooser:
     """How one sequence chooses: its editors, composed once, and how a token is drawn from what they leave.
 
-    The sequence owns it and reports each generated token to `history` by `append`. Draws depend on
+    The sequence owns it and, where it `listens`, reports each generated token by `append`. Draws depend on
     (seed, choice, position) alone. The prompt that all choices share is scored by the first.
 
     A `constraint` comes before all else: log-probabilities are those of the tokens that it permits. With
@@ -55,7 +55,7 @@ class Chooser:
     """
 
     __slots__ = (
-        "_draw", "_editors", "_filters", "_greedy", "_mirostat", "_sigma", "constraint", "history",
+        "_draw", "_editors", "_filters", "_greedy", "_mirostat", "_sigma", "constraint", "history", "listens",
         "logprobs", "needs_logits", "prompt_logprobs", "speculation",
     )  # fmt: skip
 
@@ -82,6 +82,7 @@ class Chooser:
         self.prompt_logprobs = params.prompt_logprobs if choice == 0 else None
         self.history = TokenHistory(prompt) if self._editors else None
         self.constraint = constraint
+        self.listens = bool(self._editors) or self._mirostat is not None or constraint is not None
         told = self.logprobs is not None or constraint is not None
         self.needs_logits = told or bool(self._editors) or self.narrows_rows
         self.speculation = params.speculation
@@ -184,8 +185,9 @@ class Sampler:
         draws = plan.step.draws or (None,) * len(rows)
         if not len(rows) == len(draws) == len(result.tokens):
             raise ValueError(f"{len(result.tokens)} outputs and {len(draws)} draws for {len(rows)} sequences")
-        sampled = [_drawn(token) for token in result.tokens.tolist()]
-        if None in draws:
+        tokens = result.tokens.tolist()
+        sampled = [Sampled(token) if token != NOT_DRAWN else _not_drawn() for token in tokens]
+        if NOT_DRAWN in tokens and None in draws:
             self.choose(result, plan, plan.certain, sampled)
         return sampled
 
@@ -263,10 +265,8 @@ class _Drawing:
     adjustment: Adjustment | None
 
 
-def _drawn(token: int) -> Sampled:
-    if token != NOT_DRAWN:
-        return Sampled(token)
-    return Sampled(token, error="the largest logit, over the temperature, is not a finite number")
+def _not_drawn() -> Sampled:
+    return Sampled(NOT_DRAWN, error="the largest logit, over the temperature, is not a finite number")
 
 
 def _failed(error: Exception) -> Sampled:
@@ -279,9 +279,11 @@ def _failed(error: Exception) -> Sampled:
 def _told(token: int, logits: Float32Array, drawing: _Drawing) -> Sampled:
     """The token with what the request wants to know about it; log-probabilities are among those tokens that a
     constraint permits."""
-    sampled, top = _drawn(token), drawing.chooser.logprobs
-    if top is None or sampled.error is not None:
-        return sampled
+    if token == NOT_DRAWN:
+        return _not_drawn()
+    top = drawing.chooser.logprobs
+    if top is None:
+        return Sampled(token)
     change = drawing.adjustment
     if change is not None and change.mask is not None:
         logits = permitted(logits, change.mask)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Many
 
 import msgspec
 from msgspec import structs
@@ -11,8 +12,8 @@ from ridgeline.sampling.drafting.tree import DraftTree
 from ridgeline.scheduling.sequence import Sequence
 from ridgeline.types import Draw, Move, Segment, SequenceRows, Step
 
-Chunk = tuple[Sequence, int, list[int]]
-"""A sequence, how many of its next rows run, and which have an output."""
+Chunk = tuple[Sequence, int, Many[int]]
+"""A sequence, how many of its next rows run, and which of those, counted from 0, have an output."""
 
 
 class Drafted(msgspec.Struct, frozen=True):
@@ -32,7 +33,8 @@ class Plan(msgspec.Struct, frozen=True):
     and `positions` the position of the token behind its row: one that is to be sampled, or one of the prompt.
     What comes behind a guess of those that are `drafted` counts only where the guess was right.
 
-    A `pooled` step is the encoder's, and its outputs are hidden states. `moves` are made before it runs.
+    Of its `rows`, so many are prompts' (`prompt_rows`). A `pooled` step is the encoder's, and its outputs are
+    hidden states. `moves` are made before it runs.
     """
 
     step: Step
@@ -40,6 +42,8 @@ class Plan(msgspec.Struct, frozen=True):
     sampled: tuple[Sequence, ...]
     positions: tuple[int, ...]
     planned_s: float
+    rows: int
+    prompt_rows: int
     pooled: bool = False
     moves: tuple[Move, ...] = ()
     drafted: tuple[Drafted, ...] = ()
@@ -55,7 +59,7 @@ class Plan(msgspec.Struct, frozen=True):
         arrivals = {each.sequence.arrival for each in self.drafted}
         pairs = zip(self.sequences, self.step.sequences, strict=True)
         alone = [
-            structs.replace(rows, tokens=rows.tokens[:1], outputs=_FIRST, parents=())
+            structs.replace(rows, tokens=rows.tokens[:1], outputs=(0,), parents=())
             if sequence.arrival in arrivals
             else rows
             for sequence, rows in pairs
@@ -82,35 +86,38 @@ def plan_of(
     planned, steps, sampled, positions = [], [], [], []
     draws: list[Draw | None] = []
     drafted = []
+    rows = prompt_rows = 0
     for sequence, count, outputs in chunks:
-        start = sequence.computed
+        start, begun = sequence.computed, sequence.prompt_length
         end = start + count
         chooser = sequence.chooser
         for row in outputs:
+            position = start + row + 1
             sampled.append(sequence)
-            positions.append(row + 1)
-            on_host = chooser.needs_logits or row < sequence.prompt_length - 1
-            draws.append(None if on_host else chooser.draw(row + 1))
+            positions.append(position)
+            on_host = position < begun or chooser.needs_logits
+            draws.append(None if on_host else chooser.draw(position))
         planned.append(sequence)
+        rows += count
+        if start < begun:
+            prompt_rows += min(begun - start, count)
         if drafts and sequence.arrival in drafts:
             tree = drafts[sequence.arrival]
             each = Drafted(sequence, tree, start, len(sampled) - 1, sequence.preemptions)
             drafted.append(each)
             behind = [start + 1 + depth for depth in each.tree.depths()]
+            rows += len(behind)
             sampled += [sequence] * len(behind)
             positions += behind
             draws += [None if chooser.needs_logits else chooser.draw(position) for position in behind]
             steps.append(_rows_of(each))
             continue
-        wanted = _FIRST if count == 1 and outputs else [row - start for row in outputs]
-        segments = (Segment(sequence.pages.tables, end),)
-        tokens, state = sequence.tokens(start, end), sequence.pages.planned
-        steps.append(SequenceRows(tokens, start, segments, wanted, state=state))
+        pages = sequence.pages
+        segments = (Segment(pages.tables, end),)
+        steps.append(SequenceRows(sequence.tokens(start, end), start, segments, outputs, (), pages.planned))
     step = Step(tuple(steps), () if pooled else tuple(draws))
-    return Plan(step, tuple(planned), tuple(sampled), tuple(positions), now_s, pooled, moves, tuple(drafted))
-
-
-_FIRST = (0,)
+    whose = tuple(planned), tuple(sampled), tuple(positions)
+    return Plan(step, *whose, now_s, rows, prompt_rows, pooled, moves, tuple(drafted))
 
 
 def _rows_of(drafted: Drafted) -> SequenceRows:

@@ -140,27 +140,31 @@ class Scheduler:
         self.steps += 1
         recurrent = self.cache.states is not None
         guesses = {each.sequence.arrival: len(each.tree) for each in plan.drafted}
+        draws, output, steps = plan.step.draws, -1, self.steps
         for sequence, rows in zip(plan.sequences, plan.step.sequences, strict=True):
-            sequence.served = self.steps
-            before = sequence.computed
-            count = len(rows.tokens) - (guesses.get(sequence.arrival, 0) if guesses else 0)
-            sequence.computed = before + count
+            sequence.served = steps
+            before, count = sequence.computed, len(rows.tokens)
+            guessed = guesses.get(sequence.arrival) if guesses else None
+            sequence.computed = computed = before + count - (guessed or 0)
             if recurrent:
-                self.cache.launched(sequence.pages, sequence.token_ids, before, sequence.computed)
-            elif sequence.computed // PAGE_TOKENS > sequence.pages.shared:
-                self.cache.store(sequence.pages, sequence.token_ids, sequence.computed)
+                self.cache.launched(sequence.pages, sequence.token_ids, before, computed)
+            # A page's last token is known a step after its row was launched at the latest; guesses that were
+            # right move on without a launch.
+            elif (computed % PAGE_TOKENS <= count or sequence.speculation is not None) and (
+                computed // PAGE_TOKENS > sequence.pages.shared
+            ):
+                self.cache.store(sequence.pages, sequence.token_ids, computed)
+            output += len(rows.outputs)
+            # Of a sequence's outputs only the last is behind its prompt, but for those of guesses: who has
+            # any awaits what becomes of them.
+            if rows.outputs and guessed is None and plan.positions[output] >= sequence.prompt_length:
+                sequence.account.used += OUTPUT_WEIGHT
+                # Guesses only come behind a token that is known: who may have any is not launched ahead.
+                ahead = sequence.speculation is None and draws and draws[output] is not None
+                sequence.draw(drawn_token(output) if ahead else None)
         self.cache.moved()
         self._moving.clear()
         self._pooled_last = plan.pooled
-        draws = plan.step.draws or (None,) * len(plan.sampled)
-        for output, (sequence, draw) in enumerate(zip(plan.sampled, draws, strict=True)):
-            if guesses and sequence.arrival in guesses:
-                continue  # it awaits what becomes of them
-            if plan.positions[output] >= sequence.prompt_length:
-                sequence.account.used += OUTPUT_WEIGHT
-                # Guesses only come behind a token that is known: who may have any is not launched ahead.
-                ahead = draw is not None and sequence.speculation is None
-                sequence.draw(drawn_token(output) if ahead else None)
 
     def settle(self, drafted: Drafted, nodes: list[int]) -> None:
         """These guesses of a step were right, and the sequence has taken them on: their keys and values are
@@ -234,11 +238,9 @@ class Scheduler:
     def _find_ready(self, budget: Budget) -> None:
         """The sequences that have rows to run, by class: decodes, each with the page that its row is written
         to, and prefills. Who lacks a page takes it from the last of all."""
-        cache, running, place = self.cache, self.running, 0
+        cache, running = self.cache, self.running
         decodes, begun, pooled, trims = budget.decodes, budget.begun, budget.pooled, cache.has_windows
-        while place < len(running):
-            sequence = running[place]
-            place += 1
+        for sequence in running:  # those that give way are behind it
             computed, known = sequence.computed, sequence.length
             left = (known if known < sequence.limit else sequence.limit - 1) - computed
             if left < 1 or sequence.pooled is not pooled:
@@ -248,12 +250,14 @@ class Scheduler:
                 continue
             if trims:
                 cache.trim(sequence.pages, computed)
-            # The victim is never one that was found already: those rank before this sequence.
-            while computed == sequence.pages.slots and not cache.grow(sequence.pages, computed + 1):
-                victim = running[-1]
-                self._preempt(victim, sequence)
-                if victim is sequence:
-                    return
+            # Tables end where pages do: all other rows have their page already.
+            if computed % PAGE_TOKENS == 0:
+                # The victim is never one that was found already: those rank before this sequence.
+                while not cache.grow(sequence.pages, computed + 1):
+                    victim = running[-1]
+                    self._preempt(victim, sequence)
+                    if victim is sequence:
+                        return
             decodes[sequence.level].append(sequence)
 
     def _plan_class(self, level: int, budget: Budget, now_s: float) -> None:
@@ -270,8 +274,7 @@ class Scheduler:
             count = min(len(decodes), budget.tokens)
             if pace is not None and count:
                 count = pace.decodes_that_fit([s.computed + 1 for s in decodes[:count]])
-        for sequence in decodes if count == len(decodes) else decodes[:count]:
-            budget.decode(sequence)
+        budget.decode(decodes if count == len(decodes) else decodes[:count])
         if pace is not None and count > 0:
             pace.add_streams(level)
         if budget.tokens > 0 and (budget.begun[level] or self.waiting.head(level) is not None):

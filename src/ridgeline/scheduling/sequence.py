@@ -38,6 +38,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_listener",
         "account",
         "arrival",
         "arrived_s",
@@ -85,6 +86,7 @@ class Sequence:
         self.pooled = pooled
         self.first_output = len(prompt) - 1
         self.chooser = chooser
+        self._listener = chooser if chooser.listens else None
         self.pages = pages
         self.computed = 0
         self.cached_tokens = 0
@@ -139,22 +141,24 @@ class Sequence:
         sibling = self.sibling
         return sibling is not None and sibling.computed < self.restorable
 
-    def tokens(self, begin: int, end: int) -> list[int]:
+    def tokens(self, begin: int, end: int) -> Many[int]:
         """Some of the tokens, as a step wants them."""
-        known = self.token_ids[begin:end]
-        return [*known, self.drawn] if self.drawn is not None and end == self.length else known
+        drawn = self.drawn
+        if drawn is not None and end == self.length:
+            return (*self.token_ids[begin : end - 1], drawn) if begin < end - 1 else (drawn,)
+        return self.token_ids[begin:end] if begin < end - 1 else (self.token_ids[begin],)
 
     @property
     def asks_many(self) -> bool:
         """Whether outputs are wanted of rows before the prompt's last."""
         return self.first_output < self.prompt_length - 1
 
-    def outputs(self, begin: int, end: int) -> list[int]:
-        """Those of the rows from `begin` to `end` that have an output."""
+    def outputs(self, begin: int, end: int) -> Many[int]:
+        """Those of the rows from `begin` to `end` that have an output, counted from `begin`."""
+        last = (end - 1 - begin,) if end == self.length else ()
         if begin >= self.prompt_length:
-            return [end - 1] if end == self.length else []
-        rows = [*range(max(begin, self.first_output), min(end, self.prompt_length - 1))]
-        return [*rows, end - 1] if end == self.length else rows
+            return last
+        return (*range(max(self.first_output - begin, 0), min(end, self.prompt_length - 1) - begin), *last)
 
     @property
     def generated(self) -> int:
@@ -168,8 +172,12 @@ class Sequence:
 
     def append(self, token: int) -> None:
         """Take on a sampled token."""
-        self.token_ids.append(token)
-        if self.computed < len(self.token_ids):  # else it has been run, and drawn comes after it
+        known = self.token_ids
+        known.append(token)
+        self.length = length = len(known)
+        if self.computed < length:  # else it has been run, and drawn comes after it
             self.drawn = None
-        self.length = len(self.token_ids) + (self.drawn is not None)
-        self.chooser.append(token)
+        elif self.drawn is not None:
+            self.length = length + 1
+        if self._listener is not None:
+            self._listener.append(token)
