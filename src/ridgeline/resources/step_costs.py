@@ -18,7 +18,7 @@ from ridgeline.resources.paths import cache_dir, write_atomic
 from ridgeline.resources.roofline import launch_overhead_s
 from ridgeline.types import ConfigError
 
-COSTS_VERSION = 1
+COSTS_VERSION = 2
 """Raised when the model of a step changes: older figures are then fitted again."""
 
 SHARES = ("memory", "arithmetic", "attention_memory", "attention_arithmetic")
