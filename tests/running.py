@@ -127,7 +127,7 @@ def assert_agree(make: Callable[[str], Loaded], tokens: Sequence[int], sixteen: 
         patch.setattr("ridgeline.precision.quantise.quantise_groups", margins.quantise)
         expected = reference.logits(*batch)
     # A row also reads what the rows before it stored.
-    near = np.minimum.accumulate(margins.of_row.reshape(-1, length), axis=1).reshape(-1) < 1e-4
+    near = np.minimum.accumulate(margins.of_row.reshape(-1, length), axis=1).reshape(-1) < 1.5e-4
     assert near.mean() < 0.9
     for isa in isa_levels():
         error = np.abs(make(isa).logits(*batch) - expected).max(axis=1)

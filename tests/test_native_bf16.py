@@ -205,7 +205,8 @@ def test_attention_reads_a_rounded_query(isa: str, head_dim: int, turned: bool) 
         for step in steps:
             tape.run(step)
             if isa == "avx512_bf16":
-                np.testing.assert_allclose(outs[0], outs[1], rtol=1e-4, atol=1e-5)
+                # Each weight of the values is rounded to bfloat16, too.
+                np.testing.assert_allclose(outs[0], outs[1], rtol=1e-4, atol=2**-8 * np.abs(v).max())
             else:
                 np.testing.assert_array_equal(outs[0], outs[1])
             np.testing.assert_array_equal(narrow[:, : q.shape[1]], bf16_bits(outs[0][:, : q.shape[1]]))
