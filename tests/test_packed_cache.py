@@ -390,9 +390,7 @@ def test_the_doctor_says_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ridgeline = command_line(monkeypatch, capfd, tmp_path)
-    monkeypatch.setattr(
-        "ridgeline.execution.cpu.packed_cache.DISK_SHARE", 0.0
-    )  # on a full disk, too
+    monkeypatch.setattr("ridgeline.execution.cpu.packed_cache.DISK_SHARE", 0.0)  # on a full disk, too
     cache = PackedCache()
     assert cache.folder == tmp_path / "packed"
     assert cache.store(b"k" * 32, region_of(3 << 20), TEAM) or cache.bound_bytes < 4 << 20
