@@ -568,6 +568,8 @@ def test_check_runs_what_it_predicts(tiny: Tiny, monkeypatch: pytest.MonkeyPatch
     assert [one.name for one in found] == [*names, "weights", "KV cache", "weights, KV cache and activations"]
     assert {one.unit for one in found[:3]} == {"s"}
     assert all(one.predicted > 0 and one.measured > 0 for one in found[:3])
+    prompt = check_module.check(tiny("llama3").gguf, config, 1, cells[2:3])
+    assert [one.name for one in prompt] == [cells[2].name, "weights"]
 
 
 def test_some_of_the_cells_can_be_checked(

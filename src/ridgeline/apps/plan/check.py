@@ -75,6 +75,8 @@ def _check_memory(timed: TimedModel) -> Iterator[Checked]:
     many, after = _kv_bytes(timed), resident_bytes()
     demand = memory_demand(bare.config, model.program, model.nbytes)
     yield Checked("weights", model.nbytes, bare.weights_bytes, "B")
+    if many == few:  # prompts alone are not kept, and no step of the largest size was run
+        return
     yield Checked("KV cache", many - few, after - before, "B")
     whole = model.nbytes + many + demand.activation_bytes
     yield Checked("weights, KV cache and activations", whole, after - bare.before_bytes, "B")
