@@ -175,6 +175,18 @@ class Controller:
         cost: StepCost,
     ) -> list[DraftTree]:
         """The parts of the proposed trees that the step is to verify."""
+        chosen = [NO_DRAFT] * len(trees)
+        if any([tree.tokens for tree in trees]):
+            chosen = self._worth_while(sequences, trees, cost)
+        for sequence, limit, tree in zip(sequences, limits, chosen, strict=True):
+            if limit and not len(tree):
+                self._record(sequence).gained(0)
+        return chosen
+
+    def _worth_while(
+        self, sequences: Sequence[DraftedSequence], trees: Sequence[DraftTree], cost: StepCost
+    ) -> list[DraftTree]:
+        """What is likely to raise tokens per second, and what is tried."""
         curve = self._curves.of(cost)
         values = [
             self._record(sequence).acceptance.values(tree) if len(tree) else []
@@ -186,9 +198,6 @@ class Controller:
             for tree, value in zip(trees, values, strict=True)
         ]
         self._probe(trees, values, chosen, curve)
-        for sequence, limit, tree in zip(sequences, limits, chosen, strict=True):
-            if limit and not len(tree):
-                self._record(sequence).gained(0)
         return chosen
 
     def _choose(self, values: Sequence[list[float]], curve: Curve, cost: StepCost) -> _Choice:
