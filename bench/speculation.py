@@ -172,6 +172,10 @@ class Bench:
             if begun_s and ended and not ended_s:
                 ended_s = time.perf_counter()
                 tokens += sum(map(len, said.values()))
+        if tokens < 1:
+            raise SystemExit(
+                f"error: of {cell} the first answer ended before the last began; try more --tokens"
+            )
         steps = engine.steps.recent.since(before)
         return Answered(
             [said[name] for name in names],
@@ -265,7 +269,11 @@ def main() -> None:
     except (ValueError, RidgelineError) as error:
         raise SystemExit(f"error: {error}") from None
     leave_on_sigterm()
-    loaded = load_engine(EngineConfig(model=chosen.model, threads=threads, max_num_seqs=max(BATCHES)))
+    # Prompts are read as fast as can be, so that no request ends before the whole batch decodes.
+    config = EngineConfig(
+        model=chosen.model, threads=threads, max_num_seqs=max(BATCHES), measured_budget=False
+    )
+    loaded = load_engine(config)
     alone = Bench(loaded, chosen.tokens)
     longest = max((len(alone.prompt(cell.kind, 0)) for cell in cells if cell.is_compared), default=0)
     peers = [Peer(launch, longest + chosen.tokens) for launch in launches]

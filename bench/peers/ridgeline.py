@@ -36,6 +36,7 @@ class RidgelineDriver:
             "max_num_batched_tokens": max(2 * sequences, default.max_num_batched_tokens),
             "enable_prefix_caching": False,  # the same prompts come again
             "speculation": "off",  # a step is to be of the batch's tokens
+            "measured_budget": False,  # no prompt waits for those who decode already
             **options.more,
         }
         loaded = load_engine(EngineConfig.from_options(settings))
