@@ -176,7 +176,7 @@ class Controller:
     ) -> list[DraftTree]:
         """The parts of the proposed trees that the step is to verify."""
         chosen = [NO_DRAFT] * len(trees)
-        if any([tree.tokens for tree in trees]):
+        if any(tree.tokens for tree in trees):
             chosen = self._worth_while(sequences, trees, cost)
         for sequence, limit, tree in zip(sequences, limits, chosen, strict=True):
             if limit and not len(tree):
