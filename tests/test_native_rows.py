@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -274,6 +276,16 @@ def test_a_barrier_and_a_start_cost_something(threads: int) -> None:
         team.close()
     with pytest.raises(RuntimeError, match="closed"):
         native.probe_barrier(team, 0.0)
+
+
+def test_every_process_puts_the_levels_in_the_same_order() -> None:
+    # Results depend on the level, and the first is what an engine takes.
+    code = "from ridgeline.native import isa_levels; print(*isa_levels())"
+    for _ in range(3):
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert said.stdout.split() == native.isa_levels()
+    assert set(LEVELS) <= set(native.isa_levels(built=True))
+    assert LEVELS[-1] == "portable"
 
 
 def test_probes_refuse_what_would_not_end() -> None:

@@ -35,8 +35,9 @@ PAGE_TOKENS: int
 """Slots in a KV page."""
 
 def isa_levels(built: bool = False) -> list[str]:
-    """Instruction-set levels that this machine can run, best first; the last is always "portable".
+    """Instruction-set levels that this machine can run, the fastest first; the last is always "portable".
 
+    A level whose instructions are slower here than those that they stand for comes after the one below it.
     With `built`, all that were compiled in, also those that this machine lacks.
     """
 

@@ -1,4 +1,6 @@
-// Which ISA levels were built, and which of them this machine runs.
+// Which ISA levels were built, and which of them this machine runs, the fastest first.
+#include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "launch.h"
@@ -70,6 +72,25 @@ bool runs_here([[maybe_unused]] const Kernels* level) {
   return true;
 }
 
+#if defined(RIDGELINE_WITH_AVX512_BF16)
+// Whether a product of bfloat16 pairs does more than the float products that it stands for. Zen 4 begins as many of
+// either, so that pairs do twice as much; Emerald Rapids begins a fourth as many, half as much. As results depend
+// on the level, what is asked lies far from both, and the best of some tries decides, beyond the reach of noise.
+bool pairs_are_fast(const Kernels& level) {
+  using Clock = std::chrono::steady_clock;
+  constexpr int kTries = 8;
+  constexpr int64_t kIterations = 1000;  // some microseconds
+  double best[2] = {0, 0};
+  for (int i = 0; i < 2 * kTries; ++i) {
+    const auto began = Clock::now();
+    const double ops = level.peak_ops(i % 2 ? PeakFormat::bf16 : PeakFormat::fp32, kIterations);
+    const double seconds = std::chrono::duration<double>(Clock::now() - began).count();
+    best[i % 2] = std::max(best[i % 2], ops / seconds);
+  }
+  return best[1] > 1.4 * best[0];
+}
+#endif
+
 }  // namespace
 
 std::vector<const Kernels*> built_kernels() {
@@ -93,6 +114,10 @@ std::vector<const Kernels*> built_kernels() {
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> levels = built_kernels();
   std::erase_if(levels, [](const Kernels* level) { return !runs_here(level); });
+#if defined(RIDGELINE_WITH_AVX512_BF16)
+  static const bool slow = runs_here(&avx512_bf16::kernels) && !pairs_are_fast(avx512_bf16::kernels);
+  if (slow) std::swap(levels[0], levels[1]);  // what runs avx512_bf16 runs avx512_vnni
+#endif
   return levels;
 }
 
