@@ -435,7 +435,7 @@ class Engine:
             elif position < sequence.prompt_length:
                 continue  # the prompt's own token: nothing to tell yet
             if state.first_token_s is None and sequence.generated:
-                state.first_token_s = now_s
+                state.note_first_token(now_s)
             if choice.finish_reason is not None or len(state.choices) > 1:
                 advanced[state.id] = state
             elif state.stream:  # told while it is at hand: with many sequences, looking again is dear
@@ -487,6 +487,6 @@ class Engine:
 
     def _finish(self, state: RequestState) -> RequestOutput:
         del self._requests[state.id]
-        state.finished_s = self.clock()
+        state.note_end(self.clock())
         self.steps.ended(state)
         return state.output()

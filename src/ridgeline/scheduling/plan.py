@@ -28,7 +28,7 @@ class Drafted(msgspec.Struct, frozen=True):
     preemptions: int
 
 
-class Plan(msgspec.Struct, frozen=True):
+class Plan(msgspec.Struct, frozen=True, weakref=True):
     """A step and the sequences whose rows it holds, in its order. For each output, `sampled` has its sequence
     and `positions` the position of the token behind its row: one that is to be sampled, or one of the prompt.
     What comes behind a guess of those that are `drafted` counts only where the guess was right.
