@@ -22,7 +22,14 @@ from ridgeline.cli.errors import user_message
 from ridgeline.cli.run import read_prompt
 from ridgeline.config import EngineConfig
 from ridgeline.llm import LLM
-from ridgeline.types import CompletionOutput, RequestError, RequestMetrics, RequestOutput, SamplingParams, Transcript
+from ridgeline.types import (
+    CompletionOutput,
+    RequestError,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    Transcript,
+)
 
 if TYPE_CHECKING:
     from tiny_models import TinyModel

@@ -209,7 +209,7 @@ def test_ten_thousand_random_operations_leave_nothing_behind() -> None:
     assert finished > 200
     assert engine.scheduler.preemptions > 15
     assert [pool.free_pages for pool in engine.scheduler.cache.pools] == [14, 10]
-    assert not engine._owners
+    assert not engine._requests
 
 
 def _choices(engine: Engine, name: str) -> list[Any]:

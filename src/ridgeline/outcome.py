@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from ridgeline.model.detokenizer import Detokenizer
 
 
+_SPELLED_AT_ONCE = 32
+"""Tokens of an answer that nobody follows, whose text is made together, while what that takes is at hand: not
+with every token of every sequence."""
 _NOTHING = Transcript([], 0)
 
 
@@ -63,11 +66,12 @@ class Outcome:
 
 
 class Choice(Outcome):
-    """One of a request's continuations: its sequence, its text so far, and when it ends."""
+    """One of a request's continuations: its sequence, its text so far, and when it ends. The text grows with
+    every token where it is `followed`, or may end the choice."""
 
     __slots__ = (
-        "_constraint", "_only_scored", "_scores", "detokenizer", "ends", "limit", "logprobs", "params",
-        "stops", "transcript"
+        "_constraint", "_only_scored", "_scores", "_spell_at", "_spell_every", "_spelled", "detokenizer",
+        "ends", "limit", "logprobs", "params", "stops", "transcript"
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +82,7 @@ class Choice(Outcome):
         ends: frozenset[int],
         limit: int,
         detokenizer: Detokenizer,
+        followed: bool,
     ) -> None:
         super().__init__(index, sequence)
         self.params = params
@@ -92,6 +97,10 @@ class Choice(Outcome):
         self.logprobs: list[TokenLogprobs] = []
         told = self.logprobs if params.logprobs is not None else None
         self.transcript = Transcript(sequence.token_ids, sequence.prompt_length, told)
+        self._spelled = sequence.prompt_length  # tokens that have text, or are to have none
+        self._spell_every = 1 if followed or self.stops is not None else _SPELLED_AT_ONCE
+        # Not all in one step, where many begin in one.
+        self._spell_at = self._spelled + 1 + sequence.arrival % self._spell_every
         self._scores: list[TokenLogprobs | None] = [None]  # of the prompt's tokens so far
         self._note_scores()
 
@@ -147,27 +156,39 @@ class Choice(Outcome):
         sequence.append(token)
         if sample.logprobs is not None:
             self.logprobs.append(sample.logprobs)
+        known = len(sequence.token_ids)
         if token in self.ends:
             named = token in self.params.stop_token_ids
             if named and self.params.include_stop_str_in_output:
-                self._show(self.detokenizer.push(token))
-            self._end("stop", token if named else None)
+                self._spell(known)
+            self._end("stop", token if named else None, untold=1)
             return
         # By an end token that the request ignores otherwise.
         if self._constraint is not None and self._constraint.ended:
-            self._end("stop")
+            self._end("stop", untold=1)
             return
-        self._show(self.detokenizer.push(token))
-        if len(sequence.token_ids) >= self.limit and self.finish_reason is None:
+        if known >= self._spell_at:
+            self._spell(known)
+        if known >= self.limit and self.finish_reason is None:
             self._end("length")
 
-    def _end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
-        """Release the text that was held back and close the choice."""
+    def _end(self, reason: FinishReason, stop_reason: str | int | None = None, untold: int = 0) -> None:
+        """Release the text that was held back and close the choice. Its last tokens may have no text."""
+        self._spell(len(self.sequence.token_ids) - untold)
         self._show(self.detokenizer.finish())
         if self.stops is not None:
             self.transcript.write(self.stops.flush())
         if self.finish_reason is None:
             self.finish_reason, self.stop_reason = reason, stop_reason
+
+    def _spell(self, end: int) -> None:
+        """Make the text of the tokens before `end`, as far as there is none yet."""
+        known, spelled = self.sequence.token_ids, self._spelled
+        self._spell_at = end + self._spell_every
+        while spelled < end:
+            token = known[spelled]
+            self._spelled = spelled = spelled + 1  # a token that cannot be shown is not tried again
+            self._show(self.detokenizer.push(token))
 
     def _show(self, piece: str) -> None:
         # Stop strings are not looked for in the first min_tokens tokens.
