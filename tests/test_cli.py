@@ -22,7 +22,14 @@ from ridgeline.cli.errors import user_message
 from ridgeline.cli.run import read_prompt
 from ridgeline.config import EngineConfig
 from ridgeline.llm import LLM
-from ridgeline.types import CompletionOutput, RequestError, RequestMetrics, RequestOutput, SamplingParams
+from ridgeline.types import (
+    CompletionOutput,
+    RequestError,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    Transcript,
+)
 
 if TYPE_CHECKING:
     from tiny_models import TinyModel
@@ -303,7 +310,9 @@ def test_an_answer_that_breaks_off_is_an_error(
     ridgeline: Cli, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: LLM, messages: object, params: object) -> Generator[RequestOutput, None, None]:
-        choice = CompletionOutput(0, "half", (5,), "error", "logits are not finite")
+        transcript = Transcript([1, 5], 1)
+        transcript.write("half")
+        choice = CompletionOutput(0, transcript, 1, 4, "error", "logits are not finite")
         yield RequestOutput("0", None, (1,), (choice,), True, RequestMetrics(0.0, 1.0, 2.0))
 
     monkeypatch.setattr(LLM, "stream_chat", broken)

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from ridgeline.types import (
     RequestError,
     RequestOutput,
     SamplingParams,
+    Transcript,
 )
 
 
@@ -209,7 +211,7 @@ def test_ten_thousand_random_operations_leave_nothing_behind() -> None:
     assert finished > 200
     assert engine.scheduler.preemptions > 15
     assert [pool.free_pages for pool in engine.scheduler.cache.pools] == [14, 10]
-    assert not engine._owners
+    assert not engine._requests
 
 
 def _choices(engine: Engine, name: str) -> list[Any]:
@@ -575,3 +577,48 @@ def test_long_text_is_whole_however_it_is_told(length: int) -> None:
     assert texts[-1].text == told.text
     assert all(len(each.token_ids) == place + 1 for place, each in enumerate(texts))
     assert all(told.text.startswith(each.text) for each in texts)
+
+
+# ------------------------------------------------------------------------- what is told of an answer
+
+
+@given(st.lists(st.text("ab", max_size=3), max_size=120), st.data())
+def test_what_was_told_of_a_transcript_stays_as_it_was(pieces: list[str], data: st.DataObject) -> None:
+    ids = [1, 2]
+    transcript = Transcript(ids, 2)
+    told, text = [], ""
+    for token, piece in enumerate(pieces):
+        ids.append(token)
+        transcript.write(piece)
+        text += piece
+        told.append((CompletionOutput(0, transcript, token + 1, len(text)), text))
+        begin = data.draw(st.integers(0, len(text)))
+        assert told[-1][0].since(begin, token) == (text[begin:], (token,), None)
+    for place, (output, expected) in enumerate(told):
+        assert output.text == expected
+        assert output.token_ids == tuple(range(place + 1))
+
+
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        {"max_tokens": 70, "ignore_eos": True},
+        {"max_tokens": 70, "min_tokens": 40},
+        {"max_tokens": 70, "min_tokens": 40, "stop_token_ids": [70]},
+        {"max_tokens": 70, "min_tokens": 40, "stop_token_ids": [70], "include_stop_str_in_output": True},
+        {"max_tokens": 70, "stop": ["bc", "a"], "min_tokens": 33},
+    ],
+)
+def test_an_answer_reads_the_same_whether_anybody_follows_it(settings_: dict[str, Any]) -> None:
+    params = SamplingParams(temperature=1, **settings_)
+    asked = [Request(str(seed), (seed, 3), replace(params, seed=seed)) for seed in range(12)]
+    alone = run(make_engine(FakeExecutor(), end_token_ids=frozenset((END,))), asked)
+    engine = make_engine(FakeExecutor(), end_token_ids=frozenset((END,)))
+    for request in asked:
+        engine.add(request, stream=True)
+    told: dict[str, RequestOutput] = {}
+    while engine.has_work:
+        told |= {output.request_id: output for output in engine.step()}
+    assert {name: output.outputs for name, output in told.items()} == {
+        name: output.outputs for name, output in alone.items()
+    }

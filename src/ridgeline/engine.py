@@ -124,7 +124,6 @@ class Engine:
         self._seed = seed
         self._sampler = Sampler(executor.drawer)
         self._requests: dict[str, RequestState] = {}
-        self._owners: dict[int, tuple[RequestState, Outcome]] = {}
         self._in_flight: deque[tuple[Plan, StepFuture]] = deque()
         self._launching: Plan | None = None
         self._requests_seen = 0
@@ -260,13 +259,13 @@ class Engine:
             state.choices.append(self._pooled(tokens, params, limit, scope))
         else:
             first = self._sequences_seen if place is None else place
-            state.choices += self._continued(first, tokens, params, limit, scope)
+            state.choices += self._continued(first, state, params, limit, scope)
         self._requests[request.id] = state
         self.steps.arrived(state)
         self._requests_seen += 1
         self._sequences_seen += len(state.choices) if place is None else 0
         for choice in state.choices:
-            self._owners[choice.sequence.arrival] = (state, choice)
+            choice.sequence.owner = (state, choice)
             self.scheduler.add(choice.sequence, request.service_class, request.tenant, state.arrived_s)
 
     def prepare(self, params: SamplingParams | PoolingParams) -> None:
@@ -288,12 +287,12 @@ class Engine:
         return self._constraints
 
     def _continued(
-        self, first: int, tokens: tuple[int, ...], params: SamplingParams, limit: int, scope: Scope
+        self, first: int, state: RequestState, params: SamplingParams, limit: int, scope: Scope
     ) -> list[Choice]:
-        seed = self._seed_of(params)
+        tokens, seed = state.tokens, self._seed_of(params)
         ends = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            ends |= self.model.end_token_ids
+        if not params.ignore_eos:  # mostly all there are: one set for everybody stays at hand
+            ends = ends | self.model.end_token_ids if ends else self.model.end_token_ids
         form = params.structured_outputs
         words = None if self._constraints is None else self._constraints.words
         count = params.best_of or params.n
@@ -305,7 +304,7 @@ class Engine:
             leader = choices[0].sequence if choices else None
             sequence = Sequence(first + index, tokens, chooser, pages, limit, leader=leader)
             detokenizer = self.detokenizer(params.skip_special_tokens)
-            choices.append(Choice(index, sequence, params, ends, limit, detokenizer))
+            choices.append(Choice(index, sequence, params, ends, limit, detokenizer, state.stream))
         return choices
 
     def _pooled(
@@ -337,14 +336,14 @@ class Engine:
         for choice in state.choices:
             if choice.finish_reason is None:
                 choice.abort()
-            if choice.sequence.arrival in self._owners:
+            if choice.sequence.owner is not None:
                 self._retire(choice)
         return self._finish(state)
 
     @property
     def running(self) -> tuple[str, ...]:
         """The requests that have a sequence in the steps, the one that came last at the end."""
-        owners = [self._owners.get(sequence.arrival) for sequence in self.scheduler.running]
+        owners = [sequence.owner for sequence in list(self.scheduler.running)]
         return tuple(dict.fromkeys(owner[0].id for owner in owners if owner is not None))
 
     def has_begun(self, request_id: str) -> bool:
@@ -421,10 +420,10 @@ class Engine:
         outputs: list[RequestOutput] = []
         accepted = self._follow(plan, result, sampled) if plan.drafted else 0
         self.steps.add(plan, result, now_s, accepted, self.handle)
-        sequences, positions, owners = plan.sampled, plan.positions, self._owners
+        sequences, positions = plan.sampled, plan.positions
         for output in plan.certain:
             sequence, position = sequences[output], positions[output]
-            owner = owners.get(sequence.arrival)
+            owner = sequence.owner
             if owner is None:
                 continue
             state, choice = owner
@@ -435,7 +434,7 @@ class Engine:
             elif position < sequence.prompt_length:
                 continue  # the prompt's own token: nothing to tell yet
             if state.first_token_s is None and sequence.generated:
-                state.first_token_s = now_s
+                state.note_first_token(now_s)
             if choice.finish_reason is not None or len(state.choices) > 1:
                 advanced[state.id] = state
             elif state.stream:  # told while it is at hand: with many sequences, looking again is dear
@@ -451,7 +450,7 @@ class Engine:
         while going:
             further = []
             for drafted, descent, output in going:
-                owner = self._owners.get(drafted.sequence.arrival)
+                owner = drafted.sequence.owner
                 if owner is None:
                     continue  # it was aborted
                 _, choice = owner
@@ -483,10 +482,10 @@ class Engine:
     def _retire(self, choice: Outcome) -> None:
         # In this order, so that who was removed in part, as memory ran out, is removed again.
         self.scheduler.remove(choice.sequence)
-        self._owners.pop(choice.sequence.arrival, None)
+        choice.sequence.owner = None
 
     def _finish(self, state: RequestState) -> RequestOutput:
         del self._requests[state.id]
-        state.finished_s = self.clock()
+        state.note_end(self.clock())
         self.steps.ended(state)
         return state.output()

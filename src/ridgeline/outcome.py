@@ -18,14 +18,17 @@ from ridgeline.types import (
     RequestOutput,
     SamplingParams,
     TokenLogprobs,
+    Transcript,
 )
 
 if TYPE_CHECKING:
     from ridgeline.model.detokenizer import Detokenizer
 
 
-_MOST_PIECES = 32
-"""Pieces of text that are put by before they are joined to the text before them, which copies all of it."""
+_SPELLED_AT_ONCE = 32
+"""Tokens of an answer that nobody follows, whose text is made together, while what that takes is at hand: not
+with every token of every sequence."""
+_NOTHING = Transcript([], 0)
 
 
 class Outcome:
@@ -56,18 +59,19 @@ class Outcome:
         return -math.inf
 
     def output(self) -> CompletionOutput:
-        return CompletionOutput(self.index, "", (), self.finish_reason, self.stop_reason)
+        return CompletionOutput(self.index, _NOTHING, 0, 0, self.finish_reason, self.stop_reason)
 
     def _fail(self, what: str, error: Exception) -> None:
         self.finish_reason, self.stop_reason = "error", f"{what} failed: {type(error).__name__}: {error}"
 
 
 class Choice(Outcome):
-    """One of a request's continuations: its sequence, its text so far, and when it ends."""
+    """One of a request's continuations: its sequence, its text so far, and when it ends. The text grows with
+    every token where it is `followed`, or may end the choice."""
 
     __slots__ = (
-        "_constraint", "_only_scored", "_pieces", "_scores", "_text", "_tokens", "detokenizer", "ends",
-        "limit", "logprobs", "params", "stops"
+        "_constraint", "_only_scored", "_scores", "_spell_at", "_spell_every", "_spelled", "detokenizer",
+        "ends", "limit", "logprobs", "params", "stops", "transcript"
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +82,7 @@ class Choice(Outcome):
         ends: frozenset[int],
         limit: int,
         detokenizer: Detokenizer,
+        followed: bool,
     ) -> None:
         super().__init__(index, sequence)
         self.params = params
@@ -89,10 +94,13 @@ class Choice(Outcome):
         )
         self._constraint = sequence.chooser.constraint
         self._only_scored = params.max_tokens == 0
-        self._text = ""
-        self._pieces: list[str] = []  # of text, behind that
-        self._tokens: tuple[int, ...] = ()  # the tokens of the last output
         self.logprobs: list[TokenLogprobs] = []
+        told = self.logprobs if params.logprobs is not None else None
+        self.transcript = Transcript(sequence.token_ids, sequence.prompt_length, told)
+        self._spelled = sequence.prompt_length  # tokens that have text, or are to have none
+        self._spell_every = 1 if followed or self.stops is not None else _SPELLED_AT_ONCE
+        # Not all in one step, where many begin in one.
+        self._spell_at = self._spelled + 1 + sequence.arrival % self._spell_every
         self._scores: list[TokenLogprobs | None] = [None]  # of the prompt's tokens so far
         self._note_scores()
 
@@ -148,27 +156,39 @@ class Choice(Outcome):
         sequence.append(token)
         if sample.logprobs is not None:
             self.logprobs.append(sample.logprobs)
+        known = len(sequence.token_ids)
         if token in self.ends:
             named = token in self.params.stop_token_ids
             if named and self.params.include_stop_str_in_output:
-                self._show(self.detokenizer.push(token))
-            self._end("stop", token if named else None)
+                self._spell(known)
+            self._end("stop", token if named else None, untold=1)
             return
         # By an end token that the request ignores otherwise.
         if self._constraint is not None and self._constraint.ended:
-            self._end("stop")
+            self._end("stop", untold=1)
             return
-        self._show(self.detokenizer.push(token))
-        if len(sequence.token_ids) >= self.limit and self.finish_reason is None:
+        if known >= self._spell_at:
+            self._spell(known)
+        if known >= self.limit and self.finish_reason is None:
             self._end("length")
 
-    def _end(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
-        """Release the text that was held back and close the choice."""
+    def _end(self, reason: FinishReason, stop_reason: str | int | None = None, untold: int = 0) -> None:
+        """Release the text that was held back and close the choice. Its last tokens may have no text."""
+        self._spell(len(self.sequence.token_ids) - untold)
         self._show(self.detokenizer.finish())
         if self.stops is not None:
-            self._pieces.append(self.stops.flush())
+            self.transcript.write(self.stops.flush())
         if self.finish_reason is None:
             self.finish_reason, self.stop_reason = reason, stop_reason
+
+    def _spell(self, end: int) -> None:
+        """Make the text of the tokens before `end`, as far as there is none yet."""
+        known, spelled = self.sequence.token_ids, self._spelled
+        self._spell_at = end + self._spell_every
+        while spelled < end:
+            token = known[spelled]
+            self._spelled = spelled = spelled + 1  # a token that cannot be shown is not tried again
+            self._show(self.detokenizer.push(token))
 
     def _show(self, piece: str) -> None:
         # Stop strings are not looked for in the first min_tokens tokens.
@@ -176,15 +196,7 @@ class Choice(Outcome):
             piece = self.stops.push(piece)
             if self.stops.matched is not None and self.finish_reason is None:
                 self.finish_reason, self.stop_reason = "stop", self.stops.matched
-        pieces = self._pieces
-        pieces.append(piece)
-        if len(pieces) > _MOST_PIECES:
-            self._join()
-
-    def _join(self) -> None:
-        pieces = self._pieces
-        self._text += pieces[0] if len(pieces) == 1 else "".join(pieces)
-        pieces.clear()
+        self.transcript.write(piece)
 
     @property
     def mean_logprob(self) -> float:
@@ -193,15 +205,10 @@ class Choice(Outcome):
         return math.fsum(each.logprob for each in self.logprobs) / len(self.logprobs)
 
     def output(self) -> CompletionOutput:
-        known, told = self.sequence.token_ids, self._tokens
-        new = len(known) - self.sequence.prompt_length - len(told)
-        # Most are those of last time: a tuple is copied faster than a list is made one.
-        tokens = self._tokens = told + ((known[-1],) if new == 1 else tuple(known[len(known) - new :]))
-        logprobs = tuple(self.logprobs) if self.params.logprobs is not None else None
-        self._join()
-        return CompletionOutput(
-            self.index, self._text, tokens, self.finish_reason, self.stop_reason, logprobs
-        )
+        transcript = self.transcript
+        tokens = len(transcript.token_ids) - transcript.prompt_length
+        ended = self.finish_reason, self.stop_reason
+        return CompletionOutput(self.index, transcript, tokens, transcript.characters, *ended)
 
 
 class PooledPrompt(Outcome):
@@ -234,7 +241,8 @@ class RequestState:
     """A request under way. With `best`, so many of its choices are told, once all have ended."""
 
     __slots__ = (
-        "arrived_s", "best", "choices", "finished_s", "first_token_s", "id", "prompt", "stream", "tokens"
+        "arrived_s", "best", "choices", "finished_s", "first_token_s", "id", "metrics", "prompt", "stream",
+        "tokens"
     )  # fmt: skip
 
     def __init__(
@@ -247,8 +255,17 @@ class RequestState:
         self.arrived_s = arrived_s
         self.first_token_s: float | None = None
         self.finished_s: float | None = None
+        self.metrics = RequestMetrics(arrived_s)
         self.choices: list[Outcome] = []
         self.best: int | None = None
+
+    def note_first_token(self, now_s: float) -> None:
+        self.first_token_s = now_s
+        self.metrics = RequestMetrics(self.arrived_s, now_s)
+
+    def note_end(self, now_s: float) -> None:
+        self.finished_s = now_s
+        self.metrics = RequestMetrics(self.arrived_s, self.first_token_s, now_s)
 
     @property
     def has_ended(self) -> bool:
@@ -258,12 +275,14 @@ class RequestState:
                 return False
         return True
 
-    def _told(self) -> list[CompletionOutput]:
+    def _told(self) -> tuple[CompletionOutput, ...]:
         if self.best is None:
-            return [choice.output() for choice in self.choices]
+            if len(self.choices) == 1:
+                return (self.choices[0].output(),)
+            return tuple([choice.output() for choice in self.choices])
         # A choice's own number decides between equals.
         ranked = sorted(self.choices, key=lambda choice: -choice.mean_logprob)[: self.best]
-        return [replace(choice.output(), index=index) for index, choice in enumerate(ranked)]
+        return tuple([replace(choice.output(), index=index) for index, choice in enumerate(ranked)])
 
     def output(self) -> RequestOutput:
         first = self.choices[0]
@@ -271,9 +290,9 @@ class RequestState:
             self.id,
             self.prompt,
             self.tokens,
-            tuple(self._told()),
+            self._told(),
             self.finished_s is not None,
-            RequestMetrics(self.arrived_s, self.first_token_s, self.finished_s),
+            self.metrics,
             first.prompt_logprobs,
             first.embedding,
             first.sequence.cached_tokens,

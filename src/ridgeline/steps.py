@@ -7,6 +7,7 @@ any thread.
 from __future__ import annotations
 
 import time
+import weakref
 from typing import Any, Protocol
 
 from ridgeline.model.program import StepLoad
@@ -50,7 +51,8 @@ class StepLog:
         self._energy = None if meter is None else StepEnergy(meter)
         self._watcher = watcher
         self._epoch_s = time.time() - time.perf_counter()
-        self._last: Plan | None = None
+        # Not kept: the next step is planned in the memory that this one's plan was in.
+        self._last: weakref.ref[Plan] | None = None
         self._ended_s = 0.0
 
     def add(
@@ -59,10 +61,10 @@ class StepLog:
         """A step's results are there, and so many of its guesses were right; `handle` is the program's that
         guesses are verified by. A plan that was the last one's too is passed over: an interrupt struck while
         its results were taken in."""
-        if plan is self._last:
+        if self._last is not None and plan is self._last():
             return
         began_s = max(plan.planned_s, self._ended_s)
-        self._last, self._ended_s = plan, ended_s
+        self._last, self._ended_s = weakref.ref(plan), ended_s
         unguessed_s = self._unguessed_s(plan, handle)  # before the step has taught the model anything
         record = self._record(plan, result, began_s, ended_s, (accepted, unguessed_s))
         self.recent.append(record)

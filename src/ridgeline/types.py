@@ -617,6 +617,10 @@ class Request:
         _check(known, "service_class", self.service_class, ", ".join(SERVICE_CLASSES))
 
 
+_MOST_PIECES = 32
+"""Pieces of text that are put by before they are made one."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Log-probability of the token that was chosen, and of the most probable ones, best first.
@@ -632,19 +636,124 @@ class TokenLogprobs:
     rank: int | None = None
 
 
-class CompletionOutput(msgspec.Struct, frozen=True, gc=False):
+class Transcript:
+    """All tokens of an answer so far and their text, to which one thread only ever adds: what there was at
+    some moment is told by how much of it there was, without a copy, and may be read from any thread.
+
+    The answer begins behind `prompt_length` of `token_ids`, which is the sequence's own list. `logprobs` has
+    an entry for each token of the answer, where they are told.
+    """
+
+    __slots__ = (
+        "_blocks", "_pieces", "_text", "_tokens", "characters", "logprobs", "prompt_length", "token_ids"
+    )  # fmt: skip
+
+    def __init__(
+        self, token_ids: list[int], prompt_length: int, logprobs: list[TokenLogprobs] | None = None
+    ) -> None:
+        self.token_ids = token_ids
+        self.prompt_length = prompt_length
+        self.logprobs = logprobs
+        self.characters = 0
+        self._pieces: list[str] = []
+        self._blocks = 0  # of the pieces, the first, which were made of many
+        self._text = ""  # what was last asked for
+        self._tokens: tuple[int, ...] = ()  # likewise
+
+    def write(self, piece: str) -> None:
+        """Add to the text."""
+        pieces, blocks = self._pieces, self._blocks
+        pieces.append(piece)
+        self.characters += len(piece)
+        if len(pieces) > blocks + _MOST_PIECES:
+            pieces[blocks:] = ["".join(pieces[blocks:])]  # at one stroke, as others read
+            self._blocks = blocks + 1
+
+    def text(self, count: int) -> str:
+        """The first characters."""
+        text = self._text
+        if len(text) != count:
+            self._text = text = "".join(self._pieces)[:count]
+        return text
+
+    def text_since(self, begin: int) -> str:
+        """The characters from the one at `begin` on, for the thread that writes."""
+        pieces, at, left = self._pieces, len(self._pieces), self.characters - begin
+        while left > 0:
+            at -= 1
+            left -= len(pieces[at])
+        return "".join(pieces[at:])[-left:]
+
+    def tokens(self, begin: int, end: int) -> tuple[int, ...]:
+        """Tokens of the answer, counted from its first."""
+        first = self.prompt_length
+        return tuple(self.token_ids[first + begin : first + end])
+
+    def first_tokens(self, count: int) -> tuple[int, ...]:
+        """As `tokens`; asking for the same again is cheap."""
+        tokens = self._tokens
+        if len(tokens) != count:
+            self._tokens = tokens = self.tokens(0, count)
+        return tokens
+
+
+class CompletionOutput(msgspec.Struct, frozen=True, gc=False, eq=False):
     """One of the n continuations of a request; `finish_reason` is None while it is still growing.
 
     `stop_reason` is the stop string or the stop token id that ended it, None for the model's own end token;
-    beside "error" it says what went wrong.
+    beside "error" it says what went wrong. `text`, `token_ids` and `logprobs` are made when they are asked
+    for, of the first `tokens` and `characters` of the transcript: most of what is told in a step nobody reads
+    before there is more.
     """
 
     index: int
-    text: str
-    token_ids: tuple[int, ...]
+    transcript: Transcript
+    tokens: int
+    characters: int
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    logprobs: tuple[TokenLogprobs, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        return self.transcript.text(self.characters)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.transcript.first_tokens(self.tokens)
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...] | None:
+        """Those of the tokens, where they were asked for."""
+        scores = self.transcript.logprobs
+        return None if scores is None else tuple(scores[: self.tokens])
+
+    def since(
+        self, characters: int, tokens: int
+    ) -> tuple[str, tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
+        """Text, tokens and scores behind those, of the newest output, for the engine's thread: it takes no
+        longer however much there is before."""
+        transcript = self.transcript
+        scores = transcript.logprobs
+        return (
+            transcript.text_since(characters),
+            transcript.tokens(tokens, self.tokens),
+            None if scores is None else tuple(scores[tokens : self.tokens]),
+        )
+
+    @property
+    def _contents(self) -> tuple[Any, ...]:
+        return self.index, self.text, self.token_ids, self.finish_reason, self.stop_reason, self.logprobs
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CompletionOutput) and self._contents == other._contents
+
+    def __hash__(self) -> int:
+        return hash(self._contents)
+
+    def __repr__(self) -> str:
+        names = "index", "text", "token_ids", "finish_reason", "stop_reason", "logprobs"
+        fields = zip(names, self._contents, strict=True)
+        return f"CompletionOutput({', '.join(f'{name}={value!r}' for name, value in fields)})"
 
 
 class RequestMetrics(msgspec.Struct, frozen=True, gc=False):
@@ -655,7 +764,7 @@ class RequestMetrics(msgspec.Struct, frozen=True, gc=False):
     finished_s: float | None = None
 
 
-class RequestOutput(msgspec.Struct, frozen=True):
+class RequestOutput(msgspec.Struct, frozen=True, gc=False):
     """A request's continuations so far; `outputs` is ordered by their index.
 
     `prompt_logprobs` has an entry for each token of the prompt, None for the first, once all are known. A

@@ -30,6 +30,8 @@ from ridgeline.types import Draw, Float32Array, SamplingParams, Step, StepFuture
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing by them leaves nothing but the largest logit."""
+_GREEDY = Draw()
+"""Without noise there is nothing to say but that, whatever the filters and the position are."""
 
 
 class Sampled(msgspec.Struct, frozen=True, gc=False):
@@ -55,8 +57,8 @@ class Chooser:
     """
 
     __slots__ = (
-        "_draw", "_editors", "_filters", "_greedy", "_mirostat", "_sigma", "constraint", "history", "listens",
-        "logprobs", "needs_logits", "prompt_logprobs", "speculation",
+        "_draw", "_editors", "_filters", "_mirostat", "_sigma", "constraint", "every_draw", "history",
+        "listens", "logprobs", "needs_logits", "prompt_logprobs", "speculation",
     )  # fmt: skip
 
     def __init__(
@@ -72,7 +74,7 @@ class Chooser:
         greedy = params.temperature < GREEDY_BELOW
         shape = (max(params.top_k, 0), float(params.top_p), float(params.min_p))
         self._draw = (0.0 if greedy else float(params.temperature), *shape, seed % 2**64, choice)
-        self._greedy = Draw(*self._draw) if greedy else None  # without noise, whatever the position is
+        self.every_draw = _GREEDY if greedy else None
         self._editors = compose_editors(params, end_token_ids, words)
         self._sigma = top_n_sigma(params.top_n_sigma) if params.top_n_sigma > 0 else None
         self._filters, self._mirostat = compose_filters(params, seed % 2**64, choice)
@@ -99,7 +101,7 @@ class Chooser:
 
     def draw(self, position: int) -> Draw:
         """How the token at `position` is drawn from an adjusted row."""
-        return self._greedy or Draw(*self._draw, position)
+        return self.every_draw or Draw(*self._draw, position)
 
     def append(self, token: int) -> None:
         """Note a token that the sequence has taken on."""

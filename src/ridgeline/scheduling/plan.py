@@ -9,6 +9,7 @@ import msgspec
 from msgspec import structs
 
 from ridgeline.sampling.drafting.tree import DraftTree
+from ridgeline.sampling.sampler import Chooser
 from ridgeline.scheduling.sequence import Sequence
 from ridgeline.types import Draw, Move, Segment, SequenceRows, Step
 
@@ -28,7 +29,7 @@ class Drafted(msgspec.Struct, frozen=True):
     preemptions: int
 
 
-class Plan(msgspec.Struct, frozen=True):
+class Plan(msgspec.Struct, frozen=True, weakref=True):
     """A step and the sequences whose rows it holds, in its order. For each output, `sampled` has its sequence
     and `positions` the position of the token behind its row: one that is to be sampled, or one of the prompt.
     What comes behind a guess of those that are `drafted` counts only where the guess was right.
@@ -81,8 +82,10 @@ def plan_of(
     now_s: float,
     moves: tuple[Move, ...],
     drafts: Mapping[int, DraftTree],
+    recurrent: bool = False,
 ) -> Plan:
-    """The step for what a budget was spent on; `drafts` has guesses for decodes, by their arrival."""
+    """The step for what a budget was spent on; `drafts` has guesses for decodes, by their arrival. Where the
+    model is `recurrent`, sequences have slots of state."""
     planned, steps, sampled, positions = [], [], [], []
     draws: list[Draw | None] = []
     drafted = []
@@ -90,13 +93,11 @@ def plan_of(
     for sequence, count, outputs in chunks:
         start, begun = sequence.computed, sequence.prompt_length
         end = start + count
-        chooser = sequence.chooser
         for row in outputs:
-            position = start + row + 1
+            position = end if count == 1 else start + row + 1  # the same number, for the memory that it takes
             sampled.append(sequence)
             positions.append(position)
-            on_host = position < begun or chooser.needs_logits
-            draws.append(None if on_host else chooser.draw(position))
+            draws.append(None if position < begun else sequence.draw or _draw_of(sequence.chooser, position))
         planned.append(sequence)
         rows += count
         if start < begun:
@@ -109,15 +110,19 @@ def plan_of(
             rows += len(behind)
             sampled += [sequence] * len(behind)
             positions += behind
-            draws += [None if chooser.needs_logits else chooser.draw(position) for position in behind]
+            draws += [sequence.draw or _draw_of(sequence.chooser, position) for position in behind]
             steps.append(_rows_of(each))
             continue
-        pages = sequence.pages
-        segments = (Segment(pages.tables, end),)
-        steps.append(SequenceRows(sequence.tokens(start, end), start, segments, outputs, (), pages.planned))
+        segments = (Segment(sequence.tables, end),)
+        state = sequence.pages.planned if recurrent else None
+        steps.append(SequenceRows(sequence.tokens(start, end), start, segments, outputs, (), state))
     step = Step(tuple(steps), () if pooled else tuple(draws))
     whose = tuple(planned), tuple(sampled), tuple(positions)
     return Plan(step, *whose, now_s, rows, prompt_rows, pooled, moves, tuple(drafted))
+
+
+def _draw_of(chooser: Chooser, position: int) -> Draw | None:
+    return None if chooser.needs_logits else chooser.draw(position)
 
 
 def _rows_of(drafted: Drafted) -> SequenceRows:
@@ -125,5 +130,5 @@ def _rows_of(drafted: Drafted) -> SequenceRows:
     sequence, tree, start = drafted.sequence, drafted.tree, drafted.start
     rows = 1 + len(tree)
     parents = () if tree.is_chain else (-1, *[1 + parent for parent in tree.parents])
-    segments = (Segment(sequence.pages.tables, start + rows),)
+    segments = (Segment(sequence.tables, start + rows),)
     return SequenceRows((sequence.token_ids[start], *tree.tokens), start, segments, range(rows), parents)

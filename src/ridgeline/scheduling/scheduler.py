@@ -132,7 +132,8 @@ class Scheduler:
                 self.cache.states.plan(sequence.pages, sequence.computed, sequence.computed + count)
         elif self.drafting is not None and not budget.pooled:
             self._draft(self.drafting, budget)
-        return plan_of(budget.chunks, budget.pooled, now_s, self.cache.moves, budget.drafts)
+        recurrent = self.cache.states is not None
+        return plan_of(budget.chunks, budget.pooled, now_s, self.cache.moves, budget.drafts, recurrent)
 
     def advance(self, plan: Plan) -> None:
         """Note that the step is launched: its rows' keys and values are stored before any later step reads
@@ -161,7 +162,7 @@ class Scheduler:
                 sequence.account.used += OUTPUT_WEIGHT
                 # Guesses only come behind a token that is known: who may have any is not launched ahead.
                 ahead = sequence.speculation is None and draws and draws[output] is not None
-                sequence.draw(drawn_token(output) if ahead else None)
+                sequence.await_token(drawn_token(output) if ahead else None)
         self.cache.moved()
         self._moving.clear()
         self._pooled_last = plan.pooled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence as Many
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ridgeline.cache.table import SequencePages
 from ridgeline.sampling.sampler import Chooser
@@ -27,6 +27,10 @@ class Sequence:
     from `first_output` on have one too; the engine moves it on as it takes them in, so that rows that are run
     again are not asked twice. `pooled` sequences run through the encoder, and only their prompt is run.
 
+    `owner` is what whoever made the sequence knows it by, until it has ended. `tables` are those of its
+    `pages`, and `draw` is how each of its tokens is drawn where that is the same for all: every step asks
+    for both.
+
     Of one request's sequences, which have one prompt, the others name the first as `leader`. `cached_tokens`
     counts those that were found computed before the sequence was first preempted.
 
@@ -46,12 +50,14 @@ class Sequence:
         "charged",
         "chooser",
         "computed",
+        "draw",
         "drawn",
         "first_output",
         "leader",
         "length",
         "level",
         "limit",
+        "owner",
         "pages",
         "pooled",
         "preemptions",
@@ -61,6 +67,7 @@ class Sequence:
         "served",
         "speculation",
         "standing",
+        "tables",
         "token_ids",
         "yielded_length",
         "yields",
@@ -86,8 +93,11 @@ class Sequence:
         self.pooled = pooled
         self.first_output = len(prompt) - 1
         self.chooser = chooser
+        self.draw = None if chooser.needs_logits else chooser.every_draw
         self._listener = chooser if chooser.listens else None
+        self.owner: Any = None
         self.pages = pages
+        self.tables = pages.tables
         self.computed = 0
         self.cached_tokens = 0
         self.preemptions = 0
@@ -165,7 +175,7 @@ class Sequence:
         """Tokens of the output."""
         return len(self.token_ids) - self.prompt_length
 
-    def draw(self, token: int | None) -> None:
+    def await_token(self, token: int | None) -> None:
         """The next token is drawn on the device, and `token` stands for it; None where it is not."""
         self.drawn = token
         self.length = len(self.token_ids) + (token is not None)

@@ -301,16 +301,14 @@ class EngineWorker:
             told = self._told[request]
             for choice in output.outputs:
                 characters, tokens = told[choice.index]
-                if choice.finish_reason is None and len(choice.token_ids) == tokens:
+                if choice.finish_reason is None and choice.tokens == tokens:
                     continue
-                told[choice.index] = (len(choice.text), len(choice.token_ids))
-                logprobs = choice.logprobs[tokens:] if choice.logprobs is not None else None
-                text, new = choice.text[characters:], choice.token_ids[tokens:]
+                told[choice.index] = (choice.characters, choice.tokens)
+                new = choice.since(characters, tokens)
                 reasons = (choice.finish_reason, choice.stop_reason)
                 first = choice.index == tokens == 0
                 of_prompt = (output.prompt_logprobs, output.cached_tokens) if first else ()
-                piece = Piece(request, choice.index, text, new, logprobs, *reasons, *of_prompt)
-                pieces.append(piece)
+                pieces.append(Piece(request, choice.index, *new, *reasons, *of_prompt))
             if output.finished:
                 ended.append(request)
                 self._forget(request)
