@@ -1,6 +1,5 @@
 // Which ISA levels were built, and which of them this machine runs, the fastest first.
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 
 #include "launch.h"
@@ -75,19 +74,9 @@ bool runs_here([[maybe_unused]] const Kernels* level) {
 #if defined(RIDGELINE_WITH_AVX512_BF16)
 // Whether a product of bfloat16 pairs does more than the float products that it stands for. Zen 4 begins as many of
 // either, so that pairs do twice as much; Emerald Rapids begins a fourth as many, half as much. As results depend
-// on the level, what is asked lies far from both, and the best of some tries decides, beyond the reach of noise.
+// on the level, what is asked lies far from both.
 bool pairs_are_fast(const Kernels& level) {
-  using Clock = std::chrono::steady_clock;
-  constexpr int kTries = 8;
-  constexpr int64_t kIterations = 1000;  // some microseconds
-  double best[2] = {0, 0};
-  for (int i = 0; i < 2 * kTries; ++i) {
-    const auto began = Clock::now();
-    const double ops = level.peak_ops(i % 2 ? PeakFormat::bf16 : PeakFormat::fp32, kIterations);
-    const double seconds = std::chrono::duration<double>(Clock::now() - began).count();
-    best[i % 2] = std::max(best[i % 2], ops / seconds);
-  }
-  return best[1] > 1.4 * best[0];
+  return level.peak_ratio(PeakFormat::bf16, PeakFormat::fp32) > 1.4;
 }
 #endif
 

@@ -169,7 +169,7 @@ struct AttentionLaunch {
 
 // Arithmetic whose peak is measured.
 constexpr size_t kReadStep = 512;  // bytes that read_lines takes at a time
-enum class PeakFormat : uint8_t { int8, bf16, fp32 };
+enum class PeakFormat : uint8_t { int8, int8_unpacked, bf16, fp32 };
 
 // Kernels of one ISA level. Every worker makes the same calls, each with the same phases (Worker::for_units).
 struct Kernels {
@@ -195,6 +195,7 @@ struct Kernels {
   void (*draw_rows)(float* logits, int64_t rows, int32_t vocabulary, const RowDraw* draws, int32_t* tokens,
                     Worker&);  // logits are as before when it returns
   double (*peak_ops)(PeakFormat format, int64_t iterations);
+  double (*peak_ratio)(PeakFormat above, PeakFormat below);
   int32_t (*read_lines)(const uint8_t* data, size_t bytes);
 };
 

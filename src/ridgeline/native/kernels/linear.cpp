@@ -3,6 +3,8 @@
 
 RIDGELINE_BEGIN
 
+double peak_ratio(PeakFormat, PeakFormat);
+
 namespace {
 
 // Most rows of a unit whose weights are unpacked for all of its rows, and least for which that pays off: with
@@ -10,9 +12,17 @@ namespace {
 constexpr int64_t kPanelRows = 264, kLeastPanelRows = 48, kLeastHalvesRows = 24;
 constexpr int64_t kRegisterRows = 12;  // whole register tiles of any number of rows
 
+// Whether unpacking takes the places of products, as where a core begins two operations of 64 bytes a cycle,
+// whatever they are. Others begin one product a cycle and some other operation beside it.
+bool unpacking_delays() {
+  static const bool delays = peak_ratio(PeakFormat::int8, PeakFormat::int8_unpacked) > 1.4;
+  return delays;
+}
+
 bool uses_panels(const MatrixView& matrix, int64_t rows) {
   const int64_t least = has_halves(matrix.storage) ? kLeastHalvesRows : kLeastPanelRows;
-  return has_panels(matrix.storage) && rows >= least;
+  if (!has_panels(matrix.storage) || rows < least) return false;
+  return !unpacks_easily(matrix.storage) || unpacking_delays();
 }
 
 bool uses_panels(const LinearPart& part, int64_t rows) {

@@ -3,8 +3,9 @@
 
 RIDGELINE_BEGIN
 
+using enum Storage;
+
 void multiply_tiles(Storage storage, const TileInput& in, int tokens, float* y) {
-  using enum Storage;
   switch (storage) {
     case q5_0:
     case q5_1:
@@ -24,6 +25,7 @@ void multiply_tiles(Storage storage, const TileInput& in, int tokens, float* y) 
 }
 
 void multiply_panels(Storage storage, const TileInput& in, int rows, float* y) {
+  multiply_panels_of<q4_0, q4_1>(storage, in, rows, y);
   multiply_groups_panels(storage, in, rows, y);
   multiply_k_panels(storage, in, rows, y);
   multiply_super_panels(storage, in, rows, y);

@@ -7,10 +7,17 @@
 
 RIDGELINE_BEGIN
 
-// Codes of four or eight bits that are what they stand for cost next to nothing to unpack.
+// Whether codes are four bits that are what they stand for: few operations, which some cores do beside the products.
+RIDGELINE_INLINE constexpr bool unpacks_easily(Storage s) {
+  const Traits t = traits(s);
+  return !is_super(s) && t.levels == Levels::linear && t.bits == 4;
+}
+
+// Codes of a byte need no unpacking, unless their scales do.
 RIDGELINE_INLINE constexpr bool has_panels(Storage s) {
   const Traits t = traits(s);
-  return is_quantised(s) && (is_super(s) || t.levels != Levels::linear || (t.bits != 4 && t.bits != 8));
+  if (unpacks_easily(s)) return kMaxTiles > 1;
+  return is_quantised(s) && (is_super(s) || t.levels != Levels::linear || t.bits != 8);
 }
 
 // Rows in a register tile. Scales for each half of a group need half as many registers again.

@@ -27,6 +27,7 @@ void unpack_row(const MatrixView&, int64_t, float*);
 void quantise_rows(const float*, int64_t, int32_t, uint8_t*);
 void draw_rows(float*, int64_t, int32_t, const RowDraw*, int32_t*, Worker&);
 double peak_ops(PeakFormat, int64_t);
+double peak_ratio(PeakFormat, PeakFormat);
 int32_t read_lines(const uint8_t*, size_t);
 
 extern const Kernels kernels;
@@ -51,6 +52,7 @@ const Kernels kernels = {RIDGELINE_NAME(RIDGELINE_ISA),
                          quantise_rows,
                          draw_rows,
                          peak_ops,
+                         peak_ratio,
                          read_lines};
 
 RIDGELINE_END
