@@ -20,8 +20,8 @@ struct TileInput {
 };
 
 // How far ahead of their use weights are fetched. What follows a tile in memory, or a pair of tiles that are
-// multiplied at once, is mostly the next. A single row needs it as well: what some cores fetch by themselves ends
-// with the page, and what they would run into by reading ahead is behind the arithmetic of a few groups.
+// multiplied at once, is mostly the next. A single row needs it as well: what a core fetches by itself may
+// end with the page, and the loads that it sees ahead are too few for a long way to memory.
 constexpr size_t kPrefetchBytes = 4096;
 
 // What to fetch when `place` bytes of a tile are done. Beyond the end of one of two comes the other, which is being
