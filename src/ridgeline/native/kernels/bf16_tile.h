@@ -15,12 +15,9 @@ static void bf16_tiles(const TileInput& in, float* y) {
   const int pairs = (in.cols + 1) / 2;
   for (int k = 0; k < pairs; ++k) {
     const uint8_t* line = in.tile + size_t(k) * kLineBytes;
+    prefetch_line<kTiles>(in, size_t(k) * kLineBytes);
     vint w[kTiles];
-    for (int i = 0; i < kTiles; ++i) {
-      if constexpr (kTokens >= kPrefetchTokens)
-        prefetch(in.tile + i * in.next_tile + prefetch_place<kTiles>(in, size_t(k) * kLineBytes));
-      w[i] = iload(line + i * in.next_tile);
-    }
+    for (int i = 0; i < kTiles; ++i) w[i] = iload(line + i * in.next_tile);
     for (int t = 0; t < kTokens; ++t) {
       const vint x = splat_pair(in.x + t * in.row_bytes + size_t(4) * k);
       for (int i = 0; i < kTiles; ++i) acc[i][t] = dot_bf16(acc[i][t], x, w[i]);

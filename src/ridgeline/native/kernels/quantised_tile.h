@@ -53,7 +53,8 @@ RIDGELINE_INLINE void prefetch_group(const TileInput& in, int group) {
 // Tiles that are multiplied side by side: two share each load of an activation. With few rows the memory is the
 // limit, and it is read fastest in one stream; scales for each half of a group need too many registers.
 RIDGELINE_INLINE constexpr int tiles_at_once(Storage s, int tokens) {
-  return has_halves(s) || tokens < kPrefetchTokens ? 1 : kMaxTiles;
+  constexpr int kLeastTokens = 3;
+  return has_halves(s) || tokens < kLeastTokens ? 1 : kMaxTiles;
 }
 
 // A group of 32 inputs of a tile, and of the rows that it is multiplied by.
@@ -197,7 +198,7 @@ static void quantised_tiles(const TileInput& in, float* y) {
   }
   SuperBlock<kStorage> block[kTiles];
   for (int g = 0; g < layout.groups; ++g) {
-    if constexpr (kTokens >= kPrefetchTokens) prefetch_group<kStorage, kTiles>(in, g);
+    prefetch_group<kStorage, kTiles>(in, g);
     GroupWeights w[kTiles];
     GroupScales scales[kTiles];
     for (int i = 0; i < kTiles; ++i) {

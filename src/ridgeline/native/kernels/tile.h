@@ -20,10 +20,9 @@ struct TileInput {
 };
 
 // How far ahead of their use weights are fetched. What follows a tile in memory, or a pair of tiles that are
-// multiplied at once, is mostly the next. With few rows the hardware's own prefetching is better: it stays closer to
-// what is computed.
+// multiplied at once, is mostly the next. A single row needs it as well: what a core fetches by itself may
+// end with the page, and the loads that it sees ahead are too few for a long way to memory.
 constexpr size_t kPrefetchBytes = 4096;
-constexpr int kPrefetchTokens = 3;
 
 // What to fetch when `place` bytes of a tile are done. Beyond the end of one of two comes the other, which is being
 // multiplied already.
@@ -31,6 +30,13 @@ template <int kTiles>
 RIDGELINE_INLINE size_t prefetch_place(const TileInput& in, size_t place) {
   const size_t ahead = place + kPrefetchBytes, tile_bytes = size_t(in.next_tile);
   return kTiles == 2 && ahead >= tile_bytes ? ahead + tile_bytes : ahead;
+}
+
+// Fetches ahead of the line of each tile that begins at `place`.
+template <int kTiles>
+RIDGELINE_INLINE void prefetch_line(const TileInput& in, size_t place) {
+  const uint8_t* ahead = in.tile + prefetch_place<kTiles>(in, place);
+  for (int i = 0; i < kTiles; ++i) prefetch(ahead + i * in.next_tile);
 }
 
 RIDGELINE_INLINE vfloat splat_at(const uint8_t* p) {
