@@ -52,9 +52,6 @@ class DraftTime:
             self.token_s += 0.1 * (elapsed_s / drafted - self.token_s)
 
 
-_FREE = DraftTime(0.0, 0.0)
-
-
 @dataclass(slots=True)
 class _Record:
     """What is known of a sequence: its acceptance, and the decayed mean of tokens that asking for it gave."""
@@ -106,10 +103,6 @@ class Controller:
     _turn: int = 0
     _handling_s: float = 0.0  # for a guess
     _token_s: float = 0.0  # of the last step's, without guesses
-
-    def may_pay(self, cost: StepCost) -> bool:
-        """Whether any guess would pay in a step if it took no time to find and were nearly certain."""
-        return cost.room > 0 and self._ceiling(self._curves.of(cost), cost.decodes, _FREE, self.most_nodes) > 0
 
     def handled(self, guesses: int, elapsed_s: float) -> None:
         """Take in what it took to follow the guesses of one step, beside the step itself."""

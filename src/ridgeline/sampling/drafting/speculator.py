@@ -28,8 +28,9 @@ class _Source:
     totals: DraftTotals = field(default_factory=DraftTotals)
 
 
-_PATIENCE, _RELIEF = 4, 2
-"""So many times asked in vain, more than right guesses have made up for (each for two), double a rest."""
+_PATIENCE, _RELIEF, _AT_FIRST = 4, 2, 2
+"""So many times asked in vain, more than right guesses have made up for (each for two), double a rest; who has
+not had a right one yet is taken to have been asked twice."""
 _LONGEST_REST = 3
 _MOST_IN_VAIN = _PATIENCE * (_LONGEST_REST + 1)
 """Of eight steps, one is asked in: text that begins to repeat itself is found that much later, and all other
@@ -89,8 +90,6 @@ class Speculator:
         self._steps += 1
         trees = [NO_DRAFT] * len(sequences)
         self._rows, self._rest = cost.rows, _rest_of(_MOST_IN_VAIN)
-        if not self._controller.may_pay(cost):
-            return trees
         due = [i for i, sequence in enumerate(sequences) if self._is_due(sequence)]
         if due:
             began_s = self._clock()
@@ -107,36 +106,37 @@ class Speculator:
         """Whether to ask about a sequence: one whose guesses come to nothing is let alone for some steps, all
         such together, as most of what a step's drafting takes is for the first one."""
         forced = sequence.forced
-        rest = _rest_of(self._in_vain.get(sequence.arrival, 0))
+        rest = _rest_of(self._in_vain.get(sequence.arrival, _AT_FIRST))
         self._rest = min(self._rest, rest if forced is None else 0)
         return not self._steps & rest or bool(forced)
 
     def _note(self, sequence: DraftedSequence, accepted: int) -> None:
         """Asking about a sequence has come to so much."""
-        in_vain = self._in_vain.get(sequence.arrival, 0)
+        in_vain = self._in_vain.get(sequence.arrival, _AT_FIRST)
         change = -_RELIEF * accepted if accepted else 1
         self._in_vain[sequence.arrival] = min(max(in_vain + change, 0), _MOST_IN_VAIN)
 
     def _draft(self, sequences: Sequence[DraftedSequence], cost: StepCost) -> list[DraftTree]:
         slowest = max((source.time for source in self._sources.values()), key=attrgetter("ask_s"))
-        times = [self._time_of(sequence, slowest) for sequence in sequences]
+        wanted = [_wanted(sequence) for sequence in sequences]
+        times = [self._time_of(*each, slowest) for each in zip(sequences, wanted, strict=True)]
         limits = self._controller.limits(sequences, times, cost)
         if not any(limits):
+            self._rest = _rest_of(_MOST_IN_VAIN)  # as many sequences as these are, nothing pays
             return [NO_DRAFT] * len(sequences)
         trees = [NO_DRAFT] * len(sequences)
         for name, source in self._sources.items():
             places = [
                 i
                 for i, limit in enumerate(limits)
-                if limit and not len(trees[i]) and _wanted(sequences[i]) in (name, AUTO)
+                if limit and not trees[i].tokens and (wanted[i] == AUTO or wanted[i] == name)
             ]
             if places:
                 self._propose(source, sequences, limits, places, trees)
         return self._controller.choose(sequences, limits, trees, cost)
 
-    def _time_of(self, sequence: DraftedSequence, slowest: DraftTime) -> DraftTime:
+    def _time_of(self, sequence: DraftedSequence, wanted: str, slowest: DraftTime) -> DraftTime:
         """What asking about a sequence takes."""
-        wanted = _wanted(sequence)
         if wanted in self._sources:
             return self._sources[wanted].time
         return _NO_TIME if wanted and sequence.forced else slowest
