@@ -79,7 +79,7 @@ def interval(ratios: Sequence[float]) -> tuple[float, float]:
     """95%, of the centre of the ratios' logarithms: those centres that Wilcoxon's signed-rank test does not
     reject (Hodges and Lehmann; Hollander and Wolfe, "Nonparametric Statistical Methods", 3.3). It is exact
     for noise as likely to make either side slower, whatever its tails: a round that other work disturbed
-    counts as one, however long that took. No numbers for fewer than six rounds, of which none is that sure."""
+    counts as one, however long that took. No numbers for fewer than six rounds: none is that sure."""
     place = _rejected(len(ratios))
     if place < 1:
         return math.nan, math.nan

@@ -49,7 +49,7 @@ class Drafting:
         return SpeculationParams() if asked else None
 
     def rests(self, rows: int) -> bool:
-        """Whether nobody is to be drafted for in a planned step of so many rows; `draft` is not called then."""
+        """Whether nobody is to be drafted for in a planned step of so many rows: no call of `draft`."""
         return self._speculator.rests(rows)
 
     def draft(self, decodes: Many[Sequence], chunks: Many[Chunk], room: int) -> list[DraftTree]:

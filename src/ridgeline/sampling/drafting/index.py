@@ -243,9 +243,9 @@ def _number(tokens: array[int]) -> int:
 
 
 class Trail:
-    """The occurrences, in another text or in itself, of the end of a text that grows: they are looked up once, and followed
-    for as long as any goes on as the text does. So one that has gone on longest is among them, unless `most`
-    others were more recent when they were looked up.
+    """The occurrences, in another text or in itself, of the end of a text that grows: they are looked up
+    once, and followed for as long as any goes on as the text does. So one that has gone on longest is among
+    them, unless `most` others were more recent when they were looked up.
 
     The text's length identifies its end: an occurrence is kept as the constant by which it lies before that,
     and the constant by which its match is shorter than the text.
