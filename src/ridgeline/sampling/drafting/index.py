@@ -97,8 +97,9 @@ class Text:
         if end > _SHORT:
             seen = np.frombuffer(tokens, np.int32)[:end]
             at = np.flatnonzero(seen[1:] == last) + 1
-            return at[seen[at - 1] == before][: -most - 1 : -1].tolist()
-        ends: list[int] = []
+            ends: list[int] = at[seen[at - 1] == before][: -most - 1 : -1].tolist()
+            return ends
+        ends = []
         searched, pair = tokens.tobytes(), text[-2:].tobytes()
         end *= _WORD_BYTES
         while len(ends) < most:
