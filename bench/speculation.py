@@ -1,6 +1,6 @@
 """What speculation gives, on the default model: `python -m bench.speculation`.
 
-    python -m bench.speculation --model smollm2 --rounds 7 --tokens 96 --json out.json
+    python -m bench.speculation --model smollm2 --rounds 16 --tokens 64 --json out.json
     python -m bench.speculation --cells copy:0:1 json:0.8:16
     python -m bench.speculation --cells copy:0:1 quote:0:1 --peer llama=VENV/bin/python
 
@@ -9,8 +9,10 @@ engine, with speculation and without, in turns that change; both must give the s
 checked. Timed is decoding alone, while the batch is whole: from the step after which every sequence has a
 token to the end of the first that ends. Before every run the engine forgets all texts that it has seen, so
 that nothing is won by having given the answer before. The ratio of a round is that of its two rates of
-tokens; told are the median, the least and the most, and the 95% interval of the mean of the logarithms
-(Student's t).
+tokens, which were taken within seconds of each other; told are the median, the least and the most, and the
+95% interval of Wilcoxon's signed-rank test on the logarithms (Hodges and Lehmann's). It is exact for noise
+that is as likely to slow either way down, as the turns see to, and a round that other work disturbed widens
+it no more than any other. Many short rounds make it narrower than few long ones; it takes six at least.
 
 - copy: a file, and the request to give it back with one name changed; the answer's first lines are given.
 - quote: a text, and a summary that quotes it at length, likewise begun.
@@ -148,6 +150,15 @@ class Bench:
         for name, answer in theirs.items():
             measured.against.setdefault(name, Against()).add(answer, answers[True].said[0][1:])
 
+    def read(self, cell: Cell) -> None:
+        """Leave the cell's prompts in the prefix cache: a batch of long ones is not read in one step, and the
+        first answers would have ended before the last began."""
+        for index in range(cell.batch):
+            self._names += 1
+            self._engine.add(self._request(cell, index, 0, str(self._names), False, tokens=1))
+        while self._engine.has_work:
+            self._engine.step()
+
     def _answer(self, cell: Cell, seed: int, speculated: bool) -> Answered:
         """Answer all of a cell's requests; timed is the decoding of the whole batch."""
         engine = self._engine
@@ -159,7 +170,8 @@ class Bench:
         for index in range(cell.batch):
             self._names += 1
             names.append(str(self._names))
-            engine.add(self._request(cell, index, seed, names[-1], None if speculated else False))
+            asked = None if speculated else False
+            engine.add(self._request(cell, index, seed, names[-1], asked, self._tokens))
         said: dict[str, tuple[int, ...]] = {}
         begun_s = ended_s = 0.0
         tokens = ended = 0
@@ -194,12 +206,14 @@ class Bench:
             messages, add_generation_prompt=not work.begun, continue_final_message=bool(work.begun)
         )
 
-    def _request(self, cell: Cell, index: int, seed: int, name: str, speculation: bool | None) -> Request:
+    def _request(
+        self, cell: Cell, index: int, seed: int, name: str, speculation: bool | None, tokens: int
+    ) -> Request:
         form = KINDS[cell.kind](index).form
         params = SamplingParams(
             temperature=cell.temperature,
             seed=1000 * seed + index,
-            max_tokens=self._tokens,
+            max_tokens=tokens,
             ignore_eos=form is None,
             structured_outputs=form,
             speculation=speculation,
@@ -221,8 +235,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What speculation gives.")
     parser.add_argument("--model", default=EngineConfig().model)
     parser.add_argument("--cells", nargs="*", default=None, help="kind:temperature:batch (default: all)")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=96, help="of each answer, at most")
+    parser.add_argument("--rounds", type=int, default=16, help="even, so that turns are; six at least")
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer, at most")
     parser.add_argument("--threads", type=int, help="for every system (default: one per usable core)")
     parser.add_argument("--json", type=Path)
     speculation_peer.add_flags(parser)
@@ -250,7 +264,8 @@ def measure(bench: Bench, cells: Sequence[Cell], rounds: int) -> dict[str, Any]:
     for cell in cells:
         measured = Measured()
         try:
-            bench.round(cell, 0, None)  # warms up, and leaves the prompts in the prefix cache
+            bench.read(cell)
+            bench.round(cell, 0, None)  # warms up
             for number in range(rounds):
                 bench.round(cell, number + 1, measured)
         except (AbsentError, FailedError) as error:

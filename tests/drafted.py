@@ -19,7 +19,7 @@ class Drafted:
     limit: int = 1 << 30
     tenant: str = ""
     speculation: SpeculationParams | None = field(default_factory=SpeculationParams)
-    forced: Sequence[int] = ()
+    forced: Sequence[int] | None = None
 
 
 def root_paths(tree: DraftTree) -> list[tuple[int, ...]]:

@@ -31,6 +31,12 @@ class ForcedDrafting:
     def wanted(self, asked: SpeculationParams | bool | None) -> SpeculationParams | None:
         return None if asked is False else SpeculationParams()
 
+    def rests(self, rows: int) -> bool:
+        return False
+
+    def handled(self, guesses: int, elapsed_s: float) -> None:
+        assert guesses > 0
+
     def draft(self, decodes: Sequence[Sequenced], chunks: Sequence[Chunk], room: int) -> list[DraftTree]:
         trees = []
         for sequence in decodes:

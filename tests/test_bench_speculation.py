@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import sys
 import types
 from argparse import ArgumentParser
@@ -34,6 +35,9 @@ class Pretended(Bench):
 
     def __init__(self, log: Path, peers: Sequence[Peer]) -> None:
         self._log, self._tokens, self._peers = log, TOKENS, peers
+
+    def read(self, cell: Cell) -> None:
+        pass
 
     def prompt(self, kind: str, index: int) -> tuple[int, ...]:
         return PROMPT
@@ -148,12 +152,24 @@ def test_what_cannot_be_meant_is_refused_before_a_model_is_loaded(
         speculation.main()
 
 
-def test_an_interval_is_that_of_the_logarithms() -> None:
-    low, high = figures.interval([2.0, 8.0])
-    half = 12.71 * math.log(4) / math.sqrt(2) / math.sqrt(2)
-    assert (low, high) == pytest.approx((4 * math.exp(-half), 4 * math.exp(half)))
-    assert math.isnan(figures.interval([2.0])[0])
-    assert figures.of_rounds([3.0, 3.0, 3.0])["low_95"] == pytest.approx(3.0)
+def test_an_interval_is_what_the_signed_rank_test_does_not_reject() -> None:
+    rng = random.Random(1)
+    ratios = [math.exp(rng.gauss(0.1, 0.2)) for _ in range(10)]
+    sums = [sum(each) for each in itertools.product(*((0, rank) for rank in range(1, 11)))]
+
+    def probability(centre: float) -> float:
+        """Of sums of signed ranks as far off as these ratios', were that their centre."""
+        away = sorted((math.log(each / centre) for each in ratios), key=abs)
+        less = min(sum(rank for rank, each in enumerate(away, 1) if sign * each > 0) for sign in (1, -1))
+        return 2 * sum(each <= less for each in sums) / len(sums)
+
+    low, high = figures.interval(ratios)
+    assert probability(low * 1.001) >= 0.05 > probability(low / 1.001)
+    assert probability(high / 1.001) >= 0.05 > probability(high * 1.001)
+    assert figures.interval([8.0, 1.0, 2.0, 4.0, 16.0, 32.0]) == pytest.approx((1, 32))
+    assert math.isnan(figures.interval([2.0] * 5)[0])
+    assert figures.of_rounds([3.0] * 6)["low_95"] == pytest.approx(3.0)
+    assert figures.interval([*ratios, 100.0])[0] > 0.95 * low  # one bad round is one round
     assert Measured([1.0, 1.0], [2.0, 4.0]).told()["ratio"] == 3.0
 
 

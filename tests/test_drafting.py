@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ridgeline.sampling.drafting.histories import Histories
-from ridgeline.sampling.drafting.index import BREAK, LONGEST_MATCH, TokenIndex, Trail
+from ridgeline.sampling.drafting.index import BREAK, LONGEST_MATCH, Text, TokenIndex, Trail
 from ridgeline.sampling.drafting.ngram import NgramDrafter
 from ridgeline.sampling.drafting.outputs import PastOutputs
 from ridgeline.sampling.drafting.suffix import SuffixDrafter, grow
@@ -42,9 +43,10 @@ def capped(found: list[tuple[int, int]]) -> list[tuple[int, int]]:
 # --------------------------------------------------------------------------------------------- index
 
 
-@given(st.lists(TEXTS, max_size=4))
-def test_an_index_finds_what_a_search_finds(parts: list[list[int]]) -> None:
-    index, text = TokenIndex(), []
+@pytest.mark.parametrize("kind", [Text, TokenIndex])
+@given(parts=st.lists(TEXTS, max_size=4))
+def test_an_index_finds_what_a_search_finds(kind: type[Text], parts: list[list[int]]) -> None:
+    index, text = kind(), []
     for part in parts:
         index.extend(part)  # long parts go another way than short ones
         text += part
@@ -102,9 +104,24 @@ def test_an_indexs_size_is_what_is_said() -> None:
     assert grown.bytes <= 1 << 16
 
 
+@pytest.mark.parametrize("halves", [1, 256])
+def test_long_texts_are_searched_as_short_ones_are(halves: int) -> None:
+    """Tokens that differ by whole bytes look the same where one ends and the next begins."""
+    rng = random.Random(halves)
+    text = [rng.randrange(3) * halves for _ in range(6000)]
+    long, short = Text(text), Text(text[-4000:])
+    for size in (6000, 5999, 5998):
+        del long.tokens[size:], short.tokens[size - 2000 :]
+        found = long.find(long.tokens, 5)
+        assert [(at - 2000, count) for at, count in found] == short.find(short.tokens, 5)
+        assert found == capped(occurrences(text[:size], text[:size], size - 1))[:5]
+        before = [at for at, token in enumerate(long.tokens[:-1], 1) if token == long.tokens[-1]]
+        assert long.last_of(long.tokens[-1]) == before[-1]
+
+
 @given(TEXTS, st.lists(st.lists(st.integers(0, 3), max_size=4), max_size=40))
 def test_a_trail_has_the_longest_match_and_no_false_one(text: list[int], steps: list[list[int]]) -> None:
-    own = TokenIndex(text)
+    own = Text(text)
     elsewhere = TokenIndex([*[0, 1, 2, 3, 0, 1] * 4, BREAK, *text[::-1], BREAK])
     trails = [Trail(own, ALL), Trail(elsewhere, ALL)]
     new = len(text)
@@ -335,7 +352,7 @@ def test_histories_keep_up_however_rarely_they_are_asked(parts: list[list[int]])
     for part in parts:
         text += part
         history = histories.of(Drafted(3, text))
-        known = history.index.tokens.tolist()
+        known = history.text.tokens.tolist()
         assert known == text[len(text) - len(known) :]
         assert min(len(text), 100) <= len(known) <= 200
         before = [at for at, token in enumerate(known[:-1], 1) if token == known[-1]]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import mean, median, stdev
+from itertools import combinations_with_replacement
+from statistics import median
 from typing import Any
 
 from bench.peers.cells import Cell
@@ -14,9 +15,6 @@ from ridgeline.resources.roofline import mbu
 from ridgeline.types import Work
 
 OURS = "ridgeline"
-
-_T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26, 12: 2.20, 15: 2.14}
-"""Student's t for 95%, by the number of rounds."""
 
 
 @dataclass
@@ -78,13 +76,27 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float]:
-    """95%, of the mean of the ratios' logarithms; no numbers for fewer than two."""
-    if len(ratios) < 2:
+    """95%, of the centre of the ratios' logarithms: those centres that Wilcoxon's signed-rank test does not
+    reject (Hodges and Lehmann; Hollander and Wolfe, "Nonparametric Statistical Methods", 3.3). It is exact
+    for noise as likely to make either side slower, whatever its tails: a round that other work disturbed
+    counts as one, however long that took. No numbers for fewer than six rounds: none is that sure."""
+    place = _rejected(len(ratios))
+    if place < 1:
         return math.nan, math.nan
     logs = [math.log(each) for each in ratios]
-    near = min(_T95, key=lambda rounds: (abs(rounds - len(logs)), rounds))
-    half = _T95[near] * stdev(logs) / math.sqrt(len(logs))
-    return math.exp(mean(logs) - half), math.exp(mean(logs) + half)
+    means = sorted((one + other) / 2 for one, other in combinations_with_replacement(logs, 2))
+    return math.exp(means[place - 1]), math.exp(means[-place])
+
+
+def _rejected(rounds: int) -> int:
+    """The least sum of signed ranks that is not rejected at 5%, two-sided."""
+    ways = [1]  # in which signs of the ranks so far come to each sum
+    for rank in range(1, rounds + 1):
+        ways = [a + b for a, b in zip([*ways, *[0] * rank], [*[0] * rank, *ways], strict=True)]
+    rejected, below = 0, 0
+    while (below := below + ways[rejected]) < 0.025 * 2**rounds:
+        rejected += 1
+    return rejected
 
 
 def of_rounds(ratios: Sequence[float]) -> dict[str, float]:

@@ -418,7 +418,11 @@ class Engine:
         (self.stats.decode if decode else self.stats.prefill).add(plan.rows, result)
         advanced: dict[str, RequestState] = {}
         outputs: list[RequestOutput] = []
-        accepted = self._follow(plan, result, sampled) if plan.drafted else 0
+        accepted = 0
+        if plan.drafted:
+            accepted = self._follow(plan, result, sampled)
+            if self.scheduler.drafting is not None:
+                self.scheduler.drafting.handled(plan.guesses, self.clock() - now_s)
         self.steps.add(plan, result, now_s, accepted, self.handle)
         sequences, positions = plan.sampled, plan.positions
         for output in plan.certain:

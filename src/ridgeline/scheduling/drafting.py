@@ -48,6 +48,10 @@ class Drafting:
             return self._default
         return SpeculationParams() if asked else None
 
+    def rests(self, rows: int) -> bool:
+        """Whether nobody is to be drafted for in a planned step of so many rows: no call of `draft`."""
+        return self._speculator.rests(rows)
+
     def draft(self, decodes: Many[Sequence], chunks: Many[Chunk], room: int) -> list[DraftTree]:
         """Guesses for some of the decodes in a planned step, of `room` rows in all at most."""
         pace = self._pace
@@ -76,6 +80,10 @@ class Drafting:
     def verified(self, drafted: Drafted, nodes: Many[int]) -> None:
         """Take in which guesses were right."""
         self._speculator.verified(drafted.sequence, drafted.tree, nodes)
+
+    def handled(self, guesses: int, elapsed_s: float) -> None:
+        """Taking in what became of so many guesses of a step took so long."""
+        self._controller.handled(guesses, elapsed_s)
 
     def forget(self, sequence: Sequence) -> None:
         """A sequence has ended."""

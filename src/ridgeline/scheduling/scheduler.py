@@ -399,6 +399,8 @@ class Scheduler:
 
     def _draft(self, drafting: Drafting, budget: Budget) -> None:
         """Put guesses behind decodes, as far as they pay, in the room and on the pages that are left."""
+        if drafting.rests(self.max_num_batched_tokens - budget.tokens):
+            return
         decodes = [s for s, count, rows in budget.chunks if count == 1 and rows and s.speculation is not None]
         decodes = [s for s in decodes if s.drawn is None and s.computed + 1 == s.length]
         room = min(budget.tokens, budget.outputs)

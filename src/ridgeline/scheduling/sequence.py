@@ -116,10 +116,11 @@ class Sequence:
         return self.pages.scope.salt
 
     @property
-    def forced(self) -> Many[int]:
-        """The next tokens, as far as the form of the answer leaves no choice and that is known by now."""
+    def forced(self) -> Many[int] | None:
+        """The next tokens, as far as the form of the answer leaves no choice and that is known by now; None
+        where it has no form."""
         constraint = self.chooser.constraint
-        return () if constraint is None else constraint.forced()
+        return None if constraint is None else constraint.forced()
 
     @property
     def remaining(self) -> int:

@@ -2,11 +2,11 @@
 
 Of all trees that the drafters propose for a step, the nodes are taken in the order of the probability with
 which they are accepted, for as long as tokens per second rise: with B sequences and their r best nodes the
-step gives B + Σ p tokens and takes t(rows + r); it has to be worth it by some per cent, as handling them
-takes time too. For a batch that is all alike this is the size k that
+step gives B + Σ p tokens and takes t(rows + r). For a batch that is all alike this is the size k that
 maximises E(k) · t(B) / t(B (k+1)) (Leviathan et al., "Fast Inference from Transformers via Speculative
 Decoding", 2023); for any other, the sequences that gain most get most. A full batch leaves the rows no slack,
-and drafts shrink and end by themselves.
+and drafts shrink and end by themselves. What t counts of a guess is its rows in the step as predicted, and
+the measured time in which the host then takes it on.
 
 What is not known to pay (asking a drafter that had nothing for long, verifying guesses that were wrong) is
 still tried now and then, from an allowance: a share of the time of the steps, which bounds its cost.
@@ -22,7 +22,6 @@ from ridgeline.sampling.drafting.acceptance import MOST, Acceptance, kind_of, tr
 from ridgeline.sampling.drafting.costs import Curve, Curves, StepCost, best_size
 from ridgeline.sampling.drafting.drafter import DraftedSequence
 from ridgeline.sampling.drafting.tree import NO_DRAFT, DraftTree
-from ridgeline.types import MAX_DRAFT_TOKENS
 
 MOST_NODES = 16
 """Guesses for one sequence where its request does not say."""
@@ -30,9 +29,12 @@ MOST_NODES = 16
 _SAVED_STEPS = 32
 """So many steps' allowance is kept at most."""
 _PROBE_NODES = 2
-_LEAST_GAIN = 0.02
-"""By so much more tokens per second guesses have to promise: what they take of the engine beside the step."""
 _GAIN_WEIGHT = 0.1
+_LEAST_GAIN = 0.02
+"""By so much more tokens per second guesses have to promise: no prediction is more exact than that."""
+_HANDLING_WEIGHT = 0.25
+_HANDLING_FADING = 0.999
+"""In each step for which guesses were looked for: where they took too much, they are measured again."""
 
 
 @dataclass(slots=True)
@@ -99,6 +101,14 @@ class Controller:
     _curves: Curves = field(default_factory=Curves)
     _allowance_s: float = 0.0
     _turn: int = 0
+    _handling_s: float = 0.0  # for a guess
+    _token_s: float = 0.0  # of the last step's, without guesses
+
+    def handled(self, guesses: int, elapsed_s: float) -> None:
+        """Take in what it took to follow the guesses of one step, beside the step itself."""
+        # More than a token is not counted: nothing pays then, and others may have had the processor.
+        each_s = min(elapsed_s / guesses, self._token_s)
+        self._handling_s += _HANDLING_WEIGHT * (each_s - self._handling_s)
 
     def limits(
         self, sequences: Sequence[DraftedSequence], times: Sequence[DraftTime], cost: StepCost
@@ -106,6 +116,8 @@ class Controller:
         """For each sequence, with the times of its drafter, how many nodes at most are to be proposed; 0: do
         not ask."""
         curve = self._curves.of(cost)
+        self._token_s = curve.token_s
+        self._handling_s *= _HANDLING_FADING
         saved = _SAVED_STEPS * self.allowance_share * curve.base_s
         self._allowance_s = min(self._allowance_s + self.allowance_share * curve.base_s, saved)
         limits = [0] * len(sequences)
@@ -113,7 +125,7 @@ class Controller:
             return limits
         unsure = []
         for i, (sequence, time) in enumerate(zip(sequences, times, strict=True)):
-            limit = self._limit(sequence, self._ceiling(curve, cost, time), cost.room)
+            limit = self._limit(sequence, curve, cost, time)
             if limit > 0 and self._record(sequence).gain * curve.token_s < self._asking_s(time):
                 unsure.append(i)
             limits[i] = limit
@@ -128,29 +140,28 @@ class Controller:
         """What asking about a sequence takes."""
         return time.ask_s + self._own.ask_s
 
-    def _limit(self, sequence: DraftedSequence, ceiling: int, room: int) -> int:
+    def _limit(self, sequence: DraftedSequence, curve: Curve, cost: StepCost, time: DraftTime) -> int:
         params = sequence.speculation
-        if params is None or ceiling < 1:
+        if params is None:
             return 0
+        ceiling = self._ceiling(curve, cost.decodes, time, params.max_tokens or self.most_nodes)
         # The target gives one token more than it accepts.
-        left = sequence.limit - len(sequence.token_ids) - 1
-        return min(ceiling, params.max_tokens or self.most_nodes, left, room)
+        return min(ceiling, sequence.limit - len(sequence.token_ids) - 1, cost.room)
 
-    def _ceiling(self, curve: Curve, cost: StepCost, time: DraftTime) -> int:
-        """The size that would pay if everything were accepted."""
-        size = curve.ceilings.get(id(time))
+    def _ceiling(self, curve: Curve, batch: int, time: DraftTime, most: int) -> int:
+        """The size, up to `most`, that would pay if everything were accepted."""
+        size = curve.ceilings.get((id(time), most))
         if size is None:
-            batch = cost.decodes
-            draft_s = time.token_s * batch
-            size = best_size(MOST, batch, lambda rows: curve.at(rows - batch), draft_s, MAX_DRAFT_TOKENS)
-            if size == 0 and self._any_pays(curve, batch, time):
+            token_s = time.token_s + self._handling_s
+            size = best_size(MOST, batch, lambda rows: curve.at(rows - batch), token_s * batch, most)
+            if size == 0 and self._any_pays(curve, batch, token_s):
                 size = 1
-            curve.ceilings[id(time)] = size
+            curve.ceilings[id(time), most] = size
         return size
 
-    def _any_pays(self, curve: Curve, batch: int, time: DraftTime) -> bool:
-        """Whether guesses for some of the sequences would."""
-        worth_s = MOST * curve.token_s - time.token_s
+    def _any_pays(self, curve: Curve, batch: int, draft_s: float) -> bool:
+        """Whether guesses for some of the sequences would, each of which takes so long beside the step."""
+        worth_s = MOST * curve.token_s - draft_s
         return any(extra * worth_s > curve.at(extra) - curve.base_s for extra in range(1, batch))
 
     def _spend_on_asking(self, unsure: Sequence[int], limits: list[int], times: Sequence[DraftTime]) -> None:
@@ -211,7 +222,7 @@ class Controller:
         best_rate = (1 + _LEAST_GAIN) * tokens / curve.base_s
         sums = list(accumulate(best_values))
         for rows, seconds in curve.sizes(min(len(best_values), cost.room)):
-            rate = (tokens + sums[rows - 1]) / seconds
+            rate = (tokens + sums[rows - 1]) / (seconds + rows * self._handling_s)
             if rate > best_rate:
                 best_rate, choice.rows = rate, rows
         if choice.rows:
@@ -237,7 +248,7 @@ class Controller:
             else:
                 i = left_out[self._turn // 2 % len(left_out)]
             probe = trees[i].head(_PROBE_NODES)
-            cost_s = curve.at(rows + len(probe)) - curve.at(rows)
+            cost_s = curve.at(rows + len(probe)) - curve.at(rows) + len(probe) * self._handling_s
             if rows + len(probe) > curve.room or cost_s > self._allowance_s:
                 self._turn -= 1  # as soon as there is enough
                 return

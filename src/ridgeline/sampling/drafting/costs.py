@@ -11,7 +11,7 @@ Seconds = Callable[[int], float]
 
 _DENSE_ROWS = 32
 _GROWTH = 1.125
-_REFRESH_STEPS = 32
+_REFRESH_STEPS = 64
 _MOST_CURVES = 128
 
 
@@ -55,7 +55,7 @@ class Curve:
     def __init__(self, cost: StepCost) -> None:
         self._cost = cost
         self.age = 0
-        self.ceilings: dict[int, int] = {}  # the controller's, for as long as the curve serves
+        self.ceilings: dict[tuple[int, int], int] = {}  # the controller's, for as long as the curve serves
         self.room = cost.room
         self.extras = [0]
         self.base_s = cost.seconds(cost.rows)

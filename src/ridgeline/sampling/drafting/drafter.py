@@ -13,7 +13,7 @@ class DraftedSequence(Protocol):
     """A sequence for which tokens may be guessed. `arrival` is its name; `token_ids` holds prompt and output
     and only grows, up to `limit` tokens. What was written for one `tenant` is never used for another.
     `speculation` says what its request wants, None: no draft. `forced` are the next tokens as far as the form
-    of the answer leaves no choice, and that is known by now."""
+    of the answer leaves no choice, and that is known by now; None: it has no form."""
 
     @property
     def arrival(self) -> int: ...
@@ -34,7 +34,7 @@ class DraftedSequence(Protocol):
     def speculation(self) -> SpeculationParams | None: ...
 
     @property
-    def forced(self) -> Sequence[int]: ...
+    def forced(self) -> Sequence[int] | None: ...
 
 
 class Drafter(Protocol):

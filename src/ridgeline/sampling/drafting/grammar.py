@@ -20,7 +20,7 @@ class GrammarDrafter:
         return [self._propose(*each) for each in zip(sequences, budgets, strict=True)]
 
     def _propose(self, sequence: DraftedSequence, budget: int) -> DraftTree:
-        forced = sequence.forced[:budget]
+        forced = (sequence.forced or ())[:budget]
         # By the longest match there is: nothing is as certain.
         return DraftTree.chain(forced, 1.0, self.name, MAX_DRAFT_TOKENS) if forced else NO_DRAFT
 

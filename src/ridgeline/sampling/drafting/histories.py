@@ -1,65 +1,44 @@
-"""The indices of the sequences that are under way, shared by the drafters that look tokens up in them."""
+"""The texts of the sequences that are under way, shared by the drafters that look tokens up in them."""
 
 from __future__ import annotations
 
 from ridgeline.sampling.drafting.drafter import DraftedSequence
-from ridgeline.sampling.drafting.index import TokenIndex, Trail
+from ridgeline.sampling.drafting.index import Text, Trail
 
 WINDOW_TOKENS = 1 << 15
 """The last tokens of a sequence in which its own past is looked up, at least; at most twice as many are
-kept, which bounds a sequence's index to some megabytes."""
+kept."""
 
 MOST_OCCURRENCES = 8
 """Of one ending, that are looked at: the most recent ones."""
 
 
 class History:
-    """A sequence's own tokens: where its end stood before, and where its last token did, alone."""
+    """A sequence's own tokens, and where its end stood before."""
 
-    __slots__ = ("_latest", "_window", "alone", "index", "length", "trail")
+    __slots__ = ("_window", "length", "text", "trail")
 
     def __init__(self, window_tokens: int) -> None:
         self._window = window_tokens
         self.length = 0  # tokens of the sequence that were taken on
-        self._begin(TokenIndex())
+        self.text = Text()
+        self.trail = Trail(self.text, MOST_OCCURRENCES)
 
-    def _begin(self, index: TokenIndex) -> None:
-        self.index = index
-        self.trail = Trail(index, MOST_OCCURRENCES)
-        self._latest: dict[int, int] = {}
-        self.alone = -1
+    @property
+    def alone(self) -> int:
         """The position after the last token's previous occurrence, or -1."""
-
-    def _note(self, start: int) -> None:
-        """Remember where each token from `start` on stood last."""
-        tokens, latest = self.index.tokens, self._latest
-        last = len(tokens) - 1
-        if last < start:
-            return
-        latest.update(zip(tokens[start:last], range(start, last), strict=True))
-        self.alone = latest.get(tokens[last], -2) + 1
-        latest[tokens[last]] = last
+        return self.text.last_of(self.text.tokens[-1]) if len(self.text) else -1
 
     def take(self, sequence: DraftedSequence) -> None:
         """Take on what the sequence has said since."""
-        said, index = sequence.token_ids, self.index
+        said, text = sequence.token_ids, self.text
         count = len(said)
-        new, start = count - self.length, len(index.tokens)
-        self.length = count
-        if new == 1:
-            token = said[-1]
-            index.append(token)
-            self.alone = self._latest.get(token, -2) + 1
-            self._latest[token] = start
-        else:
-            index.extend(said[count - min(new, 2 * self._window) :])
-            self._note(start)
-        if start + new > 2 * self._window:
-            index.keep_last(self._window)
-            self._begin(index)
-            self._note(0)
-            new = 0
-        self.trail.follow(index.tokens, len(index.tokens), new)
+        new, self.length = count - self.length, count
+        text.extend(said[count - min(new, 2 * self._window) :])
+        if len(text) > 2 * self._window:
+            text.keep_last(self._window)
+            self.trail = Trail(text, MOST_OCCURRENCES)
+        self.trail.follow(text.tokens, len(text), new)
 
 
 class Histories:
@@ -74,8 +53,8 @@ class Histories:
 
     @property
     def bytes(self) -> int:
-        """Memory of all indices."""
-        return sum(history.index.bytes for history in self._histories.values())
+        """Memory of all texts."""
+        return sum(history.text.bytes for history in self._histories.values())
 
     def of(self, sequence: DraftedSequence) -> History:
         """A sequence's history, up to its last token."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ridgeline.sampling.drafting.drafter import DraftedSequence
 from ridgeline.sampling.drafting.histories import Histories, History
-from ridgeline.sampling.drafting.index import LEAST_MATCH, LONGEST_MATCH, TokenIndex
+from ridgeline.sampling.drafting.index import LEAST_MATCH, LONGEST_MATCH, Text
 from ridgeline.sampling.drafting.tree import NO_DRAFT, DraftTree, cut, merge
 
 _DISCOUNT = 0.8
@@ -39,29 +39,30 @@ class NgramDrafter:
         ]
 
     def _propose(self, history: History, budget: int) -> DraftTree:
-        index = history.index
-        found = history.trail.matches(len(index))
+        text = history.text
+        found = history.trail.matches(len(text))
         longest = min(max([length for _, length in found], default=1), self._longest)
         if longest < max(self._shortest, LEAST_MATCH):
-            if history.alone < 0 or self._shortest > 1:
+            alone = -1 if self._shortest > 1 else history.alone
+            if alone < 0:
                 return NO_DRAFT
-            return DraftTree.chain(index.following(history.alone, budget), 1.0, self.name, 1)
-        return self._branched(index, [at for at, length in found if length >= longest], longest, budget)
+            return DraftTree.chain(text.following(alone, budget), 1.0, self.name, 1)
+        return self._branched(text, [at for at, length in found if length >= longest], longest, budget)
 
-    def _branched(self, index: TokenIndex, found: list[int], match: int, budget: int) -> DraftTree:
+    def _branched(self, text: Text, found: list[int], match: int, budget: int) -> DraftTree:
         if len(found) == 1:
-            return DraftTree.chain(index.following(found[0], budget), 1.0, self.name, match)
+            return DraftTree.chain(text.following(found[0], budget), 1.0, self.name, match)
         counts: dict[int, int] = {}
         positions: dict[int, int] = {}
         for position in found:
-            token = index.tokens[position]
+            token = text.tokens[position]
             counts[token] = counts.get(token, 0) + 1
             positions.setdefault(token, position)
         first, *others = positions
         others.sort(key=counts.__getitem__, reverse=True)
         branches = [
             DraftTree.chain(
-                index.following(positions[token], budget), counts[token] / len(found), self.name, match
+                text.following(positions[token], budget), counts[token] / len(found), self.name, match
             )
             for token in (first, *others[: self._branches - 1])
         ]
@@ -71,5 +72,5 @@ class NgramDrafter:
         """Nothing to note: what was accepted is in the sequence's tokens."""
 
     def forget(self, sequence: DraftedSequence) -> None:
-        """Drop the sequence's index."""
+        """Drop the sequence's text."""
         self._histories.forget(sequence)

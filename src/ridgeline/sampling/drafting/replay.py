@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ridgeline.sampling.drafting.costs import Seconds, StepCost
 from ridgeline.sampling.drafting.speculator import Speculator
@@ -86,7 +86,7 @@ class _Replayed:
     limit: int
     speculation: SpeculationParams
     tenant: str = ""
-    forced: Sequence[int] = field(default=())
+    forced: Sequence[int] | None = None
 
     def follow(self, tree: DraftTree) -> list[int]:
         """The nodes that the text goes along."""

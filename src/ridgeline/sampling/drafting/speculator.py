@@ -28,9 +28,11 @@ class _Source:
     totals: DraftTotals = field(default_factory=DraftTotals)
 
 
-_PATIENCE, _RELIEF = 4, 2
-"""So many times asked in vain, more than right guesses have made up for (each for two), double a rest."""
+_PATIENCE, _RELIEF, _AT_FIRST = 4, 2, 2
+"""So many times asked in vain, more than right guesses have made up for (each for two), double a rest; who is
+new is taken to have been asked in vain twice."""
 _LONGEST_REST = 3
+_MOST_IN_VAIN = _PATIENCE * (_LONGEST_REST + 1)
 """Of eight steps, one is asked in: text that begins to repeat itself is found that much later, and all other
 text drafted for that much more cheaply."""
 
@@ -53,6 +55,7 @@ class Speculator:
         self._clock = clock
         self._steps = 0
         self._in_vain: dict[int, int] = {}
+        self._rows, self._rest = 0, 0  # of the last step for which guesses were looked for; the shortest rest
         self._drafters_s = 0.0  # of this step's drafting
 
     @classmethod
@@ -74,10 +77,19 @@ class Speculator:
         for name, source in self._sources.items():
             source.totals = totals.get(name, source.totals)
 
+    def rests(self, rows: int) -> bool:
+        """Whether a step of so many rows is one in which nobody is asked about; it is over then. Sequences
+        are not looked at: one that has come where another went is asked about when the others are."""
+        if rows != self._rows or not (self._steps + 1) & self._rest:
+            return False
+        self._steps += 1
+        return True
+
     def draft(self, sequences: Sequence[DraftedSequence], cost: StepCost) -> list[DraftTree]:
         """What is to be verified of each sequence in a step, with the token that it has last."""
         self._steps += 1
         trees = [NO_DRAFT] * len(sequences)
+        self._rows, self._rest = cost.rows, _rest_of(_MOST_IN_VAIN)
         due = [i for i, sequence in enumerate(sequences) if self._is_due(sequence)]
         if due:
             began_s = self._clock()
@@ -93,36 +105,38 @@ class Speculator:
     def _is_due(self, sequence: DraftedSequence) -> bool:
         """Whether to ask about a sequence: one whose guesses come to nothing is let alone for some steps, all
         such together, as most of what a step's drafting takes is for the first one."""
-        in_vain = self._in_vain.get(sequence.arrival, 0)
-        rest = (1 << min(in_vain // _PATIENCE, _LONGEST_REST)) - 1
-        return not self._steps & rest or bool(sequence.forced)
+        forced = sequence.forced
+        rest = _rest_of(self._in_vain.get(sequence.arrival, _AT_FIRST))
+        self._rest = min(self._rest, rest if forced is None else 0)
+        return not self._steps & rest or bool(forced)
 
     def _note(self, sequence: DraftedSequence, accepted: int) -> None:
         """Asking about a sequence has come to so much."""
-        in_vain = self._in_vain.get(sequence.arrival, 0)
+        in_vain = self._in_vain.get(sequence.arrival, _AT_FIRST)
         change = -_RELIEF * accepted if accepted else 1
-        self._in_vain[sequence.arrival] = min(max(in_vain + change, 0), _PATIENCE * (_LONGEST_REST + 1))
+        self._in_vain[sequence.arrival] = min(max(in_vain + change, 0), _MOST_IN_VAIN)
 
     def _draft(self, sequences: Sequence[DraftedSequence], cost: StepCost) -> list[DraftTree]:
         slowest = max((source.time for source in self._sources.values()), key=attrgetter("ask_s"))
-        times = [self._time_of(sequence, slowest) for sequence in sequences]
+        wanted = [_wanted(sequence) for sequence in sequences]
+        times = [self._time_of(*each, slowest) for each in zip(sequences, wanted, strict=True)]
         limits = self._controller.limits(sequences, times, cost)
         if not any(limits):
+            self._rest = _rest_of(_MOST_IN_VAIN)  # as many sequences as these are, nothing pays
             return [NO_DRAFT] * len(sequences)
         trees = [NO_DRAFT] * len(sequences)
         for name, source in self._sources.items():
             places = [
                 i
                 for i, limit in enumerate(limits)
-                if limit and not len(trees[i]) and _wanted(sequences[i]) in (name, AUTO)
+                if limit and not trees[i].tokens and (wanted[i] == AUTO or wanted[i] == name)
             ]
             if places:
                 self._propose(source, sequences, limits, places, trees)
         return self._controller.choose(sequences, limits, trees, cost)
 
-    def _time_of(self, sequence: DraftedSequence, slowest: DraftTime) -> DraftTime:
+    def _time_of(self, sequence: DraftedSequence, wanted: str, slowest: DraftTime) -> DraftTime:
         """What asking about a sequence takes."""
-        wanted = _wanted(sequence)
         if wanted in self._sources:
             return self._sources[wanted].time
         return _NO_TIME if wanted and sequence.forced else slowest
@@ -152,6 +166,7 @@ class Speculator:
         source.totals.passes += 1
         source.drafter.accepted(sequence, tree, nodes)
         self._note(sequence, len(nodes))
+        self._rest = min(self._rest, _rest_of(self._in_vain[sequence.arrival]))
         self._controller.observe(sequence, tree, nodes)
 
     def forget(self, sequence: DraftedSequence) -> None:
@@ -163,6 +178,12 @@ class Speculator:
 
 
 _NO_TIME = DraftTime(0.0, 0.0)
+
+
+def _rest_of(in_vain: int) -> int:
+    """A sequence that was asked about so often in vain is let alone in steps whose number has any of these
+    bits."""
+    return (1 << min(in_vain // _PATIENCE, _LONGEST_REST)) - 1
 
 
 def _wanted(sequence: DraftedSequence) -> str:

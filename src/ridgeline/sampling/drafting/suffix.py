@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 
 from ridgeline.sampling.drafting.drafter import DraftedSequence
 from ridgeline.sampling.drafting.histories import MOST_OCCURRENCES, Histories, History
-from ridgeline.sampling.drafting.index import TokenIndex, Trail
+from ridgeline.sampling.drafting.index import Text, TokenIndex, Trail
 from ridgeline.sampling.drafting.outputs import LEAD_TOKENS, PastOutputs
 from ridgeline.sampling.drafting.tree import NO_DRAFT, ROOT, DraftTree
 
@@ -82,12 +82,12 @@ class _Past:
         self._trails = [Trail(index, MOST_OCCURRENCES) for index in indices]
         self._lengths = [0] * len(indices)  # of the sequence, when each was asked last
 
-    def find(self, history: History) -> tuple[TokenIndex, list[tuple[int, int]]] | None:
+    def find(self, history: History) -> tuple[Text, list[tuple[int, int]]] | None:
         """The newest index in which the history's end stands, and where."""
         length = history.length
         for i, trail in enumerate(self._trails):
-            new = min(length - self._lengths[i], len(history.index.tokens))
-            trail.follow(history.index.tokens, length, new)
+            new = min(length - self._lengths[i], len(history.text.tokens))
+            trail.follow(history.text.tokens, length, new)
             self._lengths[i] = length
             found = trail.matches(length)
             if found:
@@ -128,8 +128,8 @@ class SuffixDrafter:
 
     def _propose(self, sequence: DraftedSequence, budget: int) -> DraftTree:
         history = self._histories.of(sequence)
-        found = history.trail.matches(len(history.index.tokens))
-        best, score = self._best(history.index, found, budget, NO_DRAFT, 0.0) if found else (NO_DRAFT, 0.0)
+        found = history.trail.matches(len(history.text.tokens))
+        best, score = self._best(history.text, found, budget, NO_DRAFT, 0.0) if found else (NO_DRAFT, 0.0)
         indices = self._outputs.of(sequence.tenant)
         if not indices:
             self._pasts.pop(sequence.arrival, None)  # outputs that were dropped take no memory any longer
@@ -143,16 +143,16 @@ class SuffixDrafter:
         return best if elsewhere is None else self._best(*elsewhere, budget, best, score)[0]
 
     def _best(
-        self, index: TokenIndex, found: list[tuple[int, int]], budget: int, best: DraftTree, score: float
+        self, text: Text, found: list[tuple[int, int]], budget: int, best: DraftTree, score: float
     ) -> tuple[DraftTree, float]:
-        """The best tree from matches in one index, or the best one before, and its summed probability."""
+        """The best tree from matches in one text, or the best one before, and its summed probability."""
         for match in (
             sorted({match for _, match in found}, reverse=True) if len(found) > 1 else (found[0][1],)
         ):
             cap = min(budget, int(self._factor * match + self._offset))
             if cap < score or (cap == score and match <= best.match):
                 break  # a shorter match has no more nodes
-            continuations = [index.following(at, cap) for at, alike in found if alike >= match]
+            continuations = [text.following(at, cap) for at, alike in found if alike >= match]
             tree = grow(continuations, cap, self._least, self.name, match)
             total = sum(tree.probabilities)
             if total > score or (total == score > 0 and match > best.match):
@@ -163,7 +163,7 @@ class SuffixDrafter:
         """Nothing to note: what was accepted is in the sequence's tokens."""
 
     def forget(self, sequence: DraftedSequence) -> None:
-        """Drop the sequence's index, and keep its output for its tenant."""
+        """Drop the sequence's text, and keep its output for its tenant."""
         self._histories.forget(sequence)
         self._pasts.pop(sequence.arrival, None)
         if len(sequence.token_ids) > sequence.prompt_length:
