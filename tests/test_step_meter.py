@@ -304,9 +304,9 @@ def test_every_cell_is_timed_with_the_work_that_its_steps_do(monkeypatch: pytest
 def test_costs_are_fitted_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """To times that known costs predict, these come out; what the cache is was measured."""
     monkeypatch.setenv("RIDGELINE_CACHE", str(tmp_path))
-    monkeypatch.setattr(calibrate, "measure_cache", lambda _: (90e6, 1.9))
+    monkeypatch.setattr(calibrate, "measure_cache", lambda _: (30e6, 1.9))
     known = replace(costs_of("cpu"), memory=0.7, arithmetic=0.4, step_s=1e-3, source="known")
-    known = replace(known, cache_bytes=90e6, cache_speed=1.9)
+    known = replace(known, cache_bytes=30e6, cache_speed=1.9)
     asked = []
 
     def time_steps(_: EngineConfig, weights: str, ceilings_now: Callable[[], Ceilings]) -> list[Timed]:
@@ -317,7 +317,7 @@ def test_costs_are_fitted_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_pat
     found = calibrate.fitted_costs(config(), "W4A8-g32", lambda: TWO_CORES)
     assert asked == ["W4A8-g32"]
     assert found.source.startswith("fitted on this machine to steps of a made-up W4A8-g32 model, 2026-11-01")
-    assert (found.cache_bytes, found.cache_speed) == (90e6, 1.9)
+    assert (found.cache_bytes, found.cache_speed) == (30e6, 1.9)
     for name in ("memory", "arithmetic"):
         assert getattr(found, name) == pytest.approx(getattr(known, name), rel=0.15)
     for one in time_steps(config(), "again", lambda: TWO_CORES):
