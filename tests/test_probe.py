@@ -256,7 +256,7 @@ def test_the_cache_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     ceilings = dataclasses.replace(CEILINGS, threads=2, isa="portable")
     found, speed = cpu_probe.measure_cache(dataclasses.replace(ceilings, read_bytes_per_s=1e6), 0.0)
     assert speed > 1
-    assert found == pytest.approx(4 << 20)
+    assert found == pytest.approx(4 << 20, rel=1e-3)
     assert cpu_probe.measure_cache(dataclasses.replace(ceilings, read_bytes_per_s=1e15), 0.0) == (0.0, 1.0)
 
 
