@@ -25,10 +25,11 @@ from ridgeline.resources import ceilings as ceilings_module
 from ridgeline.resources import cpu_probe, disk, probe
 from ridgeline.resources import survey as survey_module
 from ridgeline.resources.ceilings import load_ceilings
-from ridgeline.resources.cpu_probe import CACHED_BYTES, ceilings_from, thread_counts
+from ridgeline.resources.cpu_probe import CACHED_BYTES, cache_from, ceilings_from, thread_counts
 from ridgeline.resources.disk import BLOCK_BYTES, DIRECT, measure_disk
 from ridgeline.resources.machine import machine
 from ridgeline.resources.measurement import Measurement, best, quickest, spread, together, typical
+from ridgeline.resources.step_costs import costs_of
 from ridgeline.resources.survey import Survey, load_survey, save_survey
 from ridgeline.types import CapacityError
 
@@ -235,6 +236,28 @@ def test_thread_counts_are_few_and_have_both_ends() -> None:
         assert len(counts) == 5
         assert (counts[0], counts[-1]) == (1, most)
         assert list(counts) == sorted(set(counts))
+
+
+def test_the_size_of_a_cache_is_where_reading_slows_down() -> None:
+    """The speed of sets by how much of them `cached_share` says is still in the cache."""
+    sets = [part << 22 + step for step in range(6) for part in (2, 3)]
+    for cache_bytes in (10e6, 40e6, 110e6):
+        held = dataclasses.replace(costs_of("cpu"), cache_bytes=cache_bytes, cache_speed=2.0).cached_share
+        speeds = [(size, 1 / (1 - held(size) / 2)) for size in sets]
+        found, speed = cache_from(speeds)
+        assert speed == 2.0
+        assert cache_bytes / 1.5 <= found <= cache_bytes * 1.001
+    assert cache_from([(size, 1.1) for size in sets]) == (0.0, 1.0)
+    assert cache_from([]) == (0.0, 1.0)
+
+
+def test_the_cache_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_probe, "SHARED_BYTES", (1 << 20, 2 << 20))
+    ceilings = dataclasses.replace(CEILINGS, threads=2, isa="portable")
+    found, speed = cpu_probe.measure_cache(dataclasses.replace(ceilings, read_bytes_per_s=1e6), 0.0)
+    assert speed > 1
+    assert found == pytest.approx(4 << 20, rel=1e-3)
+    assert cpu_probe.measure_cache(dataclasses.replace(ceilings, read_bytes_per_s=1e15), 0.0) == (0.0, 1.0)
 
 
 def test_a_survey_of_this_machine(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ def greedy_logprobs(bare: BareEngine, prompt: tuple[int, ...]) -> list[float]:
 def test_a_made_up_model_is_larger_than_caches_in_every_format_to_choose() -> None:
     for name in DEVICE_FORMATS["cpu"]:
         made = synthetic(FORMATS[name])
-        assert sum(int(np.prod(info.shape)) for info in made.tensors.values()) == 146_297_856
+        assert sum(int(np.prod(info.shape)) for info in made.tensors.values()) == 124_281_600
         assert sum(info.nbytes for info in made.tensors.values()) > 32 << 20
 
 
@@ -302,9 +302,11 @@ def test_every_cell_is_timed_with_the_work_that_its_steps_do(monkeypatch: pytest
 
 
 def test_costs_are_fitted_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """To times that known costs predict, these come out."""
+    """To times that known costs predict, these come out; what the cache is was measured."""
     monkeypatch.setenv("RIDGELINE_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibrate, "measure_cache", lambda _: (30e6, 1.9))
     known = replace(costs_of("cpu"), memory=0.7, arithmetic=0.4, step_s=1e-3, source="known")
+    known = replace(known, cache_bytes=30e6, cache_speed=1.9)
     asked = []
 
     def time_steps(_: EngineConfig, weights: str, ceilings_now: Callable[[], Ceilings]) -> list[Timed]:
@@ -315,6 +317,7 @@ def test_costs_are_fitted_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_pat
     found = calibrate.fitted_costs(config(), "W4A8-g32", lambda: TWO_CORES)
     assert asked == ["W4A8-g32"]
     assert found.source.startswith("fitted on this machine to steps of a made-up W4A8-g32 model, 2026-11-01")
+    assert (found.cache_bytes, found.cache_speed) == (30e6, 1.9)
     for name in ("memory", "arithmetic"):
         assert getattr(found, name) == pytest.approx(getattr(known, name), rel=0.15)
     for one in time_steps(config(), "again", lambda: TWO_CORES):
@@ -339,6 +342,7 @@ def test_where_nothing_can_be_kept_costs_are_fitted_anyway(monkeypatch: pytest.M
     def full(*_: object) -> Path:
         raise CapacityError("the disk is full")
 
+    monkeypatch.setattr(calibrate, "measure_cache", lambda _: (0.0, 1.0))
     monkeypatch.setattr(calibrate, "load_costs", lambda *_: None)
     monkeypatch.setattr(calibrate, "save_costs", full)
     monkeypatch.setattr(calibrate, "time_steps", lambda *_: [timed_by(costs_of("cpu"), 8, TWO_CORES)])

@@ -57,6 +57,31 @@ def test_what_bounds_a_step() -> None:
     assert model.predict(step(read, launches=10**4)).bound == "overhead"
 
 
+def test_what_a_cache_holds_comes_faster() -> None:
+    """All of a step up to the cache's size, nothing from twice of it, and never less time for more bytes."""
+    costs = StepCosts(1.0, 1.0, 1.0, 1.0, "", cache_bytes=1e8, cache_speed=2.0)
+    cached, without = StepTimeModel.of(LIMITS, costs), StepTimeModel.of(LIMITS, replace(costs, cache_bytes=0))
+    sizes = range(10**7, 4 * 10**8, 10**7)
+    reads = [step(Work(read_bytes=size), weight_bytes=size) for size in sizes]
+    times = [cached.predict(work).seconds for work in reads]
+    shares = [one / without.predict(work).seconds for one, work in zip(times, reads, strict=True)]
+    assert times == sorted(times)
+    assert shares == sorted(shares)
+    assert shares[:10] == [pytest.approx(0.5)] * 10
+    assert shares[-20:] == [pytest.approx(1.0)] * 20
+    with pytest.raises(ConfigError, match="cache_speed"):
+        StepCosts(0.5, 0.5, 0.5, 0.5, "", cache_speed=0.5)
+
+
+def test_weights_are_read_while_they_are_multiplied_and_activations_are_not() -> None:
+    model = StepTimeModel.of(LIMITS, StepCosts(1.0, 1.0, 1.0, 1.0, ""))
+    work = Work(bf16_flops=10**12, read_bytes=10**10)
+    memory, arithmetic = memory_s(work, LIMITS), arithmetic_s(work, LIMITS)
+    weights, activations = (model.predict(step(work, weight_bytes=n)).seconds for n in (10**10, 0))
+    assert weights == pytest.approx(math.hypot(memory, arithmetic))
+    assert activations == pytest.approx(memory + arithmetic)
+
+
 def test_costs_have_sources_and_refuse_more_than_all() -> None:
     assert all(costs.source for costs in STEP_COSTS.values())
     assert costs_of("apple") is costs_of("gpu") is not costs_of("cpu")

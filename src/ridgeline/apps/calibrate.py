@@ -14,6 +14,7 @@ from ridgeline.apps.synthetic import synthetic
 from ridgeline.config import EngineConfig
 from ridgeline.precision.formats import FILE_FORMATS, FORMATS
 from ridgeline.resources.ceilings import Ceilings
+from ridgeline.resources.cpu_probe import measure_cache
 from ridgeline.resources.step_costs import StepCosts, costs_of_device, load_costs, save_costs
 from ridgeline.resources.step_fit import Timed, fit
 from ridgeline.types import CapacityError, StepWork
@@ -21,8 +22,8 @@ from ridgeline.types import CapacityError, StepWork
 CELLS = (
     *(Cell(batch, 128) for batch in (1, 8, 32)),
     *(Cell(batch, 512) for batch in (4, 16)),
-    *(Cell(batch, 1024) for batch in (1, 16)),
-    *(Cell(0, prompt) for prompt in (64, 512, 1024)),
+    *(Cell(batch, 2048) for batch in (1, 8, 32)),
+    *(Cell(0, prompt) for prompt in (64, 512, 1536)),
 )
 ROUNDS = 3
 _CELL_S = 0.15
@@ -42,10 +43,19 @@ def fitted_costs(
         return known
     timed = time_steps(config, weights, ceilings_now)
     source = f"fitted on this machine to steps of a made-up {weights} model, {ceilings.measured_at}"
-    costs = fit(timed, costs_of_device(ceilings), source)
+    costs = fit(timed, _start(ceilings), source)
     with suppress(CapacityError):  # where nothing can be written, the next process fits again
         save_costs(costs, ceilings, weights)
     return costs
+
+
+def _start(ceilings: Ceilings) -> StepCosts:
+    """What a fit begins with: those of the kind of device, and of a CPU what its cache was measured to be."""
+    start = costs_of_device(ceilings)
+    if ceilings.device != "cpu":
+        return start
+    cache_bytes, cache_speed = measure_cache(ceilings)
+    return replace(start, cache_bytes=cache_bytes, cache_speed=cache_speed)
 
 
 def time_steps(

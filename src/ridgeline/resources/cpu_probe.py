@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
@@ -29,6 +29,9 @@ MOST_THREAD_COUNTS = 5
 PAUSE_S = 2e-3
 """Longer than the team's threads wait awake for the next step."""
 
+PASSES = 2
+"""In which a set is read, as what other tenants do to a cache comes and goes."""
+
 GRID_S = 0.05
 COST_S = 0.1
 """Seconds for each working set of a cache, and for each cost."""
@@ -37,6 +40,11 @@ _WARM_S = 0.06
 _CACHES_DEEP = 8
 """Working set in sizes of the last-level cache. A pass that a preempted thread breaks up finds there what the
 pass before left, and looks faster than memory is: of a set of four caches, by a third."""
+
+SHARED_BYTES = tuple(part << 21 + step for step in range(6) for part in (2, 3))
+"""What each thread reads of a cache that all share: more than second-level caches hold, to 192 MiB."""
+
+_NOTABLY_FASTER, _NOTABLE_SHARE = 1.2, 0.5
 
 _MIN_WORKING_SET_BYTES = 128 << 20
 _MAX_WORKING_SET_BYTES = 1 << 30
@@ -96,6 +104,35 @@ def measure_starts(threads: int, isa: str, seconds: float = COST_S) -> tuple[Mea
             quickest("start", "s", probe_start(team, 0.0, seconds), threads=threads),
             quickest("start after a pause", "s", probe_start(team, PAUSE_S, seconds), threads=threads),
         )
+
+
+def measure_cache(ceilings: Ceilings, seconds: float = GRID_S) -> tuple[float, float]:
+    """How many bytes the last-level cache holds for all threads, as far as others leave it to them, and how
+    many times as fast as memory it is read; 0 and 1 where it is not notably faster.
+
+    Found by reading sets of growing size, `seconds` each: the system tells the size of a processor's cache,
+    not what a virtual machine gets of it. Raises CapacityError when there is too little memory to measure.
+    """
+    threads, memory = ceilings.threads, ceilings.read_bytes_per_s
+    most = working_set_bytes() // threads
+    sets = [each for each in SHARED_BYTES if each <= most]
+    rates = dict.fromkeys(sets, memory)
+    with _team(threads, ceilings.isa) as team:
+        for each in PASSES * sets:
+            found = probe_cached_read(team, ceilings.isa, each, seconds / PASSES)
+            rates[each] = max(rates[each], *found)
+    return cache_from([(threads * each, rate / memory) for each, rate in rates.items()])
+
+
+def cache_from(speeds: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Size and speed of a cache, from how many times as fast as memory sets of some bytes were read: the
+    largest set of which a notable share was still in the cache tells its size (`StepCosts.cached_share`)."""
+    best = max((speed for _, speed in speeds), default=1.0)
+    if best < _NOTABLY_FASTER:
+        return 0.0, 1.0
+    shares = [(size, (1 - 1 / speed) / (1 - 1 / best)) for size, speed in speeds]
+    size, share = max(one for one in shares if one[1] >= _NOTABLE_SHARE)
+    return size / (2 - share), best
 
 
 def ceilings_from(found: tuple[Measurement, ...], threads: int, isa: str, seconds: float) -> Ceilings:

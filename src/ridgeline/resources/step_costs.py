@@ -18,7 +18,7 @@ from ridgeline.resources.paths import cache_dir, write_atomic
 from ridgeline.resources.roofline import launch_overhead_s
 from ridgeline.types import ConfigError
 
-COSTS_VERSION = 2
+COSTS_VERSION = 3
 """Raised when the model of a step changes: older figures are then fitted again."""
 
 SHARES = ("memory", "arithmetic", "attention_memory", "attention_arithmetic")
@@ -31,7 +31,9 @@ class StepCosts:
 
     Of the read bandwidth and of the arithmetic peaks these are shares, 0 to 1: of attention its own, of all
     other launches `memory` and `arithmetic`. `step_s` goes by in every step, `launch_s` in every launch and
-    `sequence_s` for every sequence, the host's time included. `source` says where all of that is from.
+    `sequence_s` for every sequence, the host's time included. A last-level cache holds `cache_bytes` of what
+    is read in every step, and is read `cache_speed` times as fast as memory; 0 bytes where that is not known.
+    `source` says where all of that is from.
     """
 
     memory: float
@@ -42,16 +44,28 @@ class StepCosts:
     step_s: float = 0.0
     launch_s: float = 0.0
     sequence_s: float = 0.0
+    cache_bytes: float = 0.0
+    cache_speed: float = 1.0
 
     def __post_init__(self) -> None:
         for name in SHARES:
             share = getattr(self, name)
             if not 0 < share <= 1:
                 raise ConfigError(f"the share of {name} is {share}; accepted: more than 0, at most 1")
-        for name in ("step_s", "launch_s", "sequence_s"):
-            seconds = getattr(self, name)
-            if not 0 <= seconds < math.inf:
-                raise ConfigError(f"{name} is {seconds}; accepted: seconds, 0 or more")
+        for name in ("step_s", "launch_s", "sequence_s", "cache_bytes"):
+            figure = getattr(self, name)
+            if not 0 <= figure < math.inf:
+                raise ConfigError(f"{name} is {figure}; accepted: 0 or more")
+        if not 1 <= self.cache_speed < math.inf:
+            raise ConfigError(f"cache_speed is {self.cache_speed}; accepted: 1 or more")
+
+    def cached_share(self, moved_bytes: float) -> float:
+        """Of the bytes that a step moves: those that are still in the last-level cache since the step before.
+
+        All, up to the cache's size. Beyond it a cache that gives up what was read longest ago would hold none
+        of what comes next. Real ones choose otherwise, and keep less and less up to twice their size.
+        """
+        return min(max(2 - moved_bytes / self.cache_bytes, 0.0), 1.0) if self.cache_bytes else 0.0
 
 
 STEP_COSTS = {

@@ -1,10 +1,12 @@
 """How long a step takes: the only place that makes seconds of a step's work.
 
 The roofline lets memory and arithmetic run at the same time and at their best. In a step neither is at its
-best all of the time, and they overlap in part: dense launches take the root of the sum of both squares, which
-is near the larger one where they differ, and 1.4 times it where they are alike. Attention takes turns within
-each row: its two times add up. Launches, sequences and the step itself cost besides. How fast the machine
-runs just now is learned from the steps that were measured.
+best all of the time, and they overlap in part: reading weights and multiplying them take the root of the sum
+of both squares, which is near the larger one where they differ, and 1.4 times it where they are alike.
+Activations are moved before and after that, most of them by launches that do little else. Attention takes
+turns within each row: its two times add up. Launches, sequences and the step itself cost besides. What a
+last-level cache still holds of a step's weights, keys and values need not come from memory in the next. How
+fast the machine runs just now is learned from the steps that were measured.
 """
 
 from __future__ import annotations
@@ -95,17 +97,25 @@ class StepTimeModel:
         memory and of arithmetic."""
         costs, dense, attention = self.costs, work.dense, work.attention
         memory, arithmetic = self._memory.factor, self._arithmetic.factor
-        reading = memory * dense.bytes * self._byte_s / costs.memory
+        byte_s = memory * self._byte_s_of(work)
+        weight_bytes = min(work.weight_bytes, dense.bytes)
+        reading = byte_s * weight_bytes / costs.memory
+        moving = byte_s * (dense.bytes - weight_bytes) / costs.memory
         computing = arithmetic * self._arithmetic_s(dense) / costs.arithmetic
-        attending_reads = memory * attention.bytes * self._byte_s / costs.attention_memory
+        attending_reads = byte_s * attention.bytes / costs.attention_memory
         attending_computes = arithmetic * self._arithmetic_s(attention) / costs.attention_arithmetic
         overhead = costs.step_s + work.launches * costs.launch_s + work.sequences * costs.sequence_s
         both = math.hypot(reading, computing) or 1.0
-        by_memory = reading * reading / both + attending_reads
+        by_memory = reading * reading / both + moving + attending_reads
         by_arithmetic = computing * computing / both + attending_computes
         seconds = by_memory + by_arithmetic + overhead
-        bound = _bound(work, reading + attending_reads, computing + attending_computes, overhead)
+        bound = _bound(work, reading + moving + attending_reads, computing + attending_computes, overhead)
         return seconds, bound, by_memory / seconds, by_arithmetic / seconds
+
+    def _byte_s_of(self, work: StepWork) -> float:
+        """What a byte takes at the read bandwidth, on average of those in the cache and those in memory."""
+        cached = self.costs.cached_share(work.total.bytes)
+        return self._byte_s * (1 - cached + cached / self.costs.cache_speed)
 
     def _arithmetic_s(self, work: Work) -> float:
         return work.int8_ops * self._int8_s + work.bf16_flops * self._bf16_s + work.fp32_flops * self._fp32_s
