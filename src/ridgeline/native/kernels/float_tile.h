@@ -14,7 +14,7 @@ static void float_tiles(const TileInput& in, float* y) {
   }
   for (int k = 0; k < in.cols; ++k) {
     const uint8_t* line = in.tile + size_t(k) * kLineBytes;
-    prefetch_line<kTiles>(in, size_t(k) * kLineBytes);
+    prefetch_ahead<kTiles>(in, int64_t(kLineBytes) * k);
     vfloat w[kTiles];
     for (int i = 0; i < kTiles; ++i) w[i] = load(reinterpret_cast<const float*>(line + i * in.next_tile));
     for (int t = 0; t < kTokens; ++t) {

@@ -90,14 +90,14 @@ struct Span {
 };
 void run_pairs(const LinearLaunch& launch, const LinearPart& part, const StepView& step, const Span& span,
                int64_t most, const Results& results) {
-  // A few rows stay in the first-level cache while the unit's weights pass from the second.
+  // A pair stays in the nearest caches while rows pass, and the next one comes meanwhile.
   const int64_t rows = span.end - span.begin, blocks = (rows + most - 1) / most;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t row = span.begin + rows * block / blocks;
-    const int count = int(span.begin + rows * (block + 1) / blocks - row);
-    const InputRows x{launch.x.data + row * launch.x.row_bytes, launch.x.row_bytes};
-    for (int64_t pair = span.first; pair < span.first + span.count; ++pair) {
-      const PairInput in{part, x, pair};
+  for (int64_t pair = span.first; pair < span.first + span.count; ++pair) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t row = span.begin + rows * block / blocks;
+      const int count = int(span.begin + rows * (block + 1) / blocks - row);
+      const InputRows x{launch.x.data + row * launch.x.row_bytes, launch.x.row_bytes};
+      const PairInput in{part, x, pair, block, blocks};
       compute_pair(in, count, results.y, results.gate);
       write_values(in, step, row, count, results.y);
     }

@@ -13,6 +13,7 @@ struct PairInput {
   const LinearPart& part;
   InputRows x;  // from the first of the rows
   int64_t pair;
+  int64_t block = 0, blocks = 1;  // of rows that the pair is multiplied by one after the other
 };
 
 RIDGELINE_INLINE int64_t pair_count(const MatrixView& matrix) { return (tile_count(matrix.rows) + 1) / 2; }
@@ -27,7 +28,7 @@ void multiply(const PairInput& in, const MatrixView& matrix, int rows, float* y)
   const int64_t bytes = int64_t(tile_bytes(matrix.storage, matrix.cols)), tile = 2 * in.pair;
   const bool both = tile + 1 < tile_count(matrix.rows);
   const TileInput tiles = {matrix.data + tile * bytes, both ? bytes : 0, in.x.data, in.x.row_bytes,
-                           matrix.cols};
+                           matrix.cols, ahead_of(in.block, in.blocks, bytes)};
   (rows > kMaxTokens ? multiply_panels : multiply_tiles)(matrix.storage, tiles, rows, y);
   for (int t = 0; !both && t < rows; ++t) store(y + t * kResultStride + kTileRows, zero());
 }

@@ -41,15 +41,6 @@ RIDGELINE_INLINE vfloat splat_sum(const uint8_t* sum) {
   return to_float(isplat(value));
 }
 
-template <Storage kStorage, int kTiles>
-RIDGELINE_INLINE void prefetch_group(const TileInput& in, int group) {
-  constexpr size_t kBytes = block_bytes(kStorage) / block_groups(kStorage);
-  const uint8_t* ahead = in.tile + prefetch_place<kTiles>(in, size_t(group) * kBytes);
-  for (int i = 0; i < kTiles; ++i) {
-    for (size_t line = 0; line < kBytes; line += kLineBytes) prefetch(ahead + i * in.next_tile + line);
-  }
-}
-
 // Tiles that are multiplied side by side: two share each load of an activation. With few rows the memory is the
 // limit, and it is read fastest in one stream; scales for each half of a group need too many registers.
 RIDGELINE_INLINE constexpr int tiles_at_once(Storage s, int tokens) {
@@ -191,6 +182,7 @@ RIDGELINE_INLINE void store_results(const vfloat (&acc)[kTiles][kTokens], float*
 template <Storage kStorage, int kTiles, int kTokens>
 static void quantised_tiles(const TileInput& in, float* y) {
   if (in.cols < 1) __builtin_unreachable();  // keeps the accumulators out of memory
+  constexpr size_t kGroupBytes = block_bytes(kStorage) / block_groups(kStorage);
   const A8Layout layout = a8_layout(in.cols);
   vfloat acc[kTiles][kTokens];
   for (int i = 0; i < kTiles; ++i) {
@@ -198,7 +190,7 @@ static void quantised_tiles(const TileInput& in, float* y) {
   }
   SuperBlock<kStorage> block[kTiles];
   for (int g = 0; g < layout.groups; ++g) {
-    prefetch_group<kStorage, kTiles>(in, g);
+    prefetch_ahead<kTiles>(in, int64_t(kGroupBytes) * g, kGroupBytes);
     GroupWeights w[kTiles];
     GroupScales scales[kTiles];
     for (int i = 0; i < kTiles; ++i) {
