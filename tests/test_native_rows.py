@@ -284,8 +284,6 @@ def test_every_process_puts_the_levels_in_the_same_order() -> None:
     for _ in range(3):
         said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert said.stdout.split() == native.isa_levels()
-    assert set(LEVELS) <= set(native.isa_levels(built=True))
-    assert LEVELS[-1] == "portable"
 
 
 def test_probes_refuse_what_would_not_end() -> None:

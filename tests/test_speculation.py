@@ -25,7 +25,7 @@ def truth_of(engine: Engine, answers: dict[str, RequestOutput]) -> Any:
     """What sequences of an engine will say, by what their requests got elsewhere."""
 
     def truth(sequence: Any) -> Sequence[int]:
-        state, choice = engine._owners[sequence.arrival]
+        state, choice = sequence.owner
         output = answers[state.id]
         return (*output.prompt_token_ids, *output.outputs[choice.index].token_ids)
 
@@ -193,7 +193,7 @@ def test_random_operations_with_guesses_leave_nothing_behind() -> None:
     assert drafting.accepted > operations // 10
     assert drafting.moved > operations // 100
     assert [pool.free_pages for pool in engine.scheduler.cache.pools] == [16, 12]
-    assert not engine._owners
+    assert not engine._requests
 
 
 def test_compaction_moves_what_is_not_in_its_place() -> None:
