@@ -8,6 +8,7 @@ RIDGELINE_BEGIN
 template <int kTiles, int kTokens>
 static void bf16_tiles(const TileInput& in, float* y) {
   if (in.cols < 1) __builtin_unreachable();
+  Fetching<kTiles, int(kLineBytes)> fetching(in);
   vfloat acc[kTiles][kTokens];
   for (int i = 0; i < kTiles; ++i) {
     for (int t = 0; t < kTokens; ++t) acc[i][t] = zero();
@@ -15,7 +16,7 @@ static void bf16_tiles(const TileInput& in, float* y) {
   const int pairs = (in.cols + 1) / 2;
   for (int k = 0; k < pairs; ++k) {
     const uint8_t* line = in.tile + size_t(k) * kLineBytes;
-    prefetch_ahead<kTiles>(in, int64_t(kLineBytes) * k);
+    fetching.fetch();
     vint w[kTiles];
     for (int i = 0; i < kTiles; ++i) w[i] = iload(line + i * in.next_tile);
     for (int t = 0; t < kTokens; ++t) {

@@ -8,13 +8,14 @@ RIDGELINE_BEGIN
 template <int kTiles, int kTokens>
 static void float_tiles(const TileInput& in, float* y) {
   if (in.cols < 1) __builtin_unreachable();
+  Fetching<kTiles, int(kLineBytes)> fetching(in);
   vfloat acc[kTiles][kTokens];
   for (int i = 0; i < kTiles; ++i) {
     for (int t = 0; t < kTokens; ++t) acc[i][t] = zero();
   }
   for (int k = 0; k < in.cols; ++k) {
     const uint8_t* line = in.tile + size_t(k) * kLineBytes;
-    prefetch_ahead<kTiles>(in, int64_t(kLineBytes) * k);
+    fetching.fetch();
     vfloat w[kTiles];
     for (int i = 0; i < kTiles; ++i) w[i] = load(reinterpret_cast<const float*>(line + i * in.next_tile));
     for (int t = 0; t < kTokens; ++t) {

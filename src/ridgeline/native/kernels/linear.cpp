@@ -10,6 +10,7 @@ namespace {
 // Most rows of a unit whose weights are unpacked for all of its rows, and least for which that pays off: with
 // scales for each half of a group only one tile is multiplied at once otherwise.
 constexpr int64_t kPanelRows = 264, kLeastPanelRows = 48, kLeastHalvesRows = 24;
+constexpr int64_t kFewBlocks = 8;
 constexpr int64_t kRegisterRows = 12;  // whole register tiles of any number of rows
 
 // Whether unpacking takes the places of products, as where a core begins two operations of 64 bytes a cycle,
@@ -90,17 +91,22 @@ struct Span {
 };
 void run_pairs(const LinearLaunch& launch, const LinearPart& part, const StepView& step, const Span& span,
                int64_t most, const Results& results) {
-  // A pair stays in the nearest caches while rows pass, and the next one comes meanwhile.
+  // A few blocks of rows go by while a pair stays in the nearest caches, and the next one comes meanwhile. With
+  // more, arithmetic is the limit: each block stays in the first-level cache while all pairs go by.
   const int64_t rows = span.end - span.begin, blocks = (rows + most - 1) / most;
-  for (int64_t pair = span.first; pair < span.first + span.count; ++pair) {
-    for (int64_t block = 0; block < blocks; ++block) {
+  const int64_t together = blocks <= kFewBlocks ? blocks : 1;
+  const auto run_blocks = [&](int64_t pair, int64_t first) {
+    for (int64_t block = first; block < first + together; ++block) {
       const int64_t row = span.begin + rows * block / blocks;
       const int count = int(span.begin + rows * (block + 1) / blocks - row);
       const InputRows x{launch.x.data + row * launch.x.row_bytes, launch.x.row_bytes};
-      const PairInput in{part, x, pair, block, blocks};
+      const PairInput in{part, x, pair, block - first, together};
       compute_pair(in, count, results.y, results.gate);
       write_values(in, step, row, count, results.y);
     }
+  };
+  for (int64_t first = 0; first < blocks; first += together) {
+    for (int64_t pair = span.first; pair < span.first + span.count; ++pair) run_blocks(pair, first);
   }
 }
 

@@ -23,12 +23,18 @@ RIDGELINE_INLINE int64_t pair_bytes(const LinearPart& part) {
   return int64_t(tile_bytes(part.matrix.storage, part.matrix.cols)) * (part.gate.data != nullptr ? 4 : 2);
 }
 
+// Where the weights lie that are fetched while a pair of tiles is multiplied. What follows in memory is mostly what
+// comes next.
+RIDGELINE_INLINE int64_t ahead_of(const PairInput& in, int64_t tile_bytes, int rows) {
+  return rows <= kFewTokens ? kFewAhead : 2 * tile_bytes + tile_bytes * in.block / in.blocks;
+}
+
 // More than kMaxTokens rows are for storages that have panels.
 void multiply(const PairInput& in, const MatrixView& matrix, int rows, float* y) {
   const int64_t bytes = int64_t(tile_bytes(matrix.storage, matrix.cols)), tile = 2 * in.pair;
   const bool both = tile + 1 < tile_count(matrix.rows);
   const TileInput tiles = {matrix.data + tile * bytes, both ? bytes : 0, in.x.data, in.x.row_bytes,
-                           matrix.cols, ahead_of(in.block, in.blocks, bytes)};
+                           matrix.cols, int32_t(in.blocks), ahead_of(in, bytes, rows)};
   (rows > kMaxTokens ? multiply_panels : multiply_tiles)(matrix.storage, tiles, rows, y);
   for (int t = 0; !both && t < rows; ++t) store(y + t * kResultStride + kTileRows, zero());
 }

@@ -44,8 +44,7 @@ RIDGELINE_INLINE vfloat splat_sum(const uint8_t* sum) {
 // Tiles that are multiplied side by side: two share each load of an activation. With few rows the memory is the
 // limit, and it is read fastest in one stream; scales for each half of a group need too many registers.
 RIDGELINE_INLINE constexpr int tiles_at_once(Storage s, int tokens) {
-  constexpr int kLeastTokens = 3;
-  return has_halves(s) || tokens < kLeastTokens ? 1 : kMaxTiles;
+  return has_halves(s) || tokens <= kFewTokens ? 1 : kMaxTiles;
 }
 
 // A group of 32 inputs of a tile, and of the rows that it is multiplied by.
@@ -182,7 +181,7 @@ RIDGELINE_INLINE void store_results(const vfloat (&acc)[kTiles][kTokens], float*
 template <Storage kStorage, int kTiles, int kTokens>
 static void quantised_tiles(const TileInput& in, float* y) {
   if (in.cols < 1) __builtin_unreachable();  // keeps the accumulators out of memory
-  constexpr size_t kGroupBytes = block_bytes(kStorage) / block_groups(kStorage);
+  Fetching<kTiles, int(block_bytes(kStorage) / block_groups(kStorage))> fetching(in);
   const A8Layout layout = a8_layout(in.cols);
   vfloat acc[kTiles][kTokens];
   for (int i = 0; i < kTiles; ++i) {
@@ -190,7 +189,7 @@ static void quantised_tiles(const TileInput& in, float* y) {
   }
   SuperBlock<kStorage> block[kTiles];
   for (int g = 0; g < layout.groups; ++g) {
-    prefetch_ahead<kTiles>(in, int64_t(kGroupBytes) * g, kGroupBytes);
+    fetching.fetch();
     GroupWeights w[kTiles];
     GroupScales scales[kTiles];
     for (int i = 0; i < kTiles; ++i) {

@@ -9,13 +9,11 @@ RIDGELINE_BEGIN
 // Results of a pair of tiles: kMaxTokens rows of 32 values.
 constexpr int kResultStride = 2 * kTileRows;
 
-// Which weights to fetch while others are multiplied: when `place` bytes of a tile are done, what lies
-// `bytes` + place * pace / kFullPace behind its beginning. A single row needs that as well: what a core fetches
-// by itself may end with the page, and the loads that it sees ahead are too few for a long way to memory.
-constexpr int64_t kFullPace = 1 << 16;
-struct Ahead {
-  int64_t bytes = 4096, pace = kFullPace;
-};
+// A row or two leave so little time that weights are fetched no more than a page before their use. They need it
+// as well: what a core fetches by itself may end with the page, and the loads that it sees ahead are too few for
+// a long way to memory.
+constexpr int kFewTokens = 2;
+constexpr int64_t kFewAhead = 4096;
 
 struct TileInput {
   const uint8_t* tile;
@@ -23,34 +21,34 @@ struct TileInput {
   const uint8_t* x;   // first row of activations
   int64_t row_bytes;  // between rows of activations
   int32_t cols;
-  Ahead ahead = {};
+  // Of several blocks of rows that the tiles are multiplied by, one after the other, each fetches its part of the
+  // weights that come next, `ahead` bytes from these: memory is read while all of them are multiplied.
+  int32_t blocks = 1;
+  int64_t ahead = kFewAhead;
 
   RIDGELINE_MEMBER int tiles() const { return next_tile == 0 ? 1 : 2; }
 };
 
-// What one of `blocks` blocks of rows fetches, by which a pair of tiles is multiplied one after the other. What
-// follows in memory is mostly what comes next. Each of several fetches its part of the next pair, so that memory is
-// read while all of them are multiplied, not only the first.
-RIDGELINE_INLINE Ahead ahead_of(int64_t block, int64_t blocks, int64_t tile_bytes) {
-  if (blocks == 1) return {};
-  return {2 * tile_bytes + tile_bytes * block / blocks, kFullPace / blocks};
-}
+// Fetches weights while others are multiplied, `kBytes` of each tile at a time.
+template <int kTiles, int kBytes>
+class Fetching {
+ public:
+  RIDGELINE_MEMBER explicit Fetching(const TileInput& in)
+      : next_(in.tile + in.ahead), next_tile_(in.next_tile), step_(kBytes / in.blocks) {}
 
-template <int kTiles>
-RIDGELINE_INLINE int64_t prefetch_place(const TileInput& in, int64_t place) {
-  const int64_t ahead = in.ahead.bytes + place * in.ahead.pace / kFullPace;
-  // Beyond the end of one of two tiles comes the other, which is being multiplied already.
-  return kTiles == 2 && in.ahead.pace == kFullPace && ahead >= in.next_tile ? ahead + in.next_tile : ahead;
-}
-
-// Fetches ahead of `bytes` of each tile that begin at `place`.
-template <int kTiles>
-RIDGELINE_INLINE void prefetch_ahead(const TileInput& in, int64_t place, size_t bytes = kLineBytes) {
-  const uint8_t* ahead = in.tile + prefetch_place<kTiles>(in, place);
-  for (int i = 0; i < kTiles; ++i) {
-    for (size_t line = 0; line < bytes; line += kLineBytes) prefetch(ahead + i * in.next_tile + line);
+  RIDGELINE_MEMBER void fetch() {
+    asm volatile("" : "+m"(next_), "+m"(step_));  // in memory: the products need the registers
+    const uint8_t* next = next_;
+    for (int i = 0; i < kTiles; ++i) {
+      for (int byte = 0; byte < kBytes; byte += int(kLineBytes)) prefetch(next + i * next_tile_ + byte);
+    }
+    next_ = next + step_;
   }
-}
+
+ private:
+  const uint8_t* next_;
+  int64_t next_tile_, step_;
+};
 
 RIDGELINE_INLINE vfloat splat_at(const uint8_t* p) {
   float value;
