@@ -186,6 +186,17 @@ def test_a_batch_drafts_as_much_as_pays() -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
+def test_what_taking_guesses_on_takes_makes_them_fewer_until_it_is_forgotten() -> None:
+    run = batch(4, 0.9)
+    run.mean_size(200)
+    before = run.mean_size(100)
+    for _ in range(20):
+        run.controller.handled(8, 8 * STEP_S)  # each as long as a step; a token's part of it counts
+    assert run.mean_size(20) < 0.2 * before
+    run.mean_size(8000)
+    assert run.mean_size(100) > 0.8 * before
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from([1, 2, 5, 16, 64]), st.sampled_from([0.3, 0.7, 0.9]))
 def test_it_is_as_fast_as_the_best_even_size(count: int, acceptance: float) -> None:
@@ -328,6 +339,36 @@ def test_a_drafter_that_has_nothing_is_asked_ever_more_rarely() -> None:
     assert drafter.asked > 100  # but is asked
     assert speculator.totals["ngram"].elapsed_s == pytest.approx(drafter.now_s)
     assert speculator.totals["ngram"].tokens_per_pass == 1
+
+
+def test_a_batch_at_rest_is_asked_about_in_the_same_steps() -> None:
+    cost = StepCost(8, 8, 99, hinge)
+    asked = []
+    for looks in (False, True):
+        drafter = Slow(ask_s=0.001 * STEP_S)
+        speculator = Speculator([drafter], clock=lambda drafter=drafter: drafter.now_s)
+        sequences = [Drafted(i, [1, 2]) for i in range(8)]
+        calls, steps = 0, []
+        for step in range(200):
+            before = drafter.asked
+            if not (looks and speculator.rests(cost.rows)):
+                calls += 1
+                speculator.draft(sequences, cost)
+            if drafter.asked > before:
+                steps.append(step)
+        asked.append(steps)
+        assert calls < 60 if looks else calls == 200
+        assert not speculator.rests(cost.rows + 1)  # another batch is looked at
+    assert asked[0] == asked[1]
+
+
+def test_an_answer_with_a_form_leaves_no_batch_at_rest() -> None:
+    drafter = Slow(ask_s=0.001 * STEP_S)
+    speculator = Speculator([drafter], clock=lambda: drafter.now_s)
+    sequences = [Drafted(0, [1, 2]), Drafted(1, [1, 2], forced=())]
+    for _ in range(100):
+        assert not speculator.rests(2)
+        speculator.draft(sequences, StepCost(2, 2, 99, hinge))
 
 
 def test_totals_count_what_was_emitted() -> None:
