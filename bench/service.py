@@ -60,7 +60,7 @@ class Document:
 class Host:
     sequences: int = 256
     most: int = 2048
-    steps: int = 100
+    steps: int = 96  # of which one of 16 takes a page
 
 
 SIZES: dict[str, Any] = {

@@ -90,7 +90,7 @@ class Ends:
     """`aborted` is the share of requests whose client leaves at a random moment. Memory counts from when a
     fifth of them are gone."""
 
-    requests: int = 2000
+    requests: int = 10_000
     clients: int = 16
     prompt_tokens: int = 60
     output_tokens: int = 6

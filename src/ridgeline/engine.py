@@ -266,7 +266,7 @@ class Engine:
         self._sequences_seen += len(state.choices) if place is None else 0
         for choice in state.choices:
             choice.sequence.owner = (state, choice)
-            self.scheduler.add(choice.sequence, request.service_class, request.tenant, state.arrived_s)
+            self.scheduler.add(choice.sequence, request.service_class, request.tenant, state.metrics.arrived_s)
 
     def prepare(self, params: SamplingParams | PoolingParams) -> None:
         """Compile the form that an answer is to have, which may take a second, so that `add` need not. Safe
@@ -437,7 +437,7 @@ class Engine:
                 self._retire(choice)
             elif position < sequence.prompt_length:
                 continue  # the prompt's own token: nothing to tell yet
-            if state.first_token_s is None and sequence.generated:
+            if state.metrics.first_token_s is None and sequence.generated:
                 state.note_first_token(now_s)
             if choice.finish_reason is not None or len(state.choices) > 1:
                 advanced[state.id] = state

@@ -240,10 +240,7 @@ class PooledPrompt(Outcome):
 class RequestState:
     """A request under way. With `best`, so many of its choices are told, once all have ended."""
 
-    __slots__ = (
-        "arrived_s", "best", "choices", "finished_s", "first_token_s", "id", "metrics", "prompt", "stream",
-        "tokens"
-    )  # fmt: skip
+    __slots__ = "best", "choices", "id", "metrics", "prompt", "stream", "tokens"
 
     def __init__(
         self, request_id: str, prompt: str | None, tokens: tuple[int, ...], stream: bool, arrived_s: float
@@ -252,20 +249,15 @@ class RequestState:
         self.prompt = prompt
         self.tokens = tokens
         self.stream = stream
-        self.arrived_s = arrived_s
-        self.first_token_s: float | None = None
-        self.finished_s: float | None = None
         self.metrics = RequestMetrics(arrived_s)
         self.choices: list[Outcome] = []
         self.best: int | None = None
 
     def note_first_token(self, now_s: float) -> None:
-        self.first_token_s = now_s
-        self.metrics = RequestMetrics(self.arrived_s, now_s)
+        self.metrics = replace(self.metrics, first_token_s=now_s)
 
     def note_end(self, now_s: float) -> None:
-        self.finished_s = now_s
-        self.metrics = RequestMetrics(self.arrived_s, self.first_token_s, now_s)
+        self.metrics = replace(self.metrics, finished_s=now_s)
 
     @property
     def has_ended(self) -> bool:
@@ -291,7 +283,7 @@ class RequestState:
             self.prompt,
             self.tokens,
             self._told(),
-            self.finished_s is not None,
+            self.metrics.finished_s is not None,
             self.metrics,
             first.prompt_logprobs,
             first.embedding,

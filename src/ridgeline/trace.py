@@ -90,8 +90,8 @@ class Trace:
         self._open[state.id] = request
         self._owners.update(dict.fromkeys(request.sequences, request))
         args = {"request": state.id, "prompt_tokens": len(state.tokens), "choices": len(state.choices)}
-        self._async("b", request, f"request {request.number}", state.arrived_s, args)
-        self._async("b", request, "queued", state.arrived_s)
+        self._async("b", request, f"request {request.number}", state.metrics.arrived_s, args)
+        self._async("b", request, "queued", state.metrics.arrived_s)
 
     def step(self, record: StepRecord, plan: Plan, began_s: float, ended_s: float) -> None:
         if self._ran is not None and began_s - self._ran[1] > _PAUSE_S:
@@ -108,7 +108,7 @@ class Trace:
 
     def ended(self, state: RequestState) -> None:
         request = self._open.pop(state.id, None)
-        if request is None or state.finished_s is None:
+        if request is None or state.metrics.finished_s is None:
             return
         for sequence in request.sequences:
             self._owners.pop(sequence, None)
@@ -118,8 +118,8 @@ class Trace:
             "output_tokens": sum(choice.sequence.generated for choice in state.choices),
             "cached_tokens": first.sequence.cached_tokens,
         }
-        self._async("e", request, request.phase, state.finished_s)
-        self._async("e", request, f"request {request.number}", state.finished_s, args)
+        self._async("e", request, request.phase, state.metrics.finished_s)
+        self._async("e", request, f"request {request.number}", state.metrics.finished_s, args)
 
     def close(self) -> None:
         """Write what is left, and the end. Idempotent."""

@@ -10,7 +10,7 @@ namespace {
 // Most rows of a unit whose weights are unpacked for all of its rows, and least for which that pays off: with
 // scales for each half of a group only one tile is multiplied at once otherwise.
 constexpr int64_t kPanelRows = 264, kLeastPanelRows = 48, kLeastHalvesRows = 24;
-constexpr int64_t kFewBlocks = 8;
+constexpr int64_t kFewBlocks = 8;      // of rows, in which memory is still the limit for part of the time
 constexpr int64_t kRegisterRows = 12;  // whole register tiles of any number of rows
 
 // Whether unpacking takes the places of products, as where a core begins two operations of 64 bytes a cycle,

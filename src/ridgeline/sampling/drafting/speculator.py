@@ -32,9 +32,9 @@ _PATIENCE, _RELIEF, _AT_FIRST = 4, 2, 2
 """So many times asked in vain, more than right guesses have made up for (each for two), double a rest; who is
 new is taken to have been asked in vain twice."""
 _LONGEST_REST = 3
-_MOST_IN_VAIN = _PATIENCE * (_LONGEST_REST + 1)
 """Of eight steps, one is asked in: text that begins to repeat itself is found that much later, and all other
 text drafted for that much more cheaply."""
+_MOST_IN_VAIN = _PATIENCE * (_LONGEST_REST + 1)
 
 
 class Speculator:
