@@ -264,9 +264,10 @@ class Engine:
         self.steps.arrived(state)
         self._requests_seen += 1
         self._sequences_seen += len(state.choices) if place is None else 0
+        whose = request.service_class, request.tenant, state.metrics.arrived_s
         for choice in state.choices:
             choice.sequence.owner = (state, choice)
-            self.scheduler.add(choice.sequence, request.service_class, request.tenant, state.metrics.arrived_s)
+            self.scheduler.add(choice.sequence, *whose)
 
     def prepare(self, params: SamplingParams | PoolingParams) -> None:
         """Compile the form that an answer is to have, which may take a second, so that `add` need not. Safe
