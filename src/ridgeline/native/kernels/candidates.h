@@ -40,7 +40,7 @@ struct CandidateList {
 
 // Weights are whole numbers, so that their sums do not depend on any order: e^distance in units of 2^-30, by
 // the arithmetic that `weights` of execution/draw.py spells out. No operation may be contracted.
-constexpr float kWeightReach = 32.0f;  // weights are 0 from here down
+constexpr float kWeightReach = 22.0f;  // weights are 0 from here down
 RIDGELINE_INLINE vint weight_of(vfloat distance) {
   const vfloat d = max(distance, splat(-kWeightReach));
   const vfloat n = round_even(d * splat(1.44269504f));
@@ -75,22 +75,6 @@ RIDGELINE_INLINE vint chosen(vmask m, vint a, vint otherwise) {
   return bits(select(m, from_bits(a), from_bits(otherwise)));
 }
 
-// The weights of all tokens of a row.
-inline int64_t total_weight(const DrawnRow& row) {
-  int64_t total = 0;
-  for (int32_t part = 0; part < row.count; part += WeightSum::kMost) {
-    WeightSum sum;
-    for (int32_t begin = part; begin < row.count && begin < part + WeightSum::kMost; begin += kDrawBlock) {
-      if (!(row.tops[begin / kDrawBlock] >= row.best - kWeightReach)) continue;
-      for (int32_t i = begin; i < begin + kDrawBlock && i < row.count; i += 16) {
-        sum.add_weights(weight_of(row.at(i) - splat(row.best)));
-      }
-    }
-    total += sum.total();
-  }
-  return total;
-}
-
 // Weights of a list, and their sum.
 inline int64_t weigh(CandidateList& list, float best) {
   int64_t total = 0;
@@ -107,22 +91,7 @@ inline int64_t weigh(CandidateList& list, float best) {
   return total;
 }
 
-// Appends the lanes of `hits` (one bit each).
-RIDGELINE_INLINE void append(CandidateList& list, vfloat x, unsigned hits, int32_t begin) {
-  if (hits == 0xffff) {
-    store(list.logits + list.count, x);
-    for (int32_t i = 0; i < 16; ++i) list.ids[list.count + i] = begin + i;
-    list.count += 16;
-    return;
-  }
-  float lanes[16];
-  store(lanes, x);
-  for (; hits != 0; hits &= hits - 1) {
-    const int32_t lane = __builtin_ctz(hits);
-    list.logits[list.count] = lanes[lane];
-    list.ids[list.count++] = begin + lane;
-  }
-}
+alignas(64) constexpr int32_t kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // The finite logits of at least `bound` that the floor keeps.
 inline void gather(const DrawnRow& row, float bound, const Floor& floor, CandidateList& list) {
@@ -133,8 +102,10 @@ inline void gather(const DrawnRow& row, float bound, const Floor& floor, Candida
     const int32_t end = (block + 1) * kDrawBlock < row.count ? (block + 1) * kDrawBlock : row.count;
     for (int32_t begin = block * kDrawBlock; begin < end; begin += 16) {
       const vfloat x = row.at(begin);
-      const unsigned hits = ~mask_bits(less(x, splat(least))) & mask_bits(less(splat(kForbidden), x));
-      if (hits != 0) append(list, x, hits, begin);
+      const unsigned hits = ~mask_bits(less(x, splat(least))) & mask_bits(less(splat(kForbidden), x)) & 0xffff;
+      store_chosen(mask_of(hits), list.logits + list.count, x);
+      store_chosen(mask_of(hits), list.ids + list.count, add(iload(kLanes), isplat(begin)));
+      list.count += __builtin_popcount(hits);
     }
   }
   if (least > floor.logit || floor.logit == kForbidden) return;
@@ -161,6 +132,23 @@ RIDGELINE_INLINE float float_of(int64_t key) {
   return key < 0 ? -x : x;
 }
 
+// The weights of all tokens of a row. Most are far below the best and weigh nothing, so those that do weigh are
+// brought together first. The list is left without ids.
+inline int64_t total_weight(const DrawnRow& row, CandidateList& list) {
+  list.count = 0;
+  const float least = row.best - kWeightReach;
+  for (int32_t block = 0; block < row.blocks; ++block) {
+    if (!(row.tops[block] >= least)) continue;
+    for (int32_t begin = block * kDrawBlock; begin < (block + 1) * kDrawBlock && begin < row.count; begin += 16) {
+      const vfloat x = row.at(begin);
+      const unsigned hits = ~mask_bits(less(x, splat(least))) & 0xffff;
+      store_chosen(mask_of(hits), list.logits + list.count, x);
+      list.count += __builtin_popcount(hits);
+    }
+  }
+  return weigh(list, row.best);
+}
+
 // What of a list is at least `bound`.
 struct Share {
   int64_t weight;
@@ -184,11 +172,15 @@ inline Share share_above(const CandidateList& list, float bound) {
 // Keeps what lies from one bound to under another.
 inline void narrow(CandidateList& list, float from, float under) {
   int32_t kept = 0;
-  for (int32_t i = 0; i < list.count; ++i) {
-    if (list.logits[i] < from || !(list.logits[i] < under)) continue;
-    list.logits[kept] = list.logits[i];
-    list.weights[kept] = list.weights[i];
-    list.ids[kept++] = list.ids[i];
+  for (int32_t i = 0; i < list.count; i += 16) {
+    const vfloat x = load(list.logits + i);
+    const vint ids = iload(list.ids + i), weights = iload(list.weights + i);
+    const unsigned in_list = mask_bits(first_lanes(list.count - i));
+    const unsigned hits = ~mask_bits(less(x, splat(from))) & mask_bits(less(x, splat(under))) & in_list;
+    store_chosen(mask_of(hits), list.logits + kept, x);
+    store_chosen(mask_of(hits), list.ids + kept, ids);
+    store_chosen(mask_of(hits), list.weights + kept, weights);
+    kept += __builtin_popcount(hits);
   }
   list.count = kept;
 }

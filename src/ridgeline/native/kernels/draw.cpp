@@ -9,6 +9,7 @@ RIDGELINE_BEGIN
 namespace {
 
 constexpr float kNoFloor = -__builtin_inff();
+constexpr int kBlocksAhead = 16;  // 4 KiB: logits of a batch are no longer in a core's own caches
 
 // A worker's scratch.
 struct DrawScratch {
@@ -57,24 +58,47 @@ RIDGELINE_INLINE uint64_t permitted(const int32_t* mask, int32_t block, int32_t 
   return whole ? low | uint64_t(uint32_t(mask[2 * block + 1])) << 32 : low;
 }
 
+// Division by a temperature, to the last bit: the quotient by its reciprocal, corrected once by what remains, is
+// correctly rounded (Markstein 1990) where nothing comes near the ends of float32's range; elsewhere it is divided.
+// A division takes the time of five such corrections or more. Of the zeros it gives the positive one.
+class Divisor {
+ public:
+  explicit Divisor(float d) : d_(splat(d)), inverse_(splat(1.0f / d)), corrects_(kRoundsOnce && d > 0x1p-20f && d < 0x1p20f) {}
+
+  // `magnitude`: the bits of x without its sign.
+  vfloat divide(vfloat x, vint magnitude) const {
+    const vfloat size = from_bits(magnitude);
+    const unsigned within = mask_bits(less(splat(0x1p-60f), size)) & mask_bits(less(size, splat(0x1p60f)));
+    if (within != 0xffff || !corrects_) return x / d_;
+    const vfloat q = x * inverse_;
+    return fma(fma(zero() - q, d_, x), inverse_, q);
+  }
+
+ private:
+  vfloat d_, inverse_;
+  bool corrects_;
+};
+
 // Scales and masks a row into `x`, unless there is nothing to do; finds the tops of its blocks and whether all
 // that is permitted are numbers.
 bool survey(const float* logits, const RowDraw& draw, DrawScratch& scratch, DrawnRow& row) {
   const bool scales = draw.temperature != 0.0f && draw.temperature != 1.0f, copies = scales || draw.mask != nullptr;
-  const vfloat temperature = splat(draw.temperature), forbidden = splat(kForbidden);
+  const Divisor temperature(draw.temperature);
+  const vfloat forbidden = splat(kForbidden);
   const vint magnitude = isplat(0x7fffffff);
   vint nan = izero();
   vfloat best = forbidden;
   for (int32_t block = 0; block < row.blocks; ++block) {
     uint64_t mask = permitted(draw.mask, block, row.count);
     scratch.tops[block] = kForbidden;
+    for (int line = 0; line < kDrawBlock / 16; ++line) prefetch(logits + (block + kBlocksAhead) * kDrawBlock + 16 * line);
     if (mask == 0) continue;
     vfloat top = forbidden;
     for (int32_t begin = block * kDrawBlock; begin < (block + 1) * kDrawBlock; begin += 16, mask >>= 16) {
       const vmask m = first_lanes(row.count - begin);
       vfloat x = select(m, load(m, logits + begin), forbidden);
       if (draw.mask != nullptr) x = select(mask_of(unsigned(mask & 0xffff)), x, forbidden);
-      if (scales) x = x / temperature;
+      if (scales) x = temperature.divide(x, bit_and(bits(x), magnitude));
       if (copies) store(scratch.x + begin, x);
       nan = max(nan, bit_and(bits(x), magnitude));
       top = max(top, x);
@@ -121,23 +145,22 @@ Floor top_k(const DrawnRow& row, int64_t k, const Floor& floor, CandidateList& l
   return reach(list, k);
 }
 
-// The fewest that hold p of what the floor keeps. Few tokens are far from the best, so that the others are only
-// looked for where those do not hold it.
+// The fewest that hold p of what the floor keeps. Few tokens are near the best, and mostly they hold it.
 Floor top_p(const DrawnRow& row, double p, const Floor& floor, CandidateList& list) {
   int64_t total = 0;
   if (floor.logit == kNoFloor) {
-    total = total_weight(row);
+    total = total_weight(row, list);
   } else {
     gather(row, kNoFloor, floor, list);
     total = weigh(list, row.best);
   }
   const double enough = __builtin_ceil(p * double(total));
   const int64_t need = enough < 1.0 ? 1 : int64_t(enough);
-  for (const float distance : {3.0f, 6.0f, 12.0f, kWeightReach}) {
+  for (const float distance : {6.0f, 12.0f, kWeightReach}) {
     gather(row, row.best - distance, floor, list);
-    if (weigh(list, row.best) >= need) return reach(list, need);
+    if (weigh(list, row.best) >= need) break;
   }
-  return floor;
+  return reach(list, need);
 }
 
 struct Winner {

@@ -6,7 +6,8 @@
 //   mask_bits, mask_of                            a mask as 16 bits, the first lane's lowest, and back
 //   zero, splat, load, store                      float32; with a mask, other lanes are neither read nor
 //   written
-//   + - * / min max abs copy_sign fma round_even  float32; fma may round twice where the hardware has none
+//   + - * / min max abs copy_sign fma round_even  float32; fma may round twice where the hardware has none,
+//   kRoundsOnce                                   which kRoundsOnce denies
 //   less, select, reduce_add, reduce_max          reductions have one fixed order
 //   izero, isplat, iload, istore, add, sub, multiply, max, bit_and, bit_or, shift_left, shift_right
 //                                                 int32; to the right fills up with zeros
@@ -24,6 +25,7 @@
 //   dot_bf16, kFastBf16Dot                        adds the products of 16 pairs of bfloat16; how it rounds is
 //                                                 the backend's; fast where it is one instruction
 //   store_codes                                   16 int32 as int8, saturated
+//   store_chosen                                  the lanes of a mask side by side; may write all 16
 //   prefetch, prefetch_near                       into the second-level cache, and the first
 // Every function is inlined: a kernel's object file must hold no code that another ISA level could link to.
 #pragma once
@@ -45,4 +47,25 @@
 #include "simd_neon.h"
 #else
 #include "simd_portable.h"
+#endif
+
+#if !defined(__AVX512VNNI__)
+RIDGELINE_BEGIN
+
+template <class T>
+RIDGELINE_INLINE void store_lanes(unsigned chosen, T* p, const T (&lanes)[16]) {
+  for (; chosen != 0; chosen &= chosen - 1) *p++ = lanes[__builtin_ctz(chosen)];
+}
+RIDGELINE_INLINE void store_chosen(vmask m, float* p, vfloat a) {
+  float lanes[16];
+  store(lanes, a);
+  store_lanes(mask_bits(m), p, lanes);
+}
+RIDGELINE_INLINE void store_chosen(vmask m, int32_t* p, vint a) {
+  int32_t lanes[16];
+  istore(lanes, a);
+  store_lanes(mask_bits(m), p, lanes);
+}
+
+RIDGELINE_END
 #endif

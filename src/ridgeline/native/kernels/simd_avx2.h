@@ -74,6 +74,7 @@ RIDGELINE_INLINE vfloat operator*(vfloat a, vfloat b) {
 RIDGELINE_INLINE vfloat operator/(vfloat a, vfloat b) {
   return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
 }
+constexpr bool kRoundsOnce = true;  // fma does
 RIDGELINE_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }

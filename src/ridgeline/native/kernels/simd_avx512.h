@@ -30,6 +30,7 @@ RIDGELINE_INLINE vfloat load(vmask m, const float* p) { return _mm512_maskz_load
 RIDGELINE_INLINE void store(float* p, vfloat a) { _mm512_storeu_ps(p, a); }
 RIDGELINE_INLINE void store(vmask m, float* p, vfloat a) { _mm512_mask_storeu_ps(p, m, a); }
 
+constexpr bool kRoundsOnce = true;  // fma does
 RIDGELINE_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) { return _mm512_fmadd_ps(a, b, c); }
 RIDGELINE_INLINE vfloat min(vfloat a, vfloat b) { return _mm512_min_ps(a, b); }
 RIDGELINE_INLINE vfloat max(vfloat a, vfloat b) { return _mm512_max_ps(a, b); }
@@ -45,10 +46,17 @@ RIDGELINE_INLINE vfloat copy_sign(vfloat magnitude, vfloat sign) {
       _mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign), _mm512_castps_si512(magnitude), 0xca));
 }
 
+RIDGELINE_INLINE void store_chosen(vmask m, float* p, vfloat a) {
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(m, a));
+}
+
 RIDGELINE_INLINE vint izero() { return {_mm512_setzero_si512()}; }
 RIDGELINE_INLINE vint isplat(int32_t x) { return {_mm512_set1_epi32(x)}; }
 RIDGELINE_INLINE vint iload(const void* p) { return {_mm512_loadu_si512(p)}; }
 RIDGELINE_INLINE void istore(void* p, vint a) { _mm512_storeu_si512(p, a.v); }
+RIDGELINE_INLINE void store_chosen(vmask m, int32_t* p, vint a) {
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m, a.v));
+}
 RIDGELINE_INLINE vint add(vint a, vint b) { return {_mm512_add_epi32(a.v, b.v)}; }
 RIDGELINE_INLINE vint sub(vint a, vint b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 RIDGELINE_INLINE vint max(vint a, vint b) { return {_mm512_max_epi32(a.v, b.v)}; }

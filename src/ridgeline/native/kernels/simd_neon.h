@@ -105,6 +105,7 @@ RIDGELINE_INLINE vfloat operator*(vfloat a, vfloat b) {
 RIDGELINE_INLINE vfloat operator/(vfloat a, vfloat b) {
   return floats([&](int i) { return vdivq_f32(a.v[i], b.v[i]); });
 }
+constexpr bool kRoundsOnce = true;  // fma does
 RIDGELINE_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
   return floats([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
 }

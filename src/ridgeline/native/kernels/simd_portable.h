@@ -68,6 +68,11 @@ RIDGELINE_INLINE void store(vmask m, float* p, vfloat a) {
   }
 }
 
+#if defined(__FP_FAST_FMAF)
+constexpr bool kRoundsOnce = true;  // fma does
+#else
+constexpr bool kRoundsOnce = false;
+#endif
 RIDGELINE_INLINE vfloat fma(vfloat a, vfloat b, vfloat c) {
 #if defined(__FP_FAST_FMAF)
   for (int i = 0; i < 16; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
