@@ -140,7 +140,7 @@ void run_by_splits(const AttentionLaunch& launch, const StepView& step, int piec
   worker.for_units(units, [&](int64_t unit) {
     const SplitUnit u = find_unit(launch, step, pieces, unit);
     const int segment = step.segment_begin[u.rows.sequence], head = u.kv_head + 1;
-    const TileAt after = head < launch.kv_heads ? first_tile(launch, step, u.rows, head, segment) : TileAt{};
+    const SlotsAt after = head < launch.kv_heads ? first_slots(launch, step, u.rows, head, segment) : SlotsAt{};
     BlockTask task(launch, step, u.rows, u.kv_head, buffers, after);
     task.run_split(u.segment, u.split, partial_state(launch, step, unit));
   });
@@ -178,10 +178,10 @@ void attention(const AttentionLaunch& launch, const StepView& step, Worker& work
   worker.for_units(tasks * pieces, [&](int64_t i) {
     const RowBlock rows = rows_of_unit(i);
     if (rows.row_count == 0) return;
-    TileAt after{};
+    SlotsAt after{};
     if (i + 1 < tasks * pieces) {
       const RowBlock next = rows_of_unit(i + 1);
-      after = first_tile(launch, step, next, head_of_unit(i + 1), step.segment_begin[next.sequence]);
+      after = first_slots(launch, step, next, head_of_unit(i + 1), step.segment_begin[next.sequence]);
     }
     BlockTask(launch, step, rows, head_of_unit(i), buffers, after).run();
   });

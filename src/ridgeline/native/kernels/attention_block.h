@@ -19,17 +19,17 @@ RIDGELINE_BEGIN
 
 namespace {
 
-// The tile that begins at slot `begin` of a segment, of which slots before `end` are seen: none where none are.
-struct TileAt {
+// Slots [begin, end) of a segment, for one head; `begin` is a page's first.
+struct SlotsAt {
   int segment, kv_head, begin, end;
 };
 
 // The first that a block's rows see, in segments from `segment` on.
-RIDGELINE_INLINE TileAt first_tile(const AttentionLaunch& launch, const StepView& step, const RowBlock& block,
-                                   int kv_head, int segment) {
+RIDGELINE_INLINE SlotsAt first_slots(const AttentionLaunch& launch, const StepView& step, const RowBlock& block,
+                                     int kv_head, int segment) {
   for (; segment < step.segment_begin[block.sequence + 1]; ++segment) {
     const SlotRange slots = visible_slots(launch, step, block, segment);
-    if (slots.begin < slots.end) return {segment, kv_head, slots.begin / kTileSlots * kTileSlots, slots.end};
+    if (slots.begin < slots.end) return {segment, kv_head, slots.begin / kPageTokens * kPageTokens, slots.end};
   }
   return {};
 }
@@ -41,7 +41,7 @@ class BlockTask {
  public:
   // `after` is wanted next, if it is known.
   BlockTask(const AttentionLaunch& launch, const StepView& step, const RowBlock& block, int kv_head,
-            Buffers buffers, TileAt after)
+            Buffers buffers, SlotsAt after)
       : launch_(launch),
         step_(step),
         block_(block),
@@ -167,14 +167,21 @@ class BlockTask {
     }
   }
 
-  // Pages that are wanted next: those of the tile that follows, or of the first one of what comes after.
-  void look_ahead(int segment, int begin, int end) {
-    TileAt at{segment, kv_head_, begin, end};
-    if (begin >= end) at = first_tile(launch_, step_, block_, kv_head_, segment + 1);
-    if (at.begin >= at.end) at = after_;
+  // As many pages as the tile has, a tile's further on in the order in which they are read: those before them were
+  // fetched with the tile before. The slots behind this tile are [begin, end).
+  void look_ahead(int segment, int begin, int end, PageRange pages) {
+    const int count = pages.end - pages.begin;
+    int fetched = kTilePages - count;
     ahead_ = {};
-    for (int slot = at.begin; slot < at.begin + kTileSlots && slot < at.end; slot += kPageTokens)
-      ahead_.page[ahead_.count++] = page_of(launch_, step_, at.segment, at.kv_head, slot);
+    const auto add = [&](const SlotsAt& at) {
+      for (int slot = at.begin; slot < at.end && ahead_.count < count; slot += kPageTokens) {
+        if (fetched-- > 0) continue;
+        ahead_.page[ahead_.count++] = page_of(launch_, step_, at.segment, at.kv_head, slot);
+      }
+    };
+    add({segment, kv_head_, begin, end});
+    if (ahead_.count < count) add(first_slots(launch_, step_, block_, kv_head_, segment + 1));
+    add(after_);
   }
 
   // Fetches the share of them that goes with some of the queries, of which the first half fetch everything: all
@@ -195,8 +202,8 @@ class BlockTask {
 
   // Slots [slots.begin, slots.end) of the tile that begins at slot `begin`; pages of others are not touched.
   void run_tile(int segment, int begin, SlotRange slots, int next_end, Rows rows, const State& state) {
-    look_ahead(segment, begin + kTileSlots, next_end);
     const PageRange pages = pages_of(begin, slots);
+    look_ahead(segment, begin + kTileSlots, next_end, pages);
     TilePages held{};
     for (int p = pages.begin; p < pages.end; ++p)
       held.page[p] = page_of(launch_, step_, segment, kv_head_, begin + p * kPageTokens);
@@ -230,7 +237,7 @@ class BlockTask {
     const auto run_on = [&](auto source) {
       for (int p = pages.begin; p < pages.end; ++p)
         source.page[p] = reinterpret_cast<std::remove_reference_t<decltype(source.page[p])>>(held.page[p]);
-      if (rows.count == 1) fetch_rest(own);
+      if (rows.count == 1) fetch_rest(own, pages);
       run_tile(source, begin, own, pages, step_.segment_bias[segment], rows, state);
     };
     switch (launch_.pool.format) {
@@ -240,28 +247,27 @@ class BlockTask {
     }
   }
 
-  // Fetches of the next tile what a single row's loops over `slots` do not: pages that these do not fill, and
+  // Fetches of the pages ahead what a single row's loops over `slots` do not: values in places beyond these, and
   // what lies behind values.
-  void fetch_rest(SlotRange slots) const {
-    const size_t bytes = page_bytes(launch_.pool.format, launch_.head_dim);
-    for (int p = 0; p < ahead_.count; ++p) {
-      const bool filled = slots.begin <= p * kPageTokens && slots.end >= (p + 1) * kPageTokens;
-      for (size_t byte = filled ? value_end() : 0; byte < bytes; byte += kLineBytes)
-        prefetch(ahead_.page[p] + byte);
+  void fetch_rest(SlotRange slots, PageRange pages) const {
+    const size_t value_bytes = slot_layout(launch_.pool.format, launch_.head_dim).value_bytes;
+    for (int i = 0; i < ahead_.count; ++i) {
+      const SlotRange own = clip(slots, (pages.begin + i) * kPageTokens, (pages.begin + i + 1) * kPageTokens);
+      const size_t from = (kPageTokens + size_t(own.end - own.begin)) * value_bytes;
+      for (size_t byte = from; byte < page_bytes(launch_.pool.format, launch_.head_dim); byte += kLineBytes)
+        prefetch(ahead_.page[i] + byte);
     }
   }
-  size_t value_end() const {
-    const SlotLayout layout = slot_layout(launch_.pool.format, launch_.head_dim);
-    return 2 * kPageTokens * layout.value_bytes;
-  }
 
-  // What a few of a single row's queries, from the `first` on, fetch: their share of the next tile's pages.
-  // Instead of the others they fetch those of `source`, to no effect.
+  // What a few of a single row's queries, from the `first` on, fetch: their share of the pages ahead. Instead of
+  // the others they fetch those of `source`, to no effect.
   template <class Pages>
-  Pages share_of_next(Pages source, int first) const {
+  Pages share_of_next(Pages source, PageRange pages, int first) const {
     const int shares = (ratio_ + kMaxQueries - 1) / kMaxQueries;
-    for (int p = first / kMaxQueries; p < ahead_.count; p += shares)
-      source.page[p] = reinterpret_cast<std::remove_reference_t<decltype(source.page[p])>>(ahead_.page[p]);
+    for (int i = first / kMaxQueries; i < ahead_.count; i += shares) {
+      auto& page = source.page[pages.begin + i];
+      page = reinterpret_cast<std::remove_reference_t<decltype(page)>>(ahead_.page[i]);
+    }
     return source;
   }
 
@@ -282,7 +288,7 @@ class BlockTask {
       float *p = b_.p + first * kTileSlots, *o = state.o + first * b_.value_stride;
       const float* decay = b_.decay + first;
       if (alone) {
-        const Pages next = share_of_next(source, place);
+        const Pages next = share_of_next(source, pages, place);
         score<kQueries>(source, next, pages, b_.q + first, launch_.head_dim, p);
         softmax<false, kQueries>(source, first, begin, pages, bias, state);
         return add_values<kQueries>(source, next, slots, p, decay, o, b_.value_stride);
@@ -310,7 +316,7 @@ class BlockTask {
       const uint16_t* weights = rounded_weights(first);
       const float* decay = b_.decay + first;
       if (alone) {
-        const Bf16Pages next = share_of_next(source, place);
+        const Bf16Pages next = share_of_next(source, pages, place);
         using Keys = PackedKeys<true>;
         score<kQueries>(Keys{source}, Keys{next}, pages, b_.rounded_q + first, launch_.head_dim, p);
         softmax<true, kQueries>(source, first, begin, pages, bias, state);
@@ -484,7 +490,7 @@ class BlockTask {
   const RowBlock block_;
   const int kv_head_;
   const Buffers b_;
-  const TileAt after_;
+  const SlotsAt after_;
   const int ratio_, queries_;
   const bool packed_;  // products are of bfloat16
   const float score_factor_;
