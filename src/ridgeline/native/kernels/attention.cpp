@@ -123,7 +123,7 @@ void merge_row(const AttentionLaunch& launch, const StepView& step, int pieces, 
   for_pieces(launch, step, pieces, [&](const RowBlock& rows, int head, int64_t first, int splits) {
     const int64_t place = row - rows.row_begin;
     if (head != kv_head || place < 0 || place >= rows.row_count) return false;
-    BlockTask task(launch, step, rows_of(rows, int(place), int(place) + 1), kv_head, buffers);
+    BlockTask task(launch, step, rows_of(rows, int(place), int(place) + 1), kv_head, buffers, {});
     task.clear_total();
     for (int split = 0; split < splits; ++split) {
       const State all = partial_state(launch, step, first + split);
@@ -139,7 +139,9 @@ void run_by_splits(const AttentionLaunch& launch, const StepView& step, int piec
                    const Buffers& buffers, Worker& worker) {
   worker.for_units(units, [&](int64_t unit) {
     const SplitUnit u = find_unit(launch, step, pieces, unit);
-    BlockTask task(launch, step, u.rows, u.kv_head, buffers);
+    const int segment = step.segment_begin[u.rows.sequence], head = u.kv_head + 1;
+    const SlotsAt after = head < launch.kv_heads ? first_slots(launch, step, u.rows, head, segment) : SlotsAt{};
+    BlockTask task(launch, step, u.rows, u.kv_head, buffers, after);
     task.run_split(u.segment, u.split, partial_state(launch, step, unit));
   });
   worker.for_units(int64_t(step.rows) * launch.kv_heads,
@@ -167,11 +169,21 @@ void attention(const AttentionLaunch& launch, const StepView& step, Worker& work
       return run_by_splits(launch, step, pieces, units, buffers, worker);
     }
   }
+  const int per_block = launch.kv_heads * pieces;
+  // Later blocks of a prompt see more: starting with them leaves small ones for the end.
+  const auto rows_of_unit = [&](int64_t i) {
+    return piece_of(step.blocks[step.block_count - 1 - i / per_block], int(i % pieces), pieces);
+  };
+  const auto head_of_unit = [&](int64_t i) { return int(i % per_block / pieces); };
   worker.for_units(tasks * pieces, [&](int64_t i) {
-    // Later blocks of a prompt see more: starting with them leaves small ones for the end.
-    const int per_block = launch.kv_heads * pieces, place = int(i % per_block);
-    const RowBlock rows = piece_of(step.blocks[step.block_count - 1 - i / per_block], place % pieces, pieces);
-    if (rows.row_count > 0) BlockTask(launch, step, rows, place / pieces, buffers).run();
+    const RowBlock rows = rows_of_unit(i);
+    if (rows.row_count == 0) return;
+    SlotsAt after{};
+    if (i + 1 < tasks * pieces) {
+      const RowBlock next = rows_of_unit(i + 1);
+      after = first_slots(launch, step, next, head_of_unit(i + 1), step.segment_begin[next.sequence]);
+    }
+    BlockTask(launch, step, rows, head_of_unit(i), buffers, after).run();
   });
 }
 

@@ -38,9 +38,14 @@ RIDGELINE_INLINE vfloat add_product(vfloat sum, vint x, vint y) { return dot_bf1
 // them: from pages of bfloat16 the even ones and the odd ones, since they are widened so, elsewhere one half and
 // the other. A factor that the whole of a slot's key or value has in common is left to scale_products() and
 // scale_weights(), for the 16 slots of a page. Slots and pages count from the tile's start.
+// fetch_keys() and fetch_values() bring nearer what keys() and values() will give: while one tile is computed the
+// next one is fetched, line for line, as a core waits for some dozens of lines at once and no more.
 struct Bf16Pages {
   const uint16_t* page[kTilePages];
   int head_dim;
+
+  RIDGELINE_MEMBER void fetch_keys(int p, int pair) const { prefetch(page[p] + pair * kPageTokens * 2); }
+  static RIDGELINE_MEMBER void fetch_values(const uint16_t* p) { prefetch(p); }
 
   RIDGELINE_MEMBER vint packed_keys(int p, int pair) const {
     return iload(reinterpret_cast<const uint8_t*>(page[p] + pair * kPageTokens * 2));
@@ -67,6 +72,12 @@ struct F32Pages {
   const float* page[kTilePages];
   int head_dim;
 
+  RIDGELINE_MEMBER void fetch_keys(int p, int pair) const { fetch_values(page[p] + 2 * pair * kPageTokens); }
+  static RIDGELINE_MEMBER void fetch_values(const float* p) {
+    prefetch(p);
+    prefetch(p + 16);
+  }
+
   RIDGELINE_MEMBER FloatPair keys(int p, int pair) const {
     return {load(page[p] + 2 * pair * kPageTokens), load(page[p] + (2 * pair + 1) * kPageTokens)};
   }
@@ -87,6 +98,9 @@ struct F32Pages {
 struct Int8Pages {
   const uint8_t* page[kTilePages];
   int head_dim;
+
+  RIDGELINE_MEMBER void fetch_keys(int p, int pair) const { prefetch(page[p] + 2 * pair * kPageTokens); }
+  static RIDGELINE_MEMBER void fetch_values(const uint8_t* p) { prefetch(p); }
 
   RIDGELINE_MEMBER FloatPair keys(int p, int pair) const {
     const uint8_t* k = page[p] + 2 * pair * kPageTokens;
@@ -119,6 +133,9 @@ struct Widened {
   float *key_rows, *value_rows;
   int stride;
 
+  RIDGELINE_MEMBER void fetch_keys(int, int) const {}
+  static RIDGELINE_MEMBER void fetch_values(const float*) {}
+
   RIDGELINE_MEMBER FloatPair keys(int p, int pair) const {
     const float* row = key_rows + 2 * pair * kTileSlots + p * kPageTokens;
     return {load(row), load(row + kTileSlots)};
@@ -142,15 +159,20 @@ struct SlotRange {
 };
 
 // Keys as they lie in their pages, for queries in bfloat16.
+template <bool kFetch>
 struct PackedKeys {
   const Bf16Pages& pages;
 
+  RIDGELINE_MEMBER void fetch_keys(int p, int pair) const {
+    if constexpr (kFetch) pages.fetch_keys(p, pair);
+  }
   RIDGELINE_MEMBER vint keys(int p, int pair) const { return pages.packed_keys(p, pair); }
 };
 
-// out[query][slot] = q . k; rows of out are kTileSlots apart.
+// out[query][slot] = q . k; rows of out are kTileSlots apart. The keys in these places of `next` are fetched.
 template <int kQueries, int kPages, class Source, class Value>
-static void score_tile(const Source& source, int first_page, const Value* const* q, int head_dim, float* out) {
+static void score_tile(const Source& source, const Source& next, int first_page, const Value* const* q,
+                       int head_dim, float* out) {
   if (head_dim < 2) __builtin_unreachable();  // keeps the accumulators out of memory
   vfloat acc[kQueries][kPages];
   for (int i = 0; i < kQueries; ++i) {
@@ -158,7 +180,10 @@ static void score_tile(const Source& source, int first_page, const Value* const*
   }
   for (int pair = 0; pair < head_dim / 2; ++pair) {
     decltype(source.keys(0, 0)) keys[kPages];
-    for (int p = 0; p < kPages; ++p) keys[p] = source.keys(first_page + p, pair);
+    for (int p = 0; p < kPages; ++p) {
+      keys[p] = source.keys(first_page + p, pair);
+      next.fetch_keys(first_page + p, pair);
+    }
     for (int i = 0; i < kQueries; ++i) {
       const auto x = splat_pair(q[i], pair);
       for (int p = 0; p < kPages; ++p) acc[i][p] = add_product(acc[i][p], x, keys[p]);
@@ -176,10 +201,10 @@ RIDGELINE_INLINE Row next_value_row(const Source& source, unsigned slot, Row row
 }
 
 // out[query] = out[query] * decay[query] + sum over slots of p[query][slot] * value[slot], for 32 * kPairs
-// dimensions from `column`. There is at least one slot.
+// dimensions from `column`. There is at least one slot. The values in these places of `next` are fetched.
 template <int kQueries, int kPairs, class Source>
-static void value_tile(const Source& source, SlotRange slots, int column, const float* p, const float* decay,
-                       float* out, int stride) {
+static void value_tile(const Source& source, const Source& next, SlotRange slots, int column, const float* p,
+                       const float* decay, float* out, int stride) {
   if (slots.begin >= slots.end) __builtin_unreachable();  // keeps the accumulators out of memory
   vfloat acc[kQueries][2 * kPairs];
   for (int i = 0; i < kQueries; ++i) {
@@ -189,8 +214,10 @@ static void value_tile(const Source& source, SlotRange slots, int column, const 
   decltype(source.value_mask(0)) mask[kPairs];
   for (int v = 0; v < kPairs; ++v) mask[v] = source.value_mask(column + 32 * v);
   const auto* row = source.value_row(slots.begin / kPageTokens, slots.begin % kPageTokens);
-  for (int slot = slots.begin; slot < slots.end; row = next_value_row(source, unsigned(++slot), row)) {
+  const auto* fetched = next.value_row(slots.begin / kPageTokens, slots.begin % kPageTokens);
+  for (int slot = slots.begin; slot < slots.end;) {
     for (int v = 0; v < kPairs; ++v) {
+      Source::fetch_values(fetched + column + 32 * v);
       const FloatPair x = Source::values(mask[v], row + column + 32 * v);
       for (int i = 0; i < kQueries; ++i) {
         const vfloat weight = splat(p[i * kTileSlots + slot]);
@@ -198,6 +225,9 @@ static void value_tile(const Source& source, SlotRange slots, int column, const 
         acc[i][2 * v + 1] = fma(weight, x.odd, acc[i][2 * v + 1]);
       }
     }
+    ++slot;
+    row = next_value_row(source, unsigned(slot), row);
+    fetched = next_value_row(next, unsigned(slot), fetched);
   }
   for (int i = 0; i < kQueries; ++i) {
     for (int v = 0; v < 2 * kPairs; ++v) store(out + i * stride + column + 16 * v, acc[i][v]);
@@ -224,6 +254,10 @@ struct PairsInPages {
     return pages.value_row(slot / kPageTokens, slot % kPageTokens);
   }
   RIDGELINE_MEMBER int pair_stride() const { return 2 * pages.head_dim; }
+  RIDGELINE_MEMBER void fetch_pair(const uint16_t* p) const {
+    prefetch(p);
+    prefetch(p + pages.head_dim);
+  }
   RIDGELINE_MEMBER vmask value_mask(int column) const { return pages.value_mask(column); }
   RIDGELINE_MEMBER SlotPair pair(int slot, vmask m, const uint16_t* p) const {
     const vint first = slot >= slots.begin ? pages.packed_values(m, p) : izero();
@@ -237,6 +271,7 @@ struct PackedPairs {
 
   RIDGELINE_MEMBER int32_t* pair_row(int slot) const { return rows + slot / 2 * stride; }
   RIDGELINE_MEMBER int pair_stride() const { return stride; }
+  RIDGELINE_MEMBER void fetch_pair(const int32_t*) const {}
   RIDGELINE_MEMBER bool value_mask(int) const { return true; }
   RIDGELINE_MEMBER SlotPair pair(int, bool, const int32_t* p) const { return {iload(p), iload(p + 16)}; }
 };
@@ -248,8 +283,8 @@ RIDGELINE_INLINE Row next_pair_row(const Pairs& pairs, unsigned slot, Row row) {
 // value_tile for weights in bfloat16: slots are added two by two, each with the neighbour that it has at any
 // length; the weight of a slot outside of `slots` is zero, or its value is.
 template <int kQueries, int kPairs, class Pairs>
-static void value_tile(const Pairs& pairs, SlotRange slots, int column, const uint16_t* p, const float* decay,
-                       float* out, int stride) {
+static void value_tile(const Pairs& pairs, const Pairs& next, SlotRange slots, int column, const uint16_t* p,
+                       const float* decay, float* out, int stride) {
   if (slots.begin >= slots.end) __builtin_unreachable();  // keeps the accumulators out of memory
   vfloat acc[kQueries][2 * kPairs];
   for (int i = 0; i < kQueries; ++i) {
@@ -260,8 +295,10 @@ static void value_tile(const Pairs& pairs, SlotRange slots, int column, const ui
   for (int v = 0; v < kPairs; ++v) mask[v] = pairs.value_mask(column + 32 * v);
   int slot = slots.begin / 2 * 2;
   auto row = pairs.pair_row(slot);
-  for (; slot < slots.end; slot += 2, row = next_pair_row(pairs, unsigned(slot), row)) {
+  auto fetched = next.pair_row(slot);
+  while (slot < slots.end) {
     for (int v = 0; v < kPairs; ++v) {
+      next.fetch_pair(fetched + column + 32 * v);
       const SlotPair x = pairs.pair(slot, mask[v], row + column + 32 * v);
       for (int i = 0; i < kQueries; ++i) {
         const vint weights = splat_pair(p + i * kWeightStride, slot / 2);
@@ -269,6 +306,9 @@ static void value_tile(const Pairs& pairs, SlotRange slots, int column, const ui
         acc[i][2 * v + 1] = dot_bf16(acc[i][2 * v + 1], weights, x.odd);
       }
     }
+    slot += 2;
+    row = next_pair_row(pairs, unsigned(slot), row);
+    fetched = next_pair_row(next, unsigned(slot), fetched);
   }
   for (int i = 0; i < kQueries; ++i) {
     for (int v = 0; v < 2 * kPairs; ++v) store(out + i * stride + column + 16 * v, acc[i][v]);
@@ -276,23 +316,23 @@ static void value_tile(const Pairs& pairs, SlotRange slots, int column, const ui
 }
 
 template <int kQueries, class Source, class Value>
-RIDGELINE_INLINE void score(const Source& source, PageRange pages, const Value* const* q, int head_dim,
-                                  float* out) {
+RIDGELINE_INLINE void score(const Source& source, const Source& next, PageRange pages, const Value* const* q,
+                            int head_dim, float* out) {
   switch (pages.end - pages.begin) {
-    case 1: return score_tile<kQueries, 1>(source, pages.begin, q, head_dim, out);
-    case 2: return score_tile<kQueries, 2>(source, pages.begin, q, head_dim, out);
-    case 3: return score_tile<kQueries, 3>(source, pages.begin, q, head_dim, out);
-    default: return score_tile<kQueries, 4>(source, pages.begin, q, head_dim, out);
+    case 1: return score_tile<kQueries, 1>(source, next, pages.begin, q, head_dim, out);
+    case 2: return score_tile<kQueries, 2>(source, next, pages.begin, q, head_dim, out);
+    case 3: return score_tile<kQueries, 3>(source, next, pages.begin, q, head_dim, out);
+    default: return score_tile<kQueries, 4>(source, next, pages.begin, q, head_dim, out);
   }
 }
 
 template <int kQueries, class Source, class Weight>
-RIDGELINE_INLINE void add_values(const Source& source, SlotRange slots, const Weight* p, const float* decay,
-                                 float* out, int stride) {
+RIDGELINE_INLINE void add_values(const Source& source, const Source& next, SlotRange slots, const Weight* p,
+                                 const float* decay, float* out, int stride) {
   int column = 0;
   for (; column + 64 <= stride; column += 64)
-    value_tile<kQueries, 2>(source, slots, column, p, decay, out, stride);
-  if (column < stride) value_tile<kQueries, 1>(source, slots, column, p, decay, out, stride);
+    value_tile<kQueries, 2>(source, next, slots, column, p, decay, out, stride);
+  if (column < stride) value_tile<kQueries, 1>(source, next, slots, column, p, decay, out, stride);
 }
 
 // Calls f(std::integral_constant<int, n>, first) for runs of n queries that are together `queries`; n is at most

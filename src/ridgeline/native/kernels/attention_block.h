@@ -19,18 +19,35 @@ RIDGELINE_BEGIN
 
 namespace {
 
+// Slots [begin, end) of a segment, for one head; `begin` is a page's first.
+struct SlotsAt {
+  int segment, kv_head, begin, end;
+};
+
+// The first that a block's rows see, in segments from `segment` on.
+RIDGELINE_INLINE SlotsAt first_slots(const AttentionLaunch& launch, const StepView& step, const RowBlock& block,
+                                     int kv_head, int segment) {
+  for (; segment < step.segment_begin[block.sequence + 1]; ++segment) {
+    const SlotRange slots = visible_slots(launch, step, block, segment);
+    if (slots.begin < slots.end) return {segment, kv_head, slots.begin / kPageTokens * kPageTokens, slots.end};
+  }
+  return {};
+}
+
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLowest = -1e30f;  // finite, so that (masked - lowest) is minus infinity and not a NaN
 
 class BlockTask {
  public:
+  // `after` is wanted next, if it is known.
   BlockTask(const AttentionLaunch& launch, const StepView& step, const RowBlock& block, int kv_head,
-            Buffers buffers)
+            Buffers buffers, SlotsAt after)
       : launch_(launch),
         step_(step),
         block_(block),
         kv_head_(kv_head),
         b_(buffers),
+        after_(after),
         ratio_(launch.heads / launch.kv_heads),
         queries_(block.row_count * ratio_),
         packed_(kFastBf16Dot && launch.rounded_q.data != nullptr && launch.pool.format == KvFormat::bf16),
@@ -150,17 +167,21 @@ class BlockTask {
     }
   }
 
-  // Pages that are wanted next: those of the tile that follows, or of the next head's first one.
-  void look_ahead(int segment, int begin, int end) {
-    int head = kv_head_;
-    if (begin >= end) {
-      begin = b_.visible[0].begin / kTileSlots * kTileSlots;
-      head = kv_head_ + 1;
-    }
+  // As many pages as the tile has, a tile's further on in the order in which they are read: those before them were
+  // fetched with the tile before. The slots behind this tile are [begin, end).
+  void look_ahead(int segment, int begin, int end, PageRange pages) {
+    const int count = pages.end - pages.begin;
+    int fetched = kTilePages - count;
     ahead_ = {};
-    if (head == launch_.kv_heads) return;
-    for (int slot = begin; slot < begin + kTileSlots && slot < end; slot += kPageTokens)
-      ahead_.page[ahead_.count++] = page_of(launch_, step_, segment, head, slot);
+    const auto add = [&](const SlotsAt& at) {
+      for (int slot = at.begin; slot < at.end && ahead_.count < count; slot += kPageTokens) {
+        if (fetched-- > 0) continue;
+        ahead_.page[ahead_.count++] = page_of(launch_, step_, at.segment, at.kv_head, slot);
+      }
+    };
+    add({segment, kv_head_, begin, end});
+    if (ahead_.count < count) add(first_slots(launch_, step_, block_, kv_head_, segment + 1));
+    add(after_);
   }
 
   // Fetches the share of them that goes with some of the queries, of which the first half fetch everything: all
@@ -181,12 +202,8 @@ class BlockTask {
 
   // Slots [slots.begin, slots.end) of the tile that begins at slot `begin`; pages of others are not touched.
   void run_tile(int segment, int begin, SlotRange slots, int next_end, Rows rows, const State& state) {
-    look_ahead(segment, begin + kTileSlots, next_end);
-    if (rows.count == 1) {  // its few queries come after one another, and wait for memory anyway
-      fetch_ahead(0, 1, 1);
-      ahead_.count = 0;
-    }
     const PageRange pages = pages_of(begin, slots);
+    look_ahead(segment, begin + kTileSlots, next_end, pages);
     TilePages held{};
     for (int p = pages.begin; p < pages.end; ++p)
       held.page[p] = page_of(launch_, step_, segment, kv_head_, begin + p * kPageTokens);
@@ -220,6 +237,7 @@ class BlockTask {
     const auto run_on = [&](auto source) {
       for (int p = pages.begin; p < pages.end; ++p)
         source.page[p] = reinterpret_cast<std::remove_reference_t<decltype(source.page[p])>>(held.page[p]);
+      if (rows.count == 1) fetch_rest(own, pages);
       run_tile(source, begin, own, pages, step_.segment_bias[segment], rows, state);
     };
     switch (launch_.pool.format) {
@@ -227,6 +245,30 @@ class BlockTask {
       case KvFormat::f32: return run_on(F32Pages{{}, launch_.head_dim});
       case KvFormat::int8: return run_on(Int8Pages{{}, launch_.head_dim});
     }
+  }
+
+  // Fetches of the pages ahead what a single row's loops over `slots` do not: values in places beyond these, and
+  // what lies behind values.
+  void fetch_rest(SlotRange slots, PageRange pages) const {
+    const size_t value_bytes = slot_layout(launch_.pool.format, launch_.head_dim).value_bytes;
+    for (int i = 0; i < ahead_.count; ++i) {
+      const SlotRange own = clip(slots, (pages.begin + i) * kPageTokens, (pages.begin + i + 1) * kPageTokens);
+      const size_t from = (kPageTokens + size_t(own.end - own.begin)) * value_bytes;
+      for (size_t byte = from; byte < page_bytes(launch_.pool.format, launch_.head_dim); byte += kLineBytes)
+        prefetch(ahead_.page[i] + byte);
+    }
+  }
+
+  // What a few of a single row's queries, from the `first` on, fetch: their share of the pages ahead. Instead of
+  // the others they fetch those of `source`, to no effect.
+  template <class Pages>
+  Pages share_of_next(Pages source, PageRange pages, int first) const {
+    const int shares = (ratio_ + kMaxQueries - 1) / kMaxQueries;
+    for (int i = first / kMaxQueries; i < ahead_.count; i += shares) {
+      auto& page = source.page[pages.begin + i];
+      page = reinterpret_cast<std::remove_reference_t<decltype(page)>>(ahead_.page[i]);
+    }
+    return source;
   }
 
   // A single row sees all of the slots, so nothing is masked and its few queries read the pages as they are.
@@ -245,14 +287,16 @@ class BlockTask {
       const int first = rows.begin * ratio_ + place;
       float *p = b_.p + first * kTileSlots, *o = state.o + first * b_.value_stride;
       const float* decay = b_.decay + first;
-      if (alone)
-        score<kQueries>(source, pages, b_.q + first, launch_.head_dim, p);
-      else
-        score<kQueries>(b_.widened, pages, b_.q + first, launch_.head_dim, p);
+      if (alone) {
+        const Pages next = share_of_next(source, pages, place);
+        score<kQueries>(source, next, pages, b_.q + first, launch_.head_dim, p);
+        softmax<false, kQueries>(source, first, begin, pages, bias, state);
+        return add_values<kQueries>(source, next, slots, p, decay, o, b_.value_stride);
+      }
+      score<kQueries>(b_.widened, b_.widened, pages, b_.q + first, launch_.head_dim, p);
       softmax<false, kQueries>(source, first, begin, pages, bias, state);
       fetch_ahead(place, kQueries, rows.count * ratio_);
-      if (alone) return add_values<kQueries>(source, slots, p, decay, o, b_.value_stride);
-      if (finite) return add_values<kQueries>(b_.widened, slots, p, decay, o, b_.value_stride);
+      if (finite) return add_values<kQueries>(b_.widened, b_.widened, slots, p, decay, o, b_.value_stride);
       for (int i = first; i < first + kQueries; ++i) add_own_values(i, begin, slots, state);
     });
   }
@@ -269,18 +313,27 @@ class BlockTask {
       constexpr int kQueries = decltype(count)::value;
       const int first = rows.begin * ratio_ + place;
       float *p = b_.p + first * kTileSlots, *o = state.o + first * b_.value_stride;
-      score<kQueries>(PackedKeys{source}, pages, b_.rounded_q + first, launch_.head_dim, p);
-      softmax<true, kQueries>(source, first, begin, pages, bias, state);
-      fetch_ahead(place, kQueries, rows.count * ratio_);
       const uint16_t* weights = rounded_weights(first);
       const float* decay = b_.decay + first;
-      if (alone) return add_values<kQueries>(in_pages, slots, weights, decay, o, b_.value_stride);
-      if (dense) return add_values<kQueries>(packed, slots, weights, decay, o, b_.value_stride);
+      if (alone) {
+        const Bf16Pages next = share_of_next(source, pages, place);
+        using Keys = PackedKeys<true>;
+        score<kQueries>(Keys{source}, Keys{next}, pages, b_.rounded_q + first, launch_.head_dim, p);
+        softmax<true, kQueries>(source, first, begin, pages, bias, state);
+        const PairsInPages next_pairs{next, slots};
+        return add_values<kQueries>(in_pages, next_pairs, slots, weights, decay, o, b_.value_stride);
+      }
+      const PackedKeys<false> keys{source};
+      score<kQueries>(keys, keys, pages, b_.rounded_q + first, launch_.head_dim, p);
+      softmax<true, kQueries>(source, first, begin, pages, bias, state);
+      fetch_ahead(place, kQueries, rows.count * ratio_);
+      if (dense) return add_values<kQueries>(packed, packed, slots, weights, decay, o, b_.value_stride);
       for (int i = first; i < first + kQueries; ++i) {
         const SlotRange own = own_slots(i, begin, slots);
         if (own.begin >= own.end) continue;
-        add_values<1>(PairsInPages{source, own}, own, rounded_weights(i), b_.decay + i,
-                      state.o + i * b_.value_stride, b_.value_stride);
+        const PairsInPages seen{source, own};
+        add_values<1>(seen, seen, own, rounded_weights(i), b_.decay + i, state.o + i * b_.value_stride,
+                      b_.value_stride);
       }
     });
   }
@@ -328,8 +381,8 @@ class BlockTask {
   void add_own_values(int i, int begin, SlotRange slots, const State& state) const {
     const SlotRange own = own_slots(i, begin, slots);
     if (own.begin >= own.end) return;
-    add_values<1>(b_.widened, own, b_.p + i * kTileSlots, b_.decay + i, state.o + i * b_.value_stride,
-                  b_.value_stride);
+    add_values<1>(b_.widened, b_.widened, own, b_.p + i * kTileSlots, b_.decay + i,
+                  state.o + i * b_.value_stride, b_.value_stride);
   }
 
   template <class Pages>
@@ -437,6 +490,7 @@ class BlockTask {
   const RowBlock block_;
   const int kv_head_;
   const Buffers b_;
+  const SlotsAt after_;
   const int ratio_, queries_;
   const bool packed_;  // products are of bfloat16
   const float score_factor_;
