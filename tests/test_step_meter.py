@@ -184,10 +184,9 @@ def test_decodes_have_the_batch_and_context_that_were_asked_for(tiny: Tiny) -> N
             assert computed <= cell.batch * (2 * PAGE_TOKENS + 8)
             assert not engine.has_work
         assert meter.seconds(cells[0], 4) == 1.0
-        # By the clock of this test the decodes before take longer than they were to.
-        settling = steps_of(bare, lambda: meter.seconds(cells[0], 4, 0.1))
         alone = steps_of(bare, lambda: meter.seconds(cells[0], 4))
-        assert settling == 2 * alone
+        settling = steps_of(bare, lambda: meter.seconds(cells[0], 4, 40.0))
+        assert settling in (times * alone for times in range(2, 12))
 
 
 class Watched:

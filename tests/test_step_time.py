@@ -41,7 +41,7 @@ def test_a_prediction_is_never_below_the_bound(work: StepWork, kind: str) -> Non
     predicted = StepTimeModel.of(LIMITS, STEP_COSTS[kind]).predict(work)
     assert predicted.seconds >= predicted_s(work.total, LIMITS) * (1 - 1e-9)
     ideal = StepTimeModel.of(LIMITS, StepCosts(1.0, 1.0, 1.0, 1.0, "", 1e-4, 1e-6, 1e-5)).predict(work)
-    overhead = 1e-4 + work.launches * 1e-6 + work.sequences * 1e-5
+    overhead = 1e-4 + work.launches * 1e-6 + work.outputs * 1e-5
     one_by_one = memory_s(work.total, LIMITS) + arithmetic_s(work.total, LIMITS)
     assert predicted_s(work.total, LIMITS, overhead) * (1 - 1e-9) <= ideal.seconds
     assert ideal.seconds <= (one_by_one + overhead) * (1 + 1e-9)
