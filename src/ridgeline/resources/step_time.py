@@ -112,7 +112,8 @@ class StepTimeModel:
         by_arithmetic = computing * computing / both + attending_computes
         seconds = by_memory + by_arithmetic + overhead
         bound = _bound(work, reading + moving + attending_reads, computing + attending_computes, overhead)
-        return seconds, bound, by_memory / seconds, by_arithmetic / seconds
+        whole = seconds or 1.0  # nothing to do takes no time
+        return seconds, bound, by_memory / whole, by_arithmetic / whole
 
     def _uncached(self, work: StepWork) -> float:
         """What a byte takes on average of those in the cache and those in memory, in times of the latter."""
