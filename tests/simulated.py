@@ -37,7 +37,7 @@ HOST = Host(
     count=1,
     device="cpu",
     rates=Rates(1e9, 20e9, 10e9, 5e9),
-    costs=StepCosts(0.8, 0.5, 0.8, 0.5, "made up", step_s=1e-3, launch_s=1e-6, sequence_s=1e-4),
+    costs=StepCosts(0.8, 0.5, 0.8, 0.5, "made up", step_s=1e-3, launch_s=1e-6, output_s=1e-4),
     memory_bytes=1 << 30,
     power_w=None,
     usd_per_hour=None,

@@ -106,7 +106,7 @@ def greedy_logprobs(bare: BareEngine, prompt: tuple[int, ...]) -> list[float]:
 def test_a_made_up_model_is_larger_than_caches_in_every_format_to_choose() -> None:
     for name in DEVICE_FORMATS["cpu"]:
         made = synthetic(FORMATS[name])
-        assert sum(int(np.prod(info.shape)) for info in made.tensors.values()) == 124_281_600
+        assert sum(int(np.prod(info.shape)) for info in made.tensors.values()) == 134_515_008
         assert sum(info.nbytes for info in made.tensors.values()) > 32 << 20
 
 
@@ -184,6 +184,9 @@ def test_decodes_have_the_batch_and_context_that_were_asked_for(tiny: Tiny) -> N
             assert computed <= cell.batch * (2 * PAGE_TOKENS + 8)
             assert not engine.has_work
         assert meter.seconds(cells[0], 4) == 1.0
+        alone = steps_of(bare, lambda: meter.seconds(cells[0], 4))
+        settling = steps_of(bare, lambda: meter.seconds(cells[0], 4, 40.0))
+        assert settling in (times * alone for times in range(2, 12))
 
 
 class Watched:
@@ -253,7 +256,7 @@ def turns_of(peaks: list[float], rounds: int, cells: list[Cell]) -> list[Turn]:
     shares = itertools.chain(peaks, itertools.repeat(peaks[-1]))
     meter = StepMeter.__new__(StepMeter)
     taken = itertools.count(1)
-    meter.seconds = lambda cell, steps=1: next(taken) * 1e-3  # type: ignore[method-assign]
+    meter.seconds = lambda cell, steps=1, settle_s=0.0: next(taken) * 1e-3  # type: ignore[method-assign]
 
     def ceilings_now() -> Ceilings:
         return replace(TWO_CORES, fp32_flops_per_s=next(shares) * TWO_CORES.fp32_flops_per_s)

@@ -41,7 +41,7 @@ def test_a_prediction_is_never_below_the_bound(work: StepWork, kind: str) -> Non
     predicted = StepTimeModel.of(LIMITS, STEP_COSTS[kind]).predict(work)
     assert predicted.seconds >= predicted_s(work.total, LIMITS) * (1 - 1e-9)
     ideal = StepTimeModel.of(LIMITS, StepCosts(1.0, 1.0, 1.0, 1.0, "", 1e-4, 1e-6, 1e-5)).predict(work)
-    overhead = 1e-4 + work.launches * 1e-6 + work.sequences * 1e-5
+    overhead = 1e-4 + work.launches * 1e-6 + work.outputs * 1e-5
     one_by_one = memory_s(work.total, LIMITS) + arithmetic_s(work.total, LIMITS)
     assert predicted_s(work.total, LIMITS, overhead) * (1 - 1e-9) <= ideal.seconds
     assert ideal.seconds <= (one_by_one + overhead) * (1 + 1e-9)
@@ -69,6 +69,8 @@ def test_what_a_cache_holds_comes_faster() -> None:
     assert shares == sorted(shares)
     assert shares[:10] == [pytest.approx(0.5)] * 10
     assert shares[-20:] == [pytest.approx(1.0)] * 20
+    attending = step(Work(), Work(read_bytes=10**7))  # unpacking takes as long as reading from memory
+    assert cached.predict(attending) == without.predict(attending)
     with pytest.raises(ConfigError, match="cache_speed"):
         StepCosts(0.5, 0.5, 0.5, 0.5, "", cache_speed=0.5)
 
@@ -80,6 +82,17 @@ def test_weights_are_read_while_they_are_multiplied_and_activations_are_not() ->
     weights, activations = (model.predict(step(work, weight_bytes=n)).seconds for n in (10**10, 0))
     assert weights == pytest.approx(math.hypot(memory, arithmetic))
     assert activations == pytest.approx(memory + arithmetic)
+
+
+def test_outputs_cost_whoever_wants_them() -> None:
+    """Guesses of one sequence as much as tokens of several; rows of a prompt, which have none, nothing."""
+    model = StepTimeModel.of(LIMITS, StepCosts(1.0, 1.0, 1.0, 1.0, "", output_s=1e-4))
+    nothing = Work(read_bytes=1)
+    times = [
+        model.predict(StepWork(nothing, Work(), 8, outputs, sequences, 0)).seconds
+        for outputs, sequences in ((8, 1), (8, 8), (1, 1))
+    ]
+    assert times == [pytest.approx(8e-4), pytest.approx(8e-4), pytest.approx(1e-4)]
 
 
 def test_costs_have_sources_and_refuse_more_than_all() -> None:
@@ -197,7 +210,7 @@ def made(costs: StepCosts, noise: float, slow: int = 0) -> list[Timed]:
     return [replace(t, seconds=t.seconds * (3 if i < slow else 1)) for i, t in enumerate(found)]
 
 
-TRUTH = StepCosts(0.85, 0.6, 0.5, 0.3, "", step_s=4e-4, launch_s=5e-6, sequence_s=2e-5)
+TRUTH = StepCosts(0.85, 0.6, 0.5, 0.3, "", step_s=4e-4, launch_s=5e-6, output_s=2e-5)
 
 
 @pytest.mark.parametrize(("noise", "slow", "within"), [(0.0, 0, 0.03), (0.03, 0, 0.05), (0.02, 2, 0.08)])

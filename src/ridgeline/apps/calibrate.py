@@ -20,8 +20,8 @@ from ridgeline.resources.step_fit import Timed, fit
 from ridgeline.types import CapacityError, StepWork
 
 CELLS = (
-    *(Cell(batch, 128) for batch in (1, 8, 32)),
-    *(Cell(batch, 512) for batch in (4, 16)),
+    *(Cell(batch, 128) for batch in (1, 4, 8, 16, 32)),
+    Cell(1, 1024),
     *(Cell(batch, 2048) for batch in (1, 8, 32)),
     *(Cell(0, prompt) for prompt in (64, 512, 1536)),
 )

@@ -18,11 +18,11 @@ from ridgeline.resources.paths import cache_dir, write_atomic
 from ridgeline.resources.roofline import launch_overhead_s
 from ridgeline.types import ConfigError
 
-COSTS_VERSION = 3
+COSTS_VERSION = 4
 """Raised when the model of a step changes: older figures are then fitted again."""
 
 SHARES = ("memory", "arithmetic", "attention_memory", "attention_arithmetic")
-FITTED = (*SHARES, "step_s", "launch_s", "sequence_s")
+FITTED = (*SHARES, "step_s", "launch_s", "output_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,9 @@ class StepCosts:
 
     Of the read bandwidth and of the arithmetic peaks these are shares, 0 to 1: of attention its own, of all
     other launches `memory` and `arithmetic`. `step_s` goes by in every step, `launch_s` in every launch and
-    `sequence_s` for every sequence, the host's time included. A last-level cache holds `cache_bytes` of what
-    is read in every step, and is read `cache_speed` times as fast as memory; 0 bytes where that is not known.
+    `output_s` for every output, as tokens are drawn and taken in, the host's time included. A last-level
+    cache holds `cache_bytes` of what is read in every step, and weights there are read `cache_speed` times as
+    fast as from memory; 0 bytes where that is not known.
     `source` says where all of that is from.
     """
 
@@ -43,7 +44,7 @@ class StepCosts:
     source: str
     step_s: float = 0.0
     launch_s: float = 0.0
-    sequence_s: float = 0.0
+    output_s: float = 0.0
     cache_bytes: float = 0.0
     cache_speed: float = 1.0
 
@@ -52,7 +53,7 @@ class StepCosts:
             share = getattr(self, name)
             if not 0 < share <= 1:
                 raise ConfigError(f"the share of {name} is {share}; accepted: more than 0, at most 1")
-        for name in ("step_s", "launch_s", "sequence_s", "cache_bytes"):
+        for name in ("step_s", "launch_s", "output_s"):
             figure = getattr(self, name)
             if not 0 <= figure < math.inf:
                 raise ConfigError(f"{name} is {figure}; accepted: 0 or more")
@@ -76,7 +77,7 @@ STEP_COSTS = {
         attention_arithmetic=0.5,
         step_s=0.41e-3,
         launch_s=3e-6,
-        sequence_s=54e-6,
+        output_s=54e-6,
         source="fitted on 2 Zen 4 cores to steps of a made-up W4A8-g32 model (docs/performance.md)",
     ),
     "gpu": StepCosts(

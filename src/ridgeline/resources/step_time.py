@@ -4,9 +4,10 @@ The roofline lets memory and arithmetic run at the same time and at their best. 
 best all of the time, and they overlap in part: reading weights and multiplying them take the root of the sum
 of both squares, which is near the larger one where they differ, and 1.4 times it where they are alike.
 Activations are moved before and after that, most of them by launches that do little else. Attention takes
-turns within each row: its two times add up. Launches, sequences and the step itself cost besides. What a
-last-level cache still holds of a step's weights, keys and values need not come from memory in the next. How
-fast the machine runs just now is learned from the steps that were measured.
+turns within each row: its two times add up. Launches, outputs and the step itself cost besides. What a
+last-level cache still holds of a step's weights, keys and values need not come from memory in the next: this
+makes dense launches faster, not attention, which takes as long to unpack keys and values as memory to bring
+them. How fast the machine runs just now is learned from the steps that were measured.
 """
 
 from __future__ import annotations
@@ -97,25 +98,27 @@ class StepTimeModel:
         memory and of arithmetic."""
         costs, dense, attention = self.costs, work.dense, work.attention
         memory, arithmetic = self._memory.factor, self._arithmetic.factor
-        byte_s = memory * self._byte_s_of(work)
+        from_memory_s = memory * self._byte_s
+        byte_s = from_memory_s * self._uncached(work)
         weight_bytes = min(work.weight_bytes, dense.bytes)
         reading = byte_s * weight_bytes / costs.memory
         moving = byte_s * (dense.bytes - weight_bytes) / costs.memory
         computing = arithmetic * self._arithmetic_s(dense) / costs.arithmetic
-        attending_reads = byte_s * attention.bytes / costs.attention_memory
+        attending_reads = from_memory_s * attention.bytes / costs.attention_memory
         attending_computes = arithmetic * self._arithmetic_s(attention) / costs.attention_arithmetic
-        overhead = costs.step_s + work.launches * costs.launch_s + work.sequences * costs.sequence_s
+        overhead = costs.step_s + work.launches * costs.launch_s + work.outputs * costs.output_s
         both = math.hypot(reading, computing) or 1.0
         by_memory = reading * reading / both + moving + attending_reads
         by_arithmetic = computing * computing / both + attending_computes
         seconds = by_memory + by_arithmetic + overhead
         bound = _bound(work, reading + moving + attending_reads, computing + attending_computes, overhead)
-        return seconds, bound, by_memory / seconds, by_arithmetic / seconds
+        whole = seconds or 1.0  # nothing to do takes no time
+        return seconds, bound, by_memory / whole, by_arithmetic / whole
 
-    def _byte_s_of(self, work: StepWork) -> float:
-        """What a byte takes at the read bandwidth, on average of those in the cache and those in memory."""
+    def _uncached(self, work: StepWork) -> float:
+        """What a byte takes on average of those in the cache and those in memory, in times of the latter."""
         cached = self.costs.cached_share(work.total.bytes)
-        return self._byte_s * (1 - cached + cached / self.costs.cache_speed)
+        return 1 - cached + cached / self.costs.cache_speed
 
     def _arithmetic_s(self, work: Work) -> float:
         return work.int8_ops * self._int8_s + work.bf16_flops * self._bf16_s + work.fp32_flops * self._fp32_s
