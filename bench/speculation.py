@@ -1,6 +1,6 @@
 """What speculation gives, on the default model: `python -m bench.speculation`.
 
-    python -m bench.speculation --model smollm2 --rounds 16 --tokens 64 --json out.json
+    python -m bench.speculation --model smollm2 --rounds 48 --seconds 25 --tokens 64 --json out.json
     python -m bench.speculation --cells copy:0:1 json:0.8:16
     python -m bench.speculation --cells copy:0:1 quote:0:1 --peer llama=VENV/bin/python
 
@@ -12,7 +12,9 @@ that nothing is won by having given the answer before. The ratio of a round is t
 tokens, which were taken within seconds of each other; told are the median, the least and the most, and the
 95% interval of Wilcoxon's signed-rank test on the logarithms (Hodges and Lehmann's). It is exact for noise
 that is as likely to slow either way down, as the turns see to, and a round that other work disturbed widens
-it no more than any other. Many short rounds make it narrower than few long ones; it takes six at least.
+it no more than any other. Many short rounds make it narrower than few long ones; it takes six at least. How
+many a cell has is settled by the time that its first one takes, which only warms up, before any is counted:
+as many as --seconds have room for, --rounds at most and six at least.
 
 - copy: a file, and the request to give it back with one name changed; the answer's first lines are given.
 - quote: a text, and a summary that quotes it at length, likewise begun.
@@ -33,7 +35,9 @@ Ends in one line of JSON.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -56,6 +60,7 @@ from ridgeline.types import Request, RidgelineError, SamplingParams
 
 BATCHES = (1, 4, 16, 64)
 TEMPERATURES = (0.0, 0.8)
+LEAST_ROUNDS = 6
 _COMPARED = ("copy", "quote")
 """Kinds whose greedy cells of batch 1 the peers answer, too."""
 
@@ -113,6 +118,7 @@ class Measured:
 
     def told(self) -> dict[str, Any]:
         told: dict[str, Any] = {
+            "rounds": len(self.on_s),
             **figures.of_rounds([off / on for on, off in zip(self.on_s, self.off_s, strict=True)]),
             "off_tokens_per_s": 1 / statistics.median(self.off_s),
             "drafted": self.drafted,
@@ -165,6 +171,7 @@ class Bench:
         if engine.scheduler.drafting is None:
             raise SystemExit("error: nothing is known of this machine's speed; first run `ridgeline probe`")
         engine.scheduler.drafting.restart()
+        gc.collect()  # so that each answer begins with as much garbage as any other
         before = engine.steps.recent.count
         names = []
         for index in range(cell.batch):
@@ -226,7 +233,8 @@ def report(cell: Cell, told: dict[str, Any]) -> str:
     lines = [
         f"{cell!s:14} {told['ratio']:6.2f}×  {told['least']:.2f} to {told['most']:.2f}  "
         f"95%: {told['low_95']:.2f} to {told['high_95']:.2f}  "
-        f"off {told['off_tokens_per_s']:7.1f} tokens/s  {told['drafted']:6} guesses, {share:4.0%} right"
+        f"off {told['off_tokens_per_s']:7.1f} tokens/s  {told['drafted']:6} guesses, {share:4.0%} right  "
+        f"{told['rounds']} rounds"
     ]
     return "\n".join(lines + [speculation_peer.line(*peer) for peer in told.get("peers", {}).items()])
 
@@ -235,7 +243,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What speculation gives.")
     parser.add_argument("--model", default=EngineConfig().model)
     parser.add_argument("--cells", nargs="*", default=None, help="kind:temperature:batch (default: all)")
-    parser.add_argument("--rounds", type=int, default=16, help="even, so that turns are; six at least")
+    parser.add_argument("--rounds", type=int, default=48, help="at most; even, so that turns are")
+    parser.add_argument(
+        "--seconds", type=float, default=25.0, help="for a cell's rounds, six of them at least"
+    )
     parser.add_argument("--tokens", type=int, default=64, help="of each answer, at most")
     parser.add_argument("--threads", type=int, help="for every system (default: one per usable core)")
     parser.add_argument("--json", type=Path)
@@ -249,6 +260,8 @@ def _cells(chosen: argparse.Namespace) -> list[Cell]:
         raise ValueError(f"--tokens is {chosen.tokens}; accepted: at least 2, the first is not timed")
     if chosen.rounds < 1:
         raise ValueError(f"--rounds is {chosen.rounds}; accepted: at least 1")
+    if not chosen.seconds > 0:
+        raise ValueError(f"--seconds is {chosen.seconds:g}; accepted: more than 0")
     if chosen.cells is None:
         return [Cell(*each) for each in product(KINDS, TEMPERATURES, BATCHES)]
     cells = [Cell.parse(text) for text in chosen.cells]
@@ -258,15 +271,25 @@ def _cells(chosen: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-def measure(bench: Bench, cells: Sequence[Cell], rounds: int) -> dict[str, Any]:
+def rounds_within(seconds: float, round_s: float, most: int) -> int:
+    """How many rounds of that length a cell has: `most`, or as many as there is time for, an even number so
+    that turns are."""
+    if most * round_s <= seconds:
+        return most
+    return min(most, max(int(seconds / round_s) // 2 * 2, LEAST_ROUNDS))
+
+
+def measure(bench: Bench, cells: Sequence[Cell], rounds: int, seconds: float = math.inf) -> dict[str, Any]:
     """Measure and show each cell; what is told of it by its name."""
     results = {}
     for cell in cells:
         measured = Measured()
         try:
             bench.read(cell)
+            began_s = time.perf_counter()
             bench.round(cell, 0, None)  # warms up
-            for number in range(rounds):
+            round_s = time.perf_counter() - began_s
+            for number in range(rounds_within(seconds, round_s, rounds)):
                 bench.round(cell, number + 1, measured)
         except (AbsentError, FailedError) as error:
             raise SystemExit(f"error: a peer failed at {cell}: {error}") from None
@@ -294,7 +317,7 @@ def main() -> None:
     peers = [Peer(launch, longest + chosen.tokens) for launch in launches]
     try:
         speculation_peer.start_all(peers, loaded.engine.model.vocabulary_size)
-        results = measure(Bench(loaded, chosen.tokens, peers), cells, chosen.rounds)
+        results = measure(Bench(loaded, chosen.tokens, peers), cells, chosen.rounds, chosen.seconds)
         systems = {peer.name: peer.facts for peer in peers}
     except AbsentError as error:
         raise SystemExit(f"error: {error}") from None
@@ -302,7 +325,7 @@ def main() -> None:
         for peer in peers:
             peer.close()
         loaded.engine.close()
-    told = {"model": chosen.model, "rounds": chosen.rounds, "tokens": chosen.tokens, "cells": results}
+    told = {"model": chosen.model, "tokens": chosen.tokens, "cells": results}
     line = json.dumps(told | ({"peers": systems} if systems else {}))
     if chosen.json:
         chosen.json.write_text(line + "\n")

@@ -34,7 +34,7 @@ class ForcedDrafting:
     def rests(self, rows: int) -> bool:
         return False
 
-    def handled(self, guesses: int, elapsed_s: float) -> None:
+    def handled(self, guesses: int, elapsed_s: float, step_s: float) -> None:
         assert guesses > 0
 
     def draft(self, decodes: Sequence[Sequenced], chunks: Sequence[Chunk], room: int) -> list[DraftTree]:

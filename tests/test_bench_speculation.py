@@ -140,6 +140,7 @@ def test_peers_have_their_own_models_and_options() -> None:
         (["--peer", "llama=python", "--cells", "chat:0:1"], "accepted: one of copy:0:1, quote:0:1"),
         (["--tokens", "1"], "--tokens is 1; accepted: at least 2"),
         (["--rounds", "0"], "--rounds is 0; accepted: at least 1"),
+        (["--seconds", "0"], "--seconds is 0; accepted: more than 0"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_a_model_is_loaded(
@@ -249,3 +250,12 @@ def test_the_driver_runs_one_sequence_within_its_context(driver: Callable[..., L
         driver().decode([[1], [2]], 4)
     with pytest.raises(ValueError, match=r"30 \+ 11 tokens; accepted: 40 together"):
         driver().decode([[1] * 30], 10)
+
+
+def test_cells_have_as_many_rounds_as_there_is_time_for() -> None:
+    rounds = speculation.rounds_within
+    assert rounds(math.inf, 9.0, 7) == 7
+    assert rounds(25.0, 0.5, 48) == 48
+    assert rounds(25.0, 1.0, 48) == 24  # even, so that turns are
+    assert rounds(25.0, 60.0, 48) == speculation.LEAST_ROUNDS
+    assert rounds(25.0, 60.0, 4) == 4

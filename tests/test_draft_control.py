@@ -18,7 +18,7 @@ from ridgeline.cache.kv import KVCache
 from ridgeline.cache.radix import Scope
 from ridgeline.cache.table import SequencePages
 from ridgeline.sampling.drafting.acceptance import MOST, Acceptance, trials
-from ridgeline.sampling.drafting.controller import MOST_NODES, Controller, DraftTime
+from ridgeline.sampling.drafting.controller import LONGEST_REST, MOST_NODES, Controller, DraftTime
 from ridgeline.sampling.drafting.costs import Curve, StepCost, best_size, expected_tokens
 from ridgeline.sampling.drafting.drafter import DraftedSequence
 from ridgeline.sampling.drafting.histories import Histories
@@ -195,6 +195,40 @@ def test_what_taking_guesses_on_takes_makes_them_fewer_until_it_is_forgotten() -
     assert run.mean_size(20) < 0.2 * before
     run.mean_size(8000)
     assert run.mean_size(100) > 0.8 * before
+
+
+def test_what_steps_take_longer_than_predicted_counts_as_the_price_of_a_guess() -> None:
+    run = batch(4, 0.9)
+    run.mean_size(200)
+    before = run.mean_size(100)
+    for _ in range(40):
+        run.controller.handled(8, 0.0, step_s=9 * STEP_S)
+    assert run.mean_size(20) < 0.8 * before
+    for _ in range(200):
+        run.controller.handled(8, 0.0, step_s=0.0)
+    assert run.mean_size(20) >= before
+
+
+def test_who_costs_more_than_it_brings_is_asked_about_ever_more_rarely() -> None:
+    controller, cost = Controller(), StepCost(1, 1, 99, hinge)
+    first, second = Drafted(0, [1]), Drafted(1, [1])
+    time = DraftTime(ask_s=0.05 * hinge(1))
+    rests = []
+    for _ in range(12):
+        limits = controller.limits([first], [time], cost)
+        controller.choose([first], limits, [NO_DRAFT], cost)
+        rests.append(controller.rest(first))
+    assert rests == sorted(rests)
+    assert set(rests) == {0, 1, 3, LONGEST_REST}
+    controller.observe(first, DraftTree.chain([1, 2], 1.0, "ngram", 4), [0, 1])
+    assert controller.rest(first) == 0
+    for arrival in range(2, 80):  # others end in debt: new ones begin with it
+        other = Drafted(arrival, [1])
+        controller.observe(other, DraftTree.chain([1], 1.0, "ngram", 4), ())
+        for _ in range(40):
+            controller.choose([other], controller.limits([other], [time], cost), [NO_DRAFT], cost)
+        controller.forget(other)
+    assert controller.rest(second) > 0
 
 
 @settings(max_examples=20, deadline=None)

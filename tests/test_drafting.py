@@ -327,7 +327,7 @@ def test_outputs_that_were_dropped_are_let_go_of_by_who_drafts_from_them() -> No
     assert drafter.propose([sequence], [4])[0].tokens == [40, 41]
     (dropped,) = outputs.of("a")
     for number in range(20):
-        outputs.add(str(number), range(50))
+        outputs.add(str(number), range(500))
     assert not outputs.of("a")
     assert not len(drafter.propose([sequence], [4])[0])
     del sequence
@@ -341,6 +341,18 @@ def test_of_an_output_that_is_too_long_the_end_is_kept() -> None:
     outputs.add("a", range(100_000))
     assert outputs.bytes <= 1 << 14
     assert outputs.of("a")[0].find(TokenIndex([99_997, 99_998]).tokens, 9)
+
+
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=80), min_size=1, max_size=60))
+def test_an_output_is_found_whether_it_is_indexed_by_then_or_not(said: list[list[int]]) -> None:
+    outputs = PastOutputs(max_tenant_bytes=1 << 16)
+    for output in said:
+        outputs.add("a", output)
+        held = outputs.of("a")
+        assert held is outputs.of("a")
+        assert outputs.bytes == sum(each.bytes for each in held)
+    told = [token for each in reversed(outputs.of("a")) for token in each.tokens]
+    assert told == [token for output in said for token in (*output, -1)]
 
 
 # ------------------------------------------------------------------------------------------ histories

@@ -81,9 +81,9 @@ class Drafting:
         """Take in which guesses were right."""
         self._speculator.verified(drafted.sequence, drafted.tree, nodes)
 
-    def handled(self, guesses: int, elapsed_s: float) -> None:
-        """Taking in what became of so many guesses of a step took so long."""
-        self._controller.handled(guesses, elapsed_s)
+    def handled(self, guesses: int, elapsed_s: float, step_s: float) -> None:
+        """Taking in what became of so many guesses of a step took so long, and the step itself."""
+        self._controller.handled(guesses, elapsed_s, step_s)
 
     def forget(self, sequence: Sequence) -> None:
         """A sequence has ended."""

@@ -6,7 +6,10 @@ step gives B + Σ p tokens and takes t(rows + r). For a batch that is all alike 
 maximises E(k) · t(B) / t(B (k+1)) (Leviathan et al., "Fast Inference from Transformers via Speculative
 Decoding", 2023); for any other, the sequences that gain most get most. A full batch leaves the rows no slack,
 and drafts shrink and end by themselves. What t counts of a guess is its rows in the step as predicted, and
-the measured time in which the host then takes it on.
+the measured time in which the host then takes it on, and what such steps have taken longer than predicted.
+
+Asking has its price, too. What it and wrong guesses have cost about a sequence, less what right ones brought,
+is its debt in tokens, and the greater it is, the more rarely the sequence is asked about.
 
 What is not known to pay (asking a drafter that had nothing for long, verifying guesses that were wrong) is
 still tried now and then, from an allowance: a share of the time of the steps, which bounds its cost.
@@ -32,7 +35,19 @@ _PROBE_NODES = 2
 _GAIN_WEIGHT = 0.1
 _LEAST_GAIN = 0.02
 """By so much more tokens per second guesses have to promise: no prediction is more exact than that."""
-_HANDLING_WEIGHT = 0.25
+_HANDLING_WEIGHT, _MOST_HANDLING_WEIGHT = 0.05, 0.25
+"""Of each guess of a step, and of all of them: by many the step's noise is divided."""
+_MOST_WRONG = 0.3
+"""What a step takes longer than predicted counts up to this share: beyond it others have disturbed it."""
+_CREDIT = 1.0
+"""Tokens: so much at most of what asking about a sequence brought beyond its cost excuses later failures."""
+_PATIENCE = 0.1
+"""Tokens that asking about a sequence may cost beyond what it brings; so many more double a rest."""
+LONGEST_REST = 7
+"""Of eight steps, one is asked in: text that begins to repeat itself is found that much later, and all other
+text drafted for that much more cheaply."""
+_MOST_DEBT = _PATIENCE * (LONGEST_REST.bit_length() + 1)
+_START_WEIGHT = 0.1
 _HANDLING_FADING = 0.999
 """In each step for which guesses were looked for: where they took too much, they are measured again."""
 
@@ -54,13 +69,19 @@ class DraftTime:
 
 @dataclass(slots=True)
 class _Record:
-    """What is known of a sequence: its acceptance, and the decayed mean of tokens that asking for it gave."""
+    """What is known of a sequence: its acceptance; the tokens that asking has cost beyond what it brought;
+    and the decayed mean of tokens that it gave."""
 
     acceptance: Acceptance
+    debt: float
     gain: float = 1.0
 
     def gained(self, tokens: int) -> None:
         self.gain += _GAIN_WEIGHT * (tokens - self.gain)
+
+    def pay(self, cost: float) -> None:
+        """Asking has cost so many tokens, less what it brought."""
+        self.debt = min(max(self.debt + cost, -_CREDIT), _MOST_DEBT)
 
 
 @dataclass(slots=True)
@@ -101,14 +122,30 @@ class Controller:
     _curves: Curves = field(default_factory=Curves)
     _allowance_s: float = 0.0
     _turn: int = 0
-    _handling_s: float = 0.0  # for a guess
+    _handling_s: float = 0.0  # for a guess, beside its row as it is predicted
+    _expected_s: float = 0.0  # what the last step with guesses was to take
     _token_s: float = 0.0  # of the last step's, without guesses
+    _ask: float = 0.0  # what asking about one of its sequences takes, in tokens
+    _row: float = 0.0  # what verifying one of its guesses does
+    _start: float = 0.0  # the decayed mean of debts with which sequences ended: new ones begin with it
 
-    def handled(self, guesses: int, elapsed_s: float) -> None:
-        """Take in what it took to follow the guesses of one step, beside the step itself."""
-        # More than a token is not counted: nothing pays then, and others may have had the processor.
+    def handled(self, guesses: int, elapsed_s: float, step_s: float | None = None) -> None:
+        """Take in what it took to follow the guesses of one step, beside the step itself, and what that took:
+        guesses that are rare take longer than steps of so many rows do in a row, by which they are predicted.
+        """
+        if step_s is not None:
+            most_s = _MOST_WRONG * self._expected_s
+            elapsed_s += min(max(step_s - self._expected_s, -most_s), most_s)
+        # More than a token is not counted: nothing pays then.
         each_s = min(elapsed_s / guesses, self._token_s)
-        self._handling_s += _HANDLING_WEIGHT * (each_s - self._handling_s)
+        weight = min(_HANDLING_WEIGHT * guesses, _MOST_HANDLING_WEIGHT)
+        self._handling_s += weight * (each_s - self._handling_s)
+
+    def rest(self, sequence: DraftedSequence) -> int:
+        """Let the sequence alone in steps whose number has any of these bits: ever more rarely asked about is
+        who costs more than it brings."""
+        debt = self._record(sequence).debt
+        return 0 if debt < _PATIENCE else min((1 << int(debt / _PATIENCE)) - 1, LONGEST_REST)
 
     def limits(
         self, sequences: Sequence[DraftedSequence], times: Sequence[DraftTime], cost: StepCost
@@ -123,6 +160,7 @@ class Controller:
         limits = [0] * len(sequences)
         if cost.room < 1 or not sequences:
             return limits
+        self._ask = sum(map(self._asking_s, times)) / len(times) / curve.token_s
         unsure = []
         for i, (sequence, time) in enumerate(zip(sequences, times, strict=True)):
             limit = self._limit(sequence, curve, cost, time)
@@ -191,7 +229,9 @@ class Controller:
             chosen = self._worth_while(sequences, trees, cost)
         for sequence, limit, tree in zip(sequences, limits, chosen, strict=True):
             if limit and not len(tree):
-                self._record(sequence).gained(0)
+                record = self._record(sequence)
+                record.gained(0)
+                record.pay(self._ask)
         return chosen
 
     def _worth_while(
@@ -203,12 +243,20 @@ class Controller:
             self._record(sequence).acceptance.values(tree) if len(tree) else []
             for sequence, tree in zip(sequences, trees, strict=True)
         ]
-        choice = self._choose(values, curve, cost)
-        chosen = [
-            choice.take(tree, value) if value and choice.rows else NO_DRAFT
-            for tree, value in zip(trees, values, strict=True)
-        ]
+        best = max(max(each) for each in values if each)
+        chosen = [NO_DRAFT] * len(trees)
+        if best * curve.token_s > curve.row_s(self.most_nodes * cost.decodes) + self._handling_s:
+            choice = self._choose(values, curve, cost)
+            if choice.rows:
+                chosen = [
+                    choice.take(tree, value) if value else NO_DRAFT
+                    for tree, value in zip(trees, values, strict=True)
+                ]
         self._probe(trees, values, chosen, curve)
+        rows = sum(map(len, chosen))
+        if rows:
+            self._expected_s = curve.at(rows)
+            self._row = ((curve.at(rows) - curve.base_s) / rows + self._handling_s) / curve.token_s
         return chosen
 
     def _choose(self, values: Sequence[list[float]], curve: Curve, cost: StepCost) -> _Choice:
@@ -262,13 +310,16 @@ class Controller:
         record = self._record(sequence)
         record.acceptance.add(kind_of(tree), *trials(tree, nodes))
         record.gained(len(nodes))
+        record.pay(self._ask + self._row * len(tree) - len(nodes))
 
     def forget(self, sequence: DraftedSequence) -> None:
         """Drop what is known of a sequence."""
-        self._records.pop(sequence.arrival, None)
+        record = self._records.pop(sequence.arrival, None)
+        if record is not None:
+            self._start += _START_WEIGHT * (record.debt - self._start)
 
     def _record(self, sequence: DraftedSequence) -> _Record:
         record = self._records.get(sequence.arrival)
         if record is None:
-            record = self._records[sequence.arrival] = _Record(Acceptance(self._common))
+            record = self._records[sequence.arrival] = _Record(Acceptance(self._common), self._start)
         return record

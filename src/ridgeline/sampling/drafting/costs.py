@@ -50,10 +50,11 @@ class Curve:
     then ever more rarely, up to `room`; straight lines between. `base_s` is the time with none, `token_s`
     what a token costs without drafts."""
 
-    __slots__ = ("_cost", "age", "base_s", "ceilings", "extras", "room", "seconds", "token_s")
+    __slots__ = ("_cost", "_row_s", "age", "base_s", "ceilings", "extras", "room", "seconds", "token_s")
 
     def __init__(self, cost: StepCost) -> None:
         self._cost = cost
+        self._row_s: float | None = None
         self.age = 0
         self.ceilings: dict[tuple[int, int], int] = {}  # the controller's, for as long as the curve serves
         self.room = cost.room
@@ -81,6 +82,13 @@ class Curve:
             return slower
         below, faster = self.extras[place - 1], self.seconds[place - 1]
         return faster + (slower - faster) * (extra - below) / (above - below)
+
+    def row_s(self, most: int) -> float:
+        """The least that a row more takes of the step's time, with any number of them up to `most`, which is
+        the same for each call."""
+        if self._row_s is None:
+            self._row_s = min((seconds - self.base_s) / rows for rows, seconds in self.sizes(most))
+        return self._row_s
 
     def sizes(self, most: int) -> list[tuple[int, float]]:
         """The numbers of rows more, up to `most`, that were asked for, and `most`; their times."""

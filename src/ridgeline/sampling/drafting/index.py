@@ -35,8 +35,6 @@ _WORD_BYTES = 4
 _FEW = 32  # from here on NumPy is faster
 _SHORT = 4096  # up to here searching bytes is faster than NumPy
 _LEAST_SLOTS = 128
-_MOST_TOKEN_BYTES = 5 + 5 + 8
-"""A token and its place in the chain, with an array's room to grow, and up to two slots of the table."""
 
 
 def _slots_for(tokens: int) -> int:
@@ -45,6 +43,9 @@ def _slots_for(tokens: int) -> int:
 
 class Text:
     """The tokens of a text. They are at least 0, or BREAK."""
+
+    TOKEN_BYTES = 5
+    """With an array's room to grow."""
 
     __slots__ = ("tokens",)
 
@@ -133,6 +134,9 @@ class Text:
 class TokenIndex(Text):
     """A text, and where pairs of its tokens ended."""
 
+    TOKEN_BYTES = 2 * Text.TOKEN_BYTES + 8
+    """Its place in the chain, too, and up to two slots of the table."""
+
     __slots__ = ("_earlier", "_heads", "_shift", "_slots")
 
     def __init__(self, tokens: Sequence[int] = ()) -> None:
@@ -154,7 +158,7 @@ class TokenIndex(Text):
     @classmethod
     def tokens_within(cls, size_bytes: int) -> int:
         """How many tokens an index of that size has room for."""
-        return max(size_bytes // _MOST_TOKEN_BYTES, _LEAST_SLOTS)
+        return max(size_bytes // cls.TOKEN_BYTES, _LEAST_SLOTS)
 
     # ------------------------------------------------------------------------------------ taking on
 

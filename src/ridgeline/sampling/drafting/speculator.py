@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from ridgeline.records import DraftTotals
-from ridgeline.sampling.drafting.controller import Controller, DraftTime
+from ridgeline.sampling.drafting.controller import LONGEST_REST, Controller, DraftTime
 from ridgeline.sampling.drafting.costs import StepCost
 from ridgeline.sampling.drafting.drafter import DraftedSequence, Drafter
 from ridgeline.sampling.drafting.grammar import GrammarDrafter
@@ -28,15 +28,6 @@ class _Source:
     totals: DraftTotals = field(default_factory=DraftTotals)
 
 
-_PATIENCE, _RELIEF, _AT_FIRST = 4, 2, 2
-"""So many times asked in vain, more than right guesses have made up for (each for two), double a rest; who is
-new is taken to have been asked in vain twice."""
-_LONGEST_REST = 3
-"""Of eight steps, one is asked in: text that begins to repeat itself is found that much later, and all other
-text drafted for that much more cheaply."""
-_MOST_IN_VAIN = _PATIENCE * (_LONGEST_REST + 1)
-
-
 class Speculator:
     """Guesses tokens for the sequences of each step, as their requests want and as far as it pays.
 
@@ -54,7 +45,6 @@ class Speculator:
         self._controller = controller or Controller()
         self._clock = clock
         self._steps = 0
-        self._in_vain: dict[int, int] = {}
         self._rows, self._rest = 0, 0  # of the last step for which guesses were looked for; the shortest rest
         self._drafters_s = 0.0  # of this step's drafting
 
@@ -89,7 +79,7 @@ class Speculator:
         """What is to be verified of each sequence in a step, with the token that it has last."""
         self._steps += 1
         trees = [NO_DRAFT] * len(sequences)
-        self._rows, self._rest = cost.rows, _rest_of(_MOST_IN_VAIN)
+        self._rows, self._rest = cost.rows, LONGEST_REST
         due = [i for i, sequence in enumerate(sequences) if self._is_due(sequence)]
         if due:
             began_s = self._clock()
@@ -98,23 +88,15 @@ class Speculator:
             self._controller.took(len(due), self._clock() - began_s - self._drafters_s)
             for i, tree in zip(due, drafts, strict=True):
                 trees[i] = tree
-                if not tree.tokens:
-                    self._note(sequences[i], 0)
         return trees
 
     def _is_due(self, sequence: DraftedSequence) -> bool:
-        """Whether to ask about a sequence: one whose guesses come to nothing is let alone for some steps, all
-        such together, as most of what a step's drafting takes is for the first one."""
+        """Whether to ask about a sequence: one that rests is let alone for some steps, all such together, as
+        most of what a step's drafting takes is for the first one."""
         forced = sequence.forced
-        rest = _rest_of(self._in_vain.get(sequence.arrival, _AT_FIRST))
+        rest = self._controller.rest(sequence)
         self._rest = min(self._rest, rest if forced is None else 0)
         return not self._steps & rest or bool(forced)
-
-    def _note(self, sequence: DraftedSequence, accepted: int) -> None:
-        """Asking about a sequence has come to so much."""
-        in_vain = self._in_vain.get(sequence.arrival, _AT_FIRST)
-        change = -_RELIEF * accepted if accepted else 1
-        self._in_vain[sequence.arrival] = min(max(in_vain + change, 0), _MOST_IN_VAIN)
 
     def _draft(self, sequences: Sequence[DraftedSequence], cost: StepCost) -> list[DraftTree]:
         slowest = max((source.time for source in self._sources.values()), key=attrgetter("ask_s"))
@@ -122,7 +104,7 @@ class Speculator:
         times = [self._time_of(*each, slowest) for each in zip(sequences, wanted, strict=True)]
         limits = self._controller.limits(sequences, times, cost)
         if not any(limits):
-            self._rest = _rest_of(_MOST_IN_VAIN)  # as many sequences as these are, nothing pays
+            self._rest = LONGEST_REST  # as many sequences as these are, nothing pays
             return [NO_DRAFT] * len(sequences)
         trees = [NO_DRAFT] * len(sequences)
         for name, source in self._sources.items():
@@ -165,25 +147,17 @@ class Speculator:
         source.totals.accepted += len(nodes)
         source.totals.passes += 1
         source.drafter.accepted(sequence, tree, nodes)
-        self._note(sequence, len(nodes))
-        self._rest = min(self._rest, _rest_of(self._in_vain[sequence.arrival]))
         self._controller.observe(sequence, tree, nodes)
+        self._rest = min(self._rest, self._controller.rest(sequence))
 
     def forget(self, sequence: DraftedSequence) -> None:
         """Note that a sequence has ended. Its output may serve others of its tenant from now on."""
-        self._in_vain.pop(sequence.arrival, None)
         self._controller.forget(sequence)  # first, as it outlives drafters of which one fails
         for source in self._sources.values():
             source.drafter.forget(sequence)
 
 
 _NO_TIME = DraftTime(0.0, 0.0)
-
-
-def _rest_of(in_vain: int) -> int:
-    """A sequence that was asked about so often in vain is let alone in steps whose number has any of these
-    bits."""
-    return (1 << min(in_vain // _PATIENCE, _LONGEST_REST)) - 1
 
 
 def _wanted(sequence: DraftedSequence) -> str:

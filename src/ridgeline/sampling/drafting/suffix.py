@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 
 from ridgeline.sampling.drafting.drafter import DraftedSequence
 from ridgeline.sampling.drafting.histories import MOST_OCCURRENCES, Histories, History
-from ridgeline.sampling.drafting.index import Text, TokenIndex, Trail
+from ridgeline.sampling.drafting.index import Text, Trail
 from ridgeline.sampling.drafting.outputs import LEAD_TOKENS, PastOutputs
 from ridgeline.sampling.drafting.tree import NO_DRAFT, ROOT, DraftTree
 
@@ -77,7 +77,7 @@ class _Past:
 
     __slots__ = ("_lengths", "_trails", "indices")
 
-    def __init__(self, indices: tuple[TokenIndex, ...]) -> None:
+    def __init__(self, indices: tuple[Text, ...]) -> None:
         self.indices = indices
         self._trails = [Trail(index, MOST_OCCURRENCES) for index in indices]
         self._lengths = [0] * len(indices)  # of the sequence, when each was asked last
