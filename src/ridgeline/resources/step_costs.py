@@ -53,7 +53,7 @@ class StepCosts:
             share = getattr(self, name)
             if not 0 < share <= 1:
                 raise ConfigError(f"the share of {name} is {share}; accepted: more than 0, at most 1")
-        for name in ("step_s", "launch_s", "output_s"):
+        for name in ("step_s", "launch_s", "output_s", "cache_bytes"):
             figure = getattr(self, name)
             if not 0 <= figure < math.inf:
                 raise ConfigError(f"{name} is {figure}; accepted: 0 or more")
