@@ -206,7 +206,15 @@ def test_what_steps_take_longer_than_predicted_counts_as_the_price_of_a_guess() 
     assert run.mean_size(20) < 0.8 * before
     for _ in range(200):
         run.controller.handled(8, 0.0, step_s=0.0)
-    assert run.mean_size(20) >= before
+    assert run.mean_size(20) > 0.9 * before
+
+
+def test_steps_that_are_over_sooner_than_predicted_make_no_guess_cheaper() -> None:
+    run = batch(4, 0.9)
+    run.mean_size(200)
+    for _ in range(40):
+        run.controller.handled(8, 8 * STEP_S, step_s=0.0)
+    assert run.mean_size(20) < 0.5
 
 
 def test_who_costs_more_than_it_brings_is_asked_about_ever_more_rarely() -> None:

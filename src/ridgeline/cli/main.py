@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -33,6 +34,7 @@ def main() -> NoReturn:
             raise
         print(f"error: {message}", file=sys.stderr)
         code = 1
+    gc.disable()  # what is left goes with the process: looking through it twice takes 0.04 s
     sys.exit(code if isinstance(code, int) else 0)
 
 

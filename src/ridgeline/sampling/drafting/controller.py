@@ -122,7 +122,8 @@ class Controller:
     _curves: Curves = field(default_factory=Curves)
     _allowance_s: float = 0.0
     _turn: int = 0
-    _handling_s: float = 0.0  # for a guess, beside its row as it is predicted
+    _host_s: float = 0.0  # for a guess, when it is taken on
+    _late_s: float = 0.0  # for a guess, that steps with guesses took longer than predicted
     _expected_s: float = 0.0  # what the last step with guesses was to take
     _token_s: float = 0.0  # of the last step's, without guesses
     _ask: float = 0.0  # what asking about one of its sequences takes, in tokens
@@ -133,13 +134,19 @@ class Controller:
         """Take in what it took to follow the guesses of one step, beside the step itself, and what that took:
         guesses that are rare take longer than steps of so many rows do in a row, by which they are predicted.
         """
+        weight = min(_HANDLING_WEIGHT * guesses, _MOST_HANDLING_WEIGHT)
+        # More than a token is not counted: nothing pays then.
+        self._host_s += weight * (min(elapsed_s / guesses, self._token_s) - self._host_s)
         if step_s is not None:
             most_s = _MOST_WRONG * self._expected_s
-            elapsed_s += min(max(step_s - self._expected_s, -most_s), most_s)
-        # More than a token is not counted: nothing pays then.
-        each_s = min(elapsed_s / guesses, self._token_s)
-        weight = min(_HANDLING_WEIGHT * guesses, _MOST_HANDLING_WEIGHT)
-        self._handling_s += weight * (each_s - self._handling_s)
+            late_s = min(max(step_s - self._expected_s, -most_s), most_s)
+            self._late_s += weight * (min(late_s / guesses, self._token_s) - self._late_s)
+
+    @property
+    def _handling_s(self) -> float:
+        """What a guess takes beside its row as it is predicted. Steps that are over sooner than predicted are so
+        without guesses, too: that makes none of them cheaper."""
+        return self._host_s + max(self._late_s, 0.0)
 
     def rest(self, sequence: DraftedSequence) -> int:
         """Let the sequence alone in steps whose number has any of these bits: ever more rarely asked about is
@@ -154,7 +161,8 @@ class Controller:
         not ask."""
         curve = self._curves.of(cost)
         self._token_s = curve.token_s
-        self._handling_s *= _HANDLING_FADING
+        self._host_s *= _HANDLING_FADING
+        self._late_s *= _HANDLING_FADING
         saved = _SAVED_STEPS * self.allowance_share * curve.base_s
         self._allowance_s = min(self._allowance_s + self.allowance_share * curve.base_s, saved)
         limits = [0] * len(sequences)
@@ -269,8 +277,9 @@ class Controller:
         tokens = curve.base_s / curve.token_s
         best_rate = (1 + _LEAST_GAIN) * tokens / curve.base_s
         sums = list(accumulate(best_values))
+        handling_s = self._handling_s
         for rows, seconds in curve.sizes(min(len(best_values), cost.room)):
-            rate = (tokens + sums[rows - 1]) / (seconds + rows * self._handling_s)
+            rate = (tokens + sums[rows - 1]) / (seconds + rows * handling_s)
             if rate > best_rate:
                 best_rate, choice.rows = rate, rows
         if choice.rows:
