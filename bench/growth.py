@@ -2,12 +2,12 @@
 
     python -m bench.growth --model smollm2 --rounds 5 --json growth.json --plot docs/growth.png
 
-Decode steps of 1 to 64 sequences at a context of 256 tokens, and of one sequence at 128 to 8,192 tokens (less
-two pages, for the steps themselves), as far as they fit, in rounds that take turns. The machine's ceilings
-are measured between the cells. Each timing stands beside two predictions by the ceilings around it: what
-`ridgeline plan` expects of the step, and the bare roofline, which nothing gets below. Of a cell's rounds the
-one with the median error of the expectation counts. The last line of the output is one JSON object; the exit
-status is 1 where an error is beyond 25%.
+Decode steps of 1 to 64 sequences at a context of 256 tokens, and of one sequence at 128 to 8,192 tokens
+(less two pages, for the steps themselves), as far as they fit, in rounds that take turns. The machine's
+ceilings are measured between the cells. Each timing stands beside two predictions by the ceilings around
+it: what `ridgeline plan` expects of the step, and the bare roofline, below which comes only what a last-
+level cache holds of it. Of a cell's rounds the one with the median error of the expectation counts. The
+last line of the output is one JSON object; the exit status is 1 where an error is beyond 25%.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _panel(title: str, over: str, found: Sequence[Mapping[str, Any]]) -> Panel:
 
     between = [(1e3 * low, 1e3 * high) for low, high in (one["measured_between_s"] for one in found)]
     lines = (
-        Line("the roofline: nothing gets below", ms("roofline_s")),
+        Line("the roofline, all bytes from memory", ms("roofline_s")),
         Line("expected", ms("expected_s")),
         Line("measured, least to most", ms("measured_s"), between),
     )
