@@ -156,8 +156,10 @@ def test_langchain_chats(langchain: Any, base: str, answer: str) -> None:
     assert sum(c.usage_metadata["output_tokens"] for c in chunks if c.usage_metadata) == TOKENS
 
     async def later() -> tuple[str, str]:
-        streamed = [chunk.content async for chunk in chat.astream("hello")]
-        return (await chat.ainvoke("hello")).content, "".join(streamed)
+        # Closed in the loop that opened its connections: else it closes itself in one of another test.
+        async with chat.root_async_client:
+            streamed = [chunk.content async for chunk in chat.astream("hello")]
+            return (await chat.ainvoke("hello")).content, "".join(streamed)
 
     assert asyncio.run(later()) == (answer, answer)
 
@@ -179,7 +181,12 @@ def test_langchain_embeds_texts(langchain: Any, base: str) -> None:
     vectors = embeddings.embed_documents(["hello", "world"])
     for vector, each in zip(vectors, given, strict=True):
         assert vector == pytest.approx(each["embedding"], abs=1e-6)
-    assert asyncio.run(embeddings.aembed_query("world")) == pytest.approx(vectors[1], abs=1e-6)
+
+    async def later() -> Any:
+        async with embeddings.async_client._client:
+            return await embeddings.aembed_query("world")
+
+    assert asyncio.run(later()) == pytest.approx(vectors[1], abs=1e-6)
 
 
 def test_langchain_embeds_token_ids(langchain: Any, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
