@@ -42,7 +42,7 @@ _USUAL_NOISE, _MOST_NOISE = gumbel_bound(_USUAL_BITS), gumbel_bound(2**BITS - 1)
 """The noise of all but one token in 256 is at most 5.54, and none is above 17.33."""
 
 _WEIGHT_BITS = 30
-_WEIGHT_REACH = 32.0
+_WEIGHT_REACH = 22.0
 _EXP_TERMS = tuple(
     np.float32(term)
     for term in (0.5, 0.166666657, 0.0416662954, 0.00833349768, 0.00139447593, 0.000197902482)

@@ -103,6 +103,7 @@ inline void gather(const DrawnRow& row, float bound, const Floor& floor, Candida
     for (int32_t begin = block * kDrawBlock; begin < end; begin += 16) {
       const vfloat x = row.at(begin);
       const unsigned hits = ~mask_bits(less(x, splat(least))) & mask_bits(less(splat(kForbidden), x)) & 0xffff;
+      if (!kCompresses && hits == 0) continue;
       store_chosen(mask_of(hits), list.logits + list.count, x);
       store_chosen(mask_of(hits), list.ids + list.count, add(iload(kLanes), isplat(begin)));
       list.count += __builtin_popcount(hits);
@@ -132,21 +133,30 @@ RIDGELINE_INLINE float float_of(int64_t key) {
   return key < 0 ? -x : x;
 }
 
-// The weights of all tokens of a row. Most are far below the best and weigh nothing, so those that do weigh are
-// brought together first. The list is left without ids.
+// The weights of all tokens of a row. Most are far below the best and weigh nothing: where that takes one
+// instruction, those that do weigh are brought together first. The list is left without ids.
 inline int64_t total_weight(const DrawnRow& row, CandidateList& list) {
   list.count = 0;
+  int64_t total = 0;
   const float least = row.best - kWeightReach;
-  for (int32_t block = 0; block < row.blocks; ++block) {
-    if (!(row.tops[block] >= least)) continue;
-    for (int32_t begin = block * kDrawBlock; begin < (block + 1) * kDrawBlock && begin < row.count; begin += 16) {
-      const vfloat x = row.at(begin);
-      const unsigned hits = ~mask_bits(less(x, splat(least))) & 0xffff;
-      store_chosen(mask_of(hits), list.logits + list.count, x);
-      list.count += __builtin_popcount(hits);
+  for (int32_t part = 0; part < row.count; part += WeightSum::kMost) {
+    WeightSum sum;
+    for (int32_t block = part; block < row.count && block < part + WeightSum::kMost; block += kDrawBlock) {
+      if (!(row.tops[block / kDrawBlock] >= least)) continue;
+      for (int32_t begin = block; begin < block + kDrawBlock && begin < row.count; begin += 16) {
+        const vfloat x = row.at(begin);
+        if constexpr (kCompresses) {
+          const unsigned hits = ~mask_bits(less(x, splat(least))) & 0xffff;
+          store_chosen(mask_of(hits), list.logits + list.count, x);
+          list.count += __builtin_popcount(hits);
+        } else {
+          sum.add_weights(weight_of(x - splat(row.best)));
+        }
+      }
     }
+    total += sum.total();
   }
-  return weigh(list, row.best);
+  return kCompresses ? weigh(list, row.best) : total;
 }
 
 // What of a list is at least `bound`.

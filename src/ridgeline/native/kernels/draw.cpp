@@ -63,7 +63,8 @@ RIDGELINE_INLINE uint64_t permitted(const int32_t* mask, int32_t block, int32_t 
 // A division takes the time of five such corrections or more. Of the zeros it gives the positive one.
 class Divisor {
  public:
-  explicit Divisor(float d) : d_(splat(d)), inverse_(splat(1.0f / d)), corrects_(kRoundsOnce && d > 0x1p-20f && d < 0x1p20f) {}
+  explicit Divisor(float d)
+      : d_(splat(d)), inverse_(splat(1.0f / d)), corrects_(kRoundsOnce && d > 0x1p-20f && d < 0x1p20f) {}
 
   // `magnitude`: the bits of x without its sign.
   vfloat divide(vfloat x, vint magnitude) const {
@@ -91,7 +92,8 @@ bool survey(const float* logits, const RowDraw& draw, DrawScratch& scratch, Draw
   for (int32_t block = 0; block < row.blocks; ++block) {
     uint64_t mask = permitted(draw.mask, block, row.count);
     scratch.tops[block] = kForbidden;
-    for (int line = 0; line < kDrawBlock / 16; ++line) prefetch(logits + (block + kBlocksAhead) * kDrawBlock + 16 * line);
+    const float* ahead = logits + (block + kBlocksAhead) * kDrawBlock;
+    for (int i = 0; i < kDrawBlock; i += 16) prefetch(ahead + i);
     if (mask == 0) continue;
     vfloat top = forbidden;
     for (int32_t begin = block * kDrawBlock; begin < (block + 1) * kDrawBlock; begin += 16, mask >>= 16) {

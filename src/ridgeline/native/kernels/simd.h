@@ -25,7 +25,8 @@
 //   dot_bf16, kFastBf16Dot                        adds the products of 16 pairs of bfloat16; how it rounds is
 //                                                 the backend's; fast where it is one instruction
 //   store_codes                                   16 int32 as int8, saturated
-//   store_chosen                                  the lanes of a mask side by side; may write all 16
+//   store_chosen, kCompresses                     the lanes of a mask side by side; may write all 16; whether
+//                                                 that takes an instruction, and not one for each lane
 //   prefetch, prefetch_near                       into the second-level cache, and the first
 // Every function is inlined: a kernel's object file must hold no code that another ISA level could link to.
 #pragma once
@@ -51,6 +52,8 @@
 
 #if !defined(__AVX512VNNI__)
 RIDGELINE_BEGIN
+
+constexpr bool kCompresses = false;
 
 template <class T>
 RIDGELINE_INLINE void store_lanes(unsigned chosen, T* p, const T (&lanes)[16]) {

@@ -46,6 +46,7 @@ RIDGELINE_INLINE vfloat copy_sign(vfloat magnitude, vfloat sign) {
       _mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign), _mm512_castps_si512(magnitude), 0xca));
 }
 
+constexpr bool kCompresses = true;
 RIDGELINE_INLINE void store_chosen(vmask m, float* p, vfloat a) {
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(m, a));
 }
