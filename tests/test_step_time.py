@@ -69,10 +69,12 @@ def test_what_a_cache_holds_comes_faster() -> None:
     assert shares == sorted(shares)
     assert shares[:10] == [pytest.approx(0.5)] * 10
     assert shares[-20:] == [pytest.approx(1.0)] * 20
-    attending = step(Work(), Work(read_bytes=10**7))  # unpacking takes as long as reading from memory
+    attending = step(Work(), Work(read_bytes=10**7))  # is not counted
     assert cached.predict(attending) == without.predict(attending)
     with pytest.raises(ConfigError, match="cache_speed"):
         StepCosts(0.5, 0.5, 0.5, 0.5, "", cache_speed=0.5)
+    with pytest.raises(ConfigError, match="cache_bytes is -1"):
+        StepCosts(0.5, 0.5, 0.5, 0.5, "", cache_bytes=-1)
 
 
 def test_weights_are_read_while_they_are_multiplied_and_activations_are_not() -> None:

@@ -422,9 +422,9 @@ class Engine:
         accepted = 0
         if plan.drafted:
             accepted = self._follow(plan, result, sampled)
+            if self.scheduler.drafting is not None:
+                self.scheduler.drafting.handled(plan.guesses, self.clock() - now_s, result.elapsed_s)
         self.steps.add(plan, result, now_s, accepted, self.handle)
-        if plan.drafted and self.scheduler.drafting is not None:
-            self.scheduler.drafting.handled(plan.guesses, self.clock() - now_s, result.elapsed_s)
         sequences, positions = plan.sampled, plan.positions
         for output in plan.certain:
             sequence, position = sequences[output], positions[output]

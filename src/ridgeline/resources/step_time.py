@@ -6,8 +6,8 @@ of both squares, which is near the larger one where they differ, and 1.4 times i
 Activations are moved before and after that, most of them by launches that do little else. Attention takes
 turns within each row: its two times add up. Launches, outputs and the step itself cost besides. What a
 last-level cache still holds of a step's weights, keys and values need not come from memory in the next: this
-makes dense launches faster, not attention, which takes as long to unpack keys and values as memory to bring
-them. How fast the machine runs just now is learned from the steps that were measured.
+makes dense launches faster, and attention, which has to unpack keys and values, so little that it does not
+count there. How fast the machine runs just now is learned from the steps that were measured.
 """
 
 from __future__ import annotations
