@@ -115,21 +115,14 @@ State partial_state(const AttentionLaunch& launch, const StepView& step, int64_t
   return partial_state(launch, arena);
 }
 
-// The splits of a row, one after the other, merged and written.
-void merge_row(const AttentionLaunch& launch, const StepView& step, int pieces, int64_t row_and_head,
-               const Buffers& buffers) {
-  const int64_t row = row_and_head / launch.kv_heads;
-  const int kv_head = int(row_and_head % launch.kv_heads), ratio = launch.heads / launch.kv_heads;
-  for_pieces(launch, step, pieces, [&](const RowBlock& rows, int head, int64_t first, int splits) {
-    const int64_t place = row - rows.row_begin;
-    if (head != kv_head || place < 0 || place >= rows.row_count) return false;
-    BlockTask task(launch, step, rows_of(rows, int(place), int(place) + 1), kv_head, buffers, {});
+// The splits of a piece with a head, one after the other, merged and written.
+void merge_piece(const AttentionLaunch& launch, const StepView& step, int pieces, int64_t piece_and_head,
+                 const Buffers& buffers) {
+  for_pieces(launch, step, pieces, [&](const RowBlock& rows, int kv_head, int64_t first, int splits) {
+    if (piece_and_head-- > 0) return false;
+    BlockTask task(launch, step, rows, kv_head, buffers, {});
     task.clear_total();
-    for (int split = 0; split < splits; ++split) {
-      const State all = partial_state(launch, step, first + split);
-      const int64_t query = place * ratio;
-      task.merge({all.top + query, all.sum + query, all.o + query * buffers.value_stride});
-    }
+    for (int split = 0; split < splits; ++split) task.merge(partial_state(launch, step, first + split));
     task.write();
     return true;
   });
@@ -144,8 +137,8 @@ void run_by_splits(const AttentionLaunch& launch, const StepView& step, int piec
     BlockTask task(launch, step, u.rows, u.kv_head, buffers, after);
     task.run_split(u.segment, u.split, partial_state(launch, step, unit));
   });
-  worker.for_units(int64_t(step.rows) * launch.kv_heads,
-                   [&](int64_t i) { merge_row(launch, step, pieces, i, buffers); });
+  worker.for_units(int64_t(step.block_count) * pieces * launch.kv_heads,
+                   [&](int64_t i) { merge_piece(launch, step, pieces, i, buffers); });
 }
 
 }  // namespace

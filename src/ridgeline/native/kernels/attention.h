@@ -128,24 +128,33 @@ struct Int8Pages {
 // Whether the values of a pool come as even and odd dimensions.
 RIDGELINE_INLINE constexpr bool values_by_pairs(KvFormat format) { return format == KvFormat::bf16; }
 
-// A tile widened to float32 for many queries: keys [head_dim][kTileSlots], values [kTileSlots][stride].
+// A tile widened to float32 for many queries: its keys [head_dim][kTileSlots], and then its values [kTileSlots][stride]
+// in the same place.
 struct Widened {
-  float *key_rows, *value_rows;
+  float* rows;
   int stride;
 
-  RIDGELINE_MEMBER void fetch_keys(int, int) const {}
-  static RIDGELINE_MEMBER void fetch_values(const float*) {}
-
   RIDGELINE_MEMBER FloatPair keys(int p, int pair) const {
-    const float* row = key_rows + 2 * pair * kTileSlots + p * kPageTokens;
+    const float* row = rows + 2 * pair * kTileSlots + p * kPageTokens;
     return {load(row), load(row + kTileSlots)};
   }
   RIDGELINE_MEMBER const float* value_row(int p, int slot) const {
-    return value_rows + (p * kPageTokens + slot) * stride;
+    return rows + (p * kPageTokens + slot) * stride;
   }
   RIDGELINE_MEMBER int value_stride() const { return stride; }
   RIDGELINE_MEMBER bool value_mask(int) const { return true; }
   static RIDGELINE_MEMBER FloatPair values(bool, const float* p) { return {load(p), load(p + 16)}; }
+};
+
+// Instead of a tile to fetch.
+struct Nothing {
+  static RIDGELINE_MEMBER void fetch_keys(int, int) {}
+  static RIDGELINE_MEMBER int value_row(int, int) { return 0; }
+  static RIDGELINE_MEMBER int value_stride() { return 0; }
+  static RIDGELINE_MEMBER void fetch_values(int) {}
+  static RIDGELINE_MEMBER int pair_row(int) { return 0; }
+  static RIDGELINE_MEMBER int pair_stride() { return 0; }
+  static RIDGELINE_MEMBER void fetch_pair(int) {}
 };
 
 // Weights in bfloat16 lie where the scores were, from one query's to the next one's so many apart.
@@ -159,19 +168,15 @@ struct SlotRange {
 };
 
 // Keys as they lie in their pages, for queries in bfloat16.
-template <bool kFetch>
 struct PackedKeys {
   const Bf16Pages& pages;
 
-  RIDGELINE_MEMBER void fetch_keys(int p, int pair) const {
-    if constexpr (kFetch) pages.fetch_keys(p, pair);
-  }
   RIDGELINE_MEMBER vint keys(int p, int pair) const { return pages.packed_keys(p, pair); }
 };
 
 // out[query][slot] = q . k; rows of out are kTileSlots apart. The keys in these places of `next` are fetched.
-template <int kQueries, int kPages, class Source, class Value>
-static void score_tile(const Source& source, const Source& next, int first_page, const Value* const* q,
+template <int kQueries, int kPages, class Source, class Next, class Value>
+static void score_tile(const Source& source, const Next& next, int first_page, const Value* const* q,
                        int head_dim, float* out) {
   if (head_dim < 2) __builtin_unreachable();  // keeps the accumulators out of memory
   vfloat acc[kQueries][kPages];
@@ -202,8 +207,8 @@ RIDGELINE_INLINE Row next_value_row(const Source& source, unsigned slot, Row row
 
 // out[query] = out[query] * decay[query] + sum over slots of p[query][slot] * value[slot], for 32 * kPairs
 // dimensions from `column`. There is at least one slot. The values in these places of `next` are fetched.
-template <int kQueries, int kPairs, class Source>
-static void value_tile(const Source& source, const Source& next, SlotRange slots, int column, const float* p,
+template <int kQueries, int kPairs, class Source, class Next>
+static void value_tile(const Source& source, const Next& next, SlotRange slots, int column, const float* p,
                        const float* decay, float* out, int stride) {
   if (slots.begin >= slots.end) __builtin_unreachable();  // keeps the accumulators out of memory
   vfloat acc[kQueries][2 * kPairs];
@@ -214,10 +219,10 @@ static void value_tile(const Source& source, const Source& next, SlotRange slots
   decltype(source.value_mask(0)) mask[kPairs];
   for (int v = 0; v < kPairs; ++v) mask[v] = source.value_mask(column + 32 * v);
   const auto* row = source.value_row(slots.begin / kPageTokens, slots.begin % kPageTokens);
-  const auto* fetched = next.value_row(slots.begin / kPageTokens, slots.begin % kPageTokens);
+  auto fetched = next.value_row(slots.begin / kPageTokens, slots.begin % kPageTokens);
   for (int slot = slots.begin; slot < slots.end;) {
     for (int v = 0; v < kPairs; ++v) {
-      Source::fetch_values(fetched + column + 32 * v);
+      Next::fetch_values(fetched + column + 32 * v);
       const FloatPair x = Source::values(mask[v], row + column + 32 * v);
       for (int i = 0; i < kQueries; ++i) {
         const vfloat weight = splat(p[i * kTileSlots + slot]);
@@ -271,7 +276,6 @@ struct PackedPairs {
 
   RIDGELINE_MEMBER int32_t* pair_row(int slot) const { return rows + slot / 2 * stride; }
   RIDGELINE_MEMBER int pair_stride() const { return stride; }
-  RIDGELINE_MEMBER void fetch_pair(const int32_t*) const {}
   RIDGELINE_MEMBER bool value_mask(int) const { return true; }
   RIDGELINE_MEMBER SlotPair pair(int, bool, const int32_t* p) const { return {iload(p), iload(p + 16)}; }
 };
@@ -282,8 +286,8 @@ RIDGELINE_INLINE Row next_pair_row(const Pairs& pairs, unsigned slot, Row row) {
 
 // value_tile for weights in bfloat16: slots are added two by two, each with the neighbour that it has at any
 // length; the weight of a slot outside of `slots` is zero, or its value is.
-template <int kQueries, int kPairs, class Pairs>
-static void value_tile(const Pairs& pairs, const Pairs& next, SlotRange slots, int column, const uint16_t* p,
+template <int kQueries, int kPairs, class Pairs, class Next>
+static void value_tile(const Pairs& pairs, const Next& next, SlotRange slots, int column, const uint16_t* p,
                        const float* decay, float* out, int stride) {
   if (slots.begin >= slots.end) __builtin_unreachable();  // keeps the accumulators out of memory
   vfloat acc[kQueries][2 * kPairs];
@@ -315,8 +319,8 @@ static void value_tile(const Pairs& pairs, const Pairs& next, SlotRange slots, i
   }
 }
 
-template <int kQueries, class Source, class Value>
-RIDGELINE_INLINE void score(const Source& source, const Source& next, PageRange pages, const Value* const* q,
+template <int kQueries, class Source, class Next, class Value>
+RIDGELINE_INLINE void score(const Source& source, const Next& next, PageRange pages, const Value* const* q,
                             int head_dim, float* out) {
   switch (pages.end - pages.begin) {
     case 1: return score_tile<kQueries, 1>(source, next, pages.begin, q, head_dim, out);
@@ -326,8 +330,8 @@ RIDGELINE_INLINE void score(const Source& source, const Source& next, PageRange 
   }
 }
 
-template <int kQueries, class Source, class Weight>
-RIDGELINE_INLINE void add_values(const Source& source, const Source& next, SlotRange slots, const Weight* p,
+template <int kQueries, class Source, class Next, class Weight>
+RIDGELINE_INLINE void add_values(const Source& source, const Next& next, SlotRange slots, const Weight* p,
                                  const float* decay, float* out, int stride) {
   int column = 0;
   for (; column + 64 <= stride; column += 64)

@@ -35,6 +35,7 @@ RIDGELINE_INLINE SlotsAt first_slots(const AttentionLaunch& launch, const StepVi
 }
 
 constexpr float kLog2E = 1.44269504f;
+constexpr int kFewQueries = 4 * kMaxQueries;  // widening for them alone takes longer than anew for each few
 constexpr float kLowest = -1e30f;  // finite, so that (masked - lowest) is minus infinity and not a NaN
 
 class BlockTask {
@@ -184,17 +185,6 @@ class BlockTask {
     add(after_);
   }
 
-  // Fetches the share of them that goes with some of the queries, of which the first half fetch everything: all
-  // at once it would wait for memory, and later it would come too late.
-  void fetch_ahead(int first, int queries, int all) const {
-    const int lines = int(page_bytes(launch_.pool.format, launch_.head_dim) / kLineBytes);
-    const auto share = [&](int done) { return lines * (2 * done < all ? 2 * done : all) / all; };
-    const int from = share(first), to = share(first + queries);
-    for (int p = 0; p < ahead_.count; ++p) {
-      for (int line = from; line < to; ++line) prefetch(ahead_.page[p] + size_t(line) * kLineBytes);
-    }
-  }
-
   // Rows of the block.
   struct Rows {
     int begin, count;
@@ -231,14 +221,24 @@ class BlockTask {
     return {(slots.begin - begin) / kPageTokens, (slots.end - begin + kPageTokens - 1) / kPageTokens};
   }
 
+  // Some slots of a tile, counted from its first one, which is `begin` of its segment; the pages that hold them; and
+  // rows that see them.
+  struct Tile {
+    int begin;
+    SlotRange slots;
+    PageRange pages;
+    float bias;
+    Rows rows;
+  };
+
   void run_tile(int segment, int begin, SlotRange slots, const TilePages& held, Rows rows, const State& state) {
     const SlotRange own{slots.begin - begin, slots.end - begin};
-    const PageRange pages = pages_of(begin, slots);
+    const Tile tile = {begin, own, pages_of(begin, slots), step_.segment_bias[segment], rows};
+    fetch_rest(tile);
     const auto run_on = [&](auto source) {
-      for (int p = pages.begin; p < pages.end; ++p)
+      for (int p = tile.pages.begin; p < tile.pages.end; ++p)
         source.page[p] = reinterpret_cast<std::remove_reference_t<decltype(source.page[p])>>(held.page[p]);
-      if (rows.count == 1) fetch_rest(own, pages);
-      run_tile(source, begin, own, pages, step_.segment_bias[segment], rows, state);
+      run_tile(source, tile, state);
     };
     switch (launch_.pool.format) {
       case KvFormat::bf16: return run_on(Bf16Pages{{}, launch_.head_dim});
@@ -247,142 +247,168 @@ class BlockTask {
     }
   }
 
-  // Fetches of the pages ahead what a single row's loops over `slots` do not: values in places beyond these, and
-  // what lies behind values.
-  void fetch_rest(SlotRange slots, PageRange pages) const {
+  // Fetches of the pages ahead what the loops over a tile do not: values in places beyond its slots, and what lies
+  // behind values.
+  void fetch_rest(const Tile& tile) const {
     const size_t value_bytes = slot_layout(launch_.pool.format, launch_.head_dim).value_bytes;
     for (int i = 0; i < ahead_.count; ++i) {
-      const SlotRange own = clip(slots, (pages.begin + i) * kPageTokens, (pages.begin + i + 1) * kPageTokens);
+      const int first = (tile.pages.begin + i) * kPageTokens;
+      const SlotRange own = clip(tile.slots, first, first + kPageTokens);
       const size_t from = (kPageTokens + size_t(own.end - own.begin)) * value_bytes;
       for (size_t byte = from; byte < page_bytes(launch_.pool.format, launch_.head_dim); byte += kLineBytes)
         prefetch(ahead_.page[i] + byte);
     }
   }
 
-  // What a few of a single row's queries, from the `first` on, fetch: their share of the pages ahead. Instead of
-  // the others they fetch those of `source`, to no effect.
-  template <class Pages>
-  Pages share_of_next(Pages source, PageRange pages, int first) const {
-    const int shares = (ratio_ + kMaxQueries - 1) / kMaxQueries;
-    for (int i = first / kMaxQueries; i < ahead_.count; i += shares) {
-      auto& page = source.page[pages.begin + i];
-      page = reinterpret_cast<std::remove_reference_t<decltype(page)>>(ahead_.page[i]);
-    }
-    return source;
+  // Calls f(std::integral_constant<int, n>, first, next) for n queries of a tile at a time. The first few fetch the
+  // pages ahead along with their own work, each its share: `next` has these and, in place of others', the pages of
+  // `source`, to no effect.
+  template <class Pages, class F>
+  void by_queries_of(const Tile& tile, const Pages& source, const F& f) const {
+    const int queries = tile.rows.count * ratio_, turns = (queries + kMaxQueries - 1) / kMaxQueries;
+    const int shares = turns < kTilePages ? turns : kTilePages;
+    by_queries(queries, [&](auto count, int place) RIDGELINE_INLINED {
+      const int first = tile.rows.begin * ratio_ + place, share = place / kMaxQueries;
+      if (share >= shares) return f(count, first, Nothing{});
+      Pages next = source;
+      for (int i = share; i < ahead_.count; i += shares) {
+        auto& page = next.page[tile.pages.begin + i];
+        page = reinterpret_cast<std::remove_reference_t<decltype(page)>>(ahead_.page[i]);
+      }
+      f(count, first, next);
+    });
   }
 
-  // A single row sees all of the slots, so nothing is masked and its few queries read the pages as they are.
-  // A few queries go through all of it before the next ones: what they need stays in the first-level cache.
+  // A few queries read the pages as they are, and go through all of a tile before the next ones: what they need stays
+  // in the first-level cache.
   template <class Pages>
-  void run_tile(const Pages& source, int begin, SlotRange slots, PageRange pages, float bias, Rows rows,
-                const State& state) {
+  void run_tile(const Pages& source, const Tile& tile, const State& state) {
+    const bool few = tile.rows.count * ratio_ <= kFewQueries, dense = adds_zeros(source, tile);
     if constexpr (std::is_same_v<Pages, Bf16Pages>) {
-      if (packed_) return run_packed_tile(source, begin, slots, pages, bias, rows, state);
+      if (packed_) return run_packed_tile(source, tile, few, dense, state);
     }
-    const bool alone = rows.count == 1;
-    if (!alone) widen_keys(source, pages);
-    const bool finite = alone || widen_values(source, slots, pages);
-    by_queries(rows.count * ratio_, [&](auto count, int place) RIDGELINE_INLINED {
+    if (!few) return run_wide_tile(source, tile, dense, state);
+    by_queries_of(tile, source, [&](auto count, int first, const auto& next) RIDGELINE_INLINED {
       constexpr int kQueries = decltype(count)::value;
-      const int first = rows.begin * ratio_ + place;
-      float *p = b_.p + first * kTileSlots, *o = state.o + first * b_.value_stride;
-      const float* decay = b_.decay + first;
-      if (alone) {
-        const Pages next = share_of_next(source, pages, place);
-        score<kQueries>(source, next, pages, b_.q + first, launch_.head_dim, p);
-        softmax<false, kQueries>(source, first, begin, pages, bias, state);
-        return add_values<kQueries>(source, next, slots, p, decay, o, b_.value_stride);
-      }
-      score<kQueries>(b_.widened, b_.widened, pages, b_.q + first, launch_.head_dim, p);
-      softmax<false, kQueries>(source, first, begin, pages, bias, state);
-      fetch_ahead(place, kQueries, rows.count * ratio_);
-      if (finite) return add_values<kQueries>(b_.widened, b_.widened, slots, p, decay, o, b_.value_stride);
-      for (int i = first; i < first + kQueries; ++i) add_own_values(i, begin, slots, state);
+      score<kQueries>(source, next, tile.pages, b_.q + first, launch_.head_dim, scores(first));
+      softmax<false, kQueries>(source, first, tile, state);
+      if (dense) return add_values_of<kQueries>(source, next, tile.slots, scores(first), first, state);
+      add_own_values<kQueries>(source, tile, first, state);
     });
   }
 
-  // The same with products of bfloat16: of queries and keys, and of weights and values.
-  void run_packed_tile(const Bf16Pages& source, int begin, SlotRange slots, PageRange pages, float bias,
-                       Rows rows, const State& state) {
-    const PairsInPages in_pages{source, slots};
-    const PackedPairs packed{reinterpret_cast<int32_t*>(b_.widened.value_rows), b_.value_stride};
-    const bool alone = rows.count == 1;
-    const bool dense = alone || (seen_by_all(rows, begin, slots) ? pack_values<false>(in_pages, packed)
-                                                                 : pack_values<true>(in_pages, packed));
-    by_queries(rows.count * ratio_, [&](auto count, int place) RIDGELINE_INLINED {
+  // Many queries: keys are widened for all of them, and then values, in the same place.
+  template <class Pages>
+  void run_wide_tile(const Pages& source, const Tile& tile, bool dense, const State& state) {
+    widen_keys(source, tile.pages);
+    by_queries_of(tile, source, [&](auto count, int first, const auto& next) RIDGELINE_INLINED {
       constexpr int kQueries = decltype(count)::value;
-      const int first = rows.begin * ratio_ + place;
-      float *p = b_.p + first * kTileSlots, *o = state.o + first * b_.value_stride;
+      score<kQueries>(b_.widened, next, tile.pages, b_.q + first, launch_.head_dim, scores(first));
+      softmax<false, kQueries>(source, first, tile, state);
+    });
+    if (dense) widen_values(source, tile.slots);
+    by_queries_of(tile, source, [&](auto count, int first, const auto& next) RIDGELINE_INLINED {
+      constexpr int kQueries = decltype(count)::value;
+      if (dense) return add_values_of<kQueries>(b_.widened, next, tile.slots, scores(first), first, state);
+      add_own_values<kQueries>(source, tile, first, state);
+    });
+  }
+
+  // Products of bfloat16: of queries and keys, and of weights and values.
+  void run_packed_tile(const Bf16Pages& source, const Tile& tile, bool few, bool dense, const State& state) {
+    const PairsInPages in_pages{source, tile.slots};
+    const PackedPairs packed{reinterpret_cast<int32_t*>(b_.widened.rows), b_.value_stride};
+    if (dense && !few) pack_values(in_pages, packed);
+    by_queries_of(tile, source, [&](auto count, int first, const auto& next) RIDGELINE_INLINED {
+      constexpr int kQueries = decltype(count)::value;
+      score<kQueries>(PackedKeys{source}, next, tile.pages, b_.rounded_q + first, launch_.head_dim, scores(first));
+      softmax<true, kQueries>(source, first, tile, state);
       const uint16_t* weights = rounded_weights(first);
-      const float* decay = b_.decay + first;
-      if (alone) {
-        const Bf16Pages next = share_of_next(source, pages, place);
-        using Keys = PackedKeys<true>;
-        score<kQueries>(Keys{source}, Keys{next}, pages, b_.rounded_q + first, launch_.head_dim, p);
-        softmax<true, kQueries>(source, first, begin, pages, bias, state);
-        const PairsInPages next_pairs{next, slots};
-        return add_values<kQueries>(in_pages, next_pairs, slots, weights, decay, o, b_.value_stride);
-      }
-      const PackedKeys<false> keys{source};
-      score<kQueries>(keys, keys, pages, b_.rounded_q + first, launch_.head_dim, p);
-      softmax<true, kQueries>(source, first, begin, pages, bias, state);
-      fetch_ahead(place, kQueries, rows.count * ratio_);
-      if (dense) return add_values<kQueries>(packed, packed, slots, weights, decay, o, b_.value_stride);
-      for (int i = first; i < first + kQueries; ++i) {
-        const SlotRange own = own_slots(i, begin, slots);
-        if (own.begin >= own.end) continue;
-        const PairsInPages seen{source, own};
-        add_values<1>(seen, seen, own, rounded_weights(i), b_.decay + i, state.o + i * b_.value_stride,
-                      b_.value_stride);
-      }
+      const auto next_pairs = pairs_of(next, tile.slots);
+      if (!dense) return add_own_values<kQueries>(source, tile, first, state);
+      if (few) return add_values_of<kQueries>(in_pages, next_pairs, tile.slots, weights, first, state);
+      add_values_of<kQueries>(packed, next_pairs, tile.slots, weights, first, state);
     });
   }
 
-  uint16_t* rounded_weights(int i) const { return reinterpret_cast<uint16_t*>(b_.p + i * kTileSlots); }
+  static PairsInPages pairs_of(const Bf16Pages& pages, SlotRange slots) { return {pages, slots}; }
+  static Nothing pairs_of(Nothing, SlotRange) { return {}; }
 
-  // Whether each of the rows sees all of a tile's slots.
-  bool seen_by_all(Rows rows, int begin, SlotRange slots) const {
-    for (int i = rows.begin; i < rows.begin + rows.count; ++i) {
-      const SlotRange own = b_.visible[i * ratio_];
-      if (own.begin > begin + slots.begin || own.end < begin + slots.end) return false;
-    }
-    return true;
+  float* scores(int i) const { return b_.p + i * kTileSlots; }
+  uint16_t* rounded_weights(int i) const { return reinterpret_cast<uint16_t*>(scores(i)); }
+
+  template <int kQueries, class Source, class Next, class Weight>
+  RIDGELINE_MEMBER void add_values_of(const Source& source, const Next& next, SlotRange slots,
+                                      const Weight* weights, int first, const State& state) const {
+    add_values<kQueries>(source, next, slots, weights, b_.decay + first, state.o + first * b_.value_stride,
+                         b_.value_stride);
   }
 
-  // The values of `pairs`, in its slots. False if one is infinite or not a number, where that is checked.
-  template <bool kCheck>
-  bool pack_values(const PairsInPages& pairs, const PackedPairs& out) const {
-    const vint exponents = isplat(0x7f807f80), lowest = isplat(0x00800080);
-    vint carries = izero();  // out of exponents of ones
+  // The same for the slots that each query sees itself; where it sees none its state stays.
+  template <int kQueries, class Pages>
+  void add_own_values(const Pages& source, const Tile& tile, int first, const State& state) const {
+    for (int i = first; i < first + kQueries; ++i) {
+      const SlotRange own = own_slots(i, tile);
+      if (own.begin >= own.end) continue;
+      if constexpr (std::is_same_v<Pages, Bf16Pages>) {
+        if (packed_) {
+          add_values_of<1>(PairsInPages{source, own}, Nothing{}, own, rounded_weights(i), i, state);
+          continue;
+        }
+      }
+      add_values_of<1>(source, Nothing{}, own, scores(i), i, state);
+    }
+  }
+
+  // The slots of a tile that a query sees.
+  SlotRange own_slots(int i, const Tile& tile) const {
+    const SlotRange own = clip(b_.visible[i], tile.begin + tile.slots.begin, tile.begin + tile.slots.end);
+    return {own.begin - tile.begin, own.end - tile.begin};
+  }
+
+  // Whether the slots that some of the rows do not see add exact zeros for these.
+  template <class Pages>
+  bool adds_zeros(const Pages& source, const Tile& tile) const {
+    SlotRange common = tile.slots;
+    for (int i = tile.rows.begin; i < tile.rows.begin + tile.rows.count; ++i) {
+      const SlotRange own = own_slots(i * ratio_, tile);
+      common = clip(common, own.begin, own.end);
+    }
+    if (common.begin >= common.end) return are_finite(source, tile.slots);
+    return are_finite(source, {tile.slots.begin, common.begin}) &&
+           are_finite(source, {common.end, tile.slots.end});
+  }
+
+  // Whether the values of some slots, and their factors, are finite.
+  template <class Pages>
+  bool are_finite(const Pages& source, SlotRange slots) const {
+    if (slots.begin >= slots.end) return true;
+    const vint magnitude = isplat(0x7fffffff);
+    vint largest = izero();
+    for (int slot = slots.begin; slot < slots.end; ++slot) {
+      const int page = slot / kPageTokens, place = slot % kPageTokens;
+      const vfloat factors = source.scale_weights(page, splat(1.0f));
+      largest = max(largest, bit_and(bits(select(lanes(place, place + 1), factors, zero())), magnitude));
+      const auto* row = source.value_row(page, place);
+      for (int column = 0; column < launch_.head_dim; column += kGroup) {
+        const FloatPair v = Pages::values(source.value_mask(column), row + column);
+        largest = max(largest, max(bit_and(bits(v.even), magnitude), bit_and(bits(v.odd), magnitude)));
+      }
+    }
+    return reduce_max(largest) < 0x7f800000;
+  }
+
+  void pack_values(const PairsInPages& pairs, const PackedPairs& out) const {
     for (int column = 0; column < launch_.head_dim; column += kGroup) {
       const vmask mask = pairs.value_mask(column);
       int slot = pairs.slots.begin / 2 * 2;
       const uint16_t* row = pairs.pair_row(slot);
       for (; slot < pairs.slots.end; slot += 2, row = next_pair_row(pairs, unsigned(slot), row)) {
         const SlotPair x = pairs.pair(slot, mask, row + column);
-        if (kCheck) {
-          carries = bit_or(carries, add(bit_and(x.even, exponents), lowest));
-          carries = bit_or(carries, add(bit_and(x.odd, exponents), lowest));
-        }
         istore(out.pair_row(slot) + column, x.even);
         istore(out.pair_row(slot) + column + 16, x.odd);
       }
     }
-    return reduce_max(shift_right<1>(bit_and(carries, isplat(int32_t(0x80008000u))))) == 0;
-  }
-
-  // The slots of a tile that a query sees.
-  SlotRange own_slots(int i, int begin, SlotRange slots) const {
-    const SlotRange own = clip(b_.visible[i], begin + slots.begin, begin + slots.end);
-    return {own.begin - begin, own.end - begin};
-  }
-
-  // The values of the slots that a query sees; where it sees none its state stays.
-  void add_own_values(int i, int begin, SlotRange slots, const State& state) const {
-    const SlotRange own = own_slots(i, begin, slots);
-    if (own.begin >= own.end) return;
-    add_values<1>(b_.widened, b_.widened, own, b_.p + i * kTileSlots, b_.decay + i,
-                  state.o + i * b_.value_stride, b_.value_stride);
   }
 
   template <class Pages>
@@ -390,55 +416,45 @@ class BlockTask {
     for (int p = pages.begin; p < pages.end; ++p) {
       for (int pair = 0; pair < launch_.head_dim / 2; ++pair) {
         const FloatPair keys = source.keys(p, pair);
-        float* row = b_.widened.key_rows + 2 * pair * kTileSlots + p * kPageTokens;
+        float* row = b_.widened.rows + 2 * pair * kTileSlots + p * kPageTokens;
         store(row, keys.even);
         store(row + kTileSlots, keys.odd);
       }
     }
   }
 
-  // False if a value, or its factor, is infinite or not a number.
   template <class Pages>
-  bool widen_values(const Pages& source, SlotRange slots, PageRange pages) const {
-    const vint magnitude = isplat(0x7fffffff);
-    vint largest = izero();
-    for (int p = pages.begin; p < pages.end; ++p) {
-      const vmask own = lanes(slots.begin - p * kPageTokens, slots.end - p * kPageTokens);
-      const vfloat factors = select(own, source.scale_weights(p, splat(1.0f)), zero());
-      largest = max(largest, bit_and(bits(factors), magnitude));
-    }
+  void widen_values(const Pages& source, SlotRange slots) const {
     for (int column = 0; column < launch_.head_dim; column += kGroup) {
       const auto mask = source.value_mask(column);
       const auto* row = source.value_row(slots.begin / kPageTokens, slots.begin % kPageTokens);
       for (int slot = slots.begin; slot < slots.end; row = next_value_row(source, unsigned(++slot), row)) {
         const FloatPair v = Pages::values(mask, row + column);
-        largest = max(largest, max(bit_and(bits(v.even), magnitude), bit_and(bits(v.odd), magnitude)));
-        float* wide = b_.widened.value_rows + slot * b_.value_stride + column;
+        float* wide = b_.widened.rows + slot * b_.value_stride + column;
         store(wide, v.even);
         store(wide + 16, v.odd);
       }
     }
-    return reduce_max(largest) < 0x7f800000;
   }
 
   // Scores to weights, in bfloat16 or in float32, for a few queries; updates their maxima, their sums and the
   // decay of what they have so far.
   template <bool kRounded, int kQueries, class Pages>
-  void softmax(const Pages& source, int first, int begin, PageRange pages, float bias, const State& state) {
+  void softmax(const Pages& source, int first, const Tile& tile, const State& state) const {
     if (launch_.softcap != 0) {
-      for (int i = first; i < first + kQueries; ++i) cap_scores(source, i, pages);
+      for (int i = first; i < first + kQueries; ++i) cap_scores(source, i, tile.pages);
     }
-    bool whole = pages.begin == 0 && pages.end == kTilePages;
+    bool whole = tile.pages.begin == 0 && tile.pages.end == kTilePages;
     for (int i = first; i < first + kQueries; ++i)
-      whole = whole && b_.visible[i].begin <= begin && b_.visible[i].end >= begin + kTileSlots;
-    if (whole) return weigh<kRounded, true, kQueries>(source, first, begin, pages, bias, state);
-    weigh<kRounded, false, kQueries>(source, first, begin, pages, bias, state);
+      whole = whole && b_.visible[i].begin <= tile.begin && b_.visible[i].end >= tile.begin + kTileSlots;
+    if (whole) return weigh<kRounded, true, kQueries>(source, first, tile, state);
+    weigh<kRounded, false, kQueries>(source, first, tile, state);
   }
 
   template <class Pages>
   void cap_scores(const Pages& source, int i, PageRange pages) const {
     for (int j = pages.begin; j < pages.end; ++j) {
-      float* p = b_.p + i * kTileSlots + j * kPageTokens;
+      float* p = scores(i) + j * kPageTokens;
       store(p, tanh(source.scale_products(j, load(p)) * splat(launch_.scale) / splat(launch_.softcap)));
     }
   }
@@ -446,20 +462,20 @@ class BlockTask {
   // All maxima come before the first weight, so that the queries do not wait for one another. `kWhole`: the
   // queries see all of the tile.
   template <bool kRounded, bool kWhole, int kQueries, class Pages>
-  void weigh(const Pages& source, int first, int begin, PageRange pages, float bias, const State& state) const {
-    const int from = kWhole ? 0 : pages.begin, to = kWhole ? kTilePages : pages.end;
-    const vfloat factor = splat(score_factor_), shift = splat(bias * kLog2E);
+  void weigh(const Pages& source, int first, const Tile& tile, const State& state) const {
+    const int from = kWhole ? 0 : tile.pages.begin, to = kWhole ? kTilePages : tile.pages.end;
+    const vfloat factor = splat(score_factor_), shift = splat(tile.bias * kLog2E);
     vfloat s[kQueries][kTilePages];
     float tops[kQueries];
     for (int q = 0; q < kQueries; ++q) {
       const SlotRange own = b_.visible[first + q];
       vfloat largest = splat(-__builtin_inff());
       for (int j = from; j < to; ++j) {
-        vfloat product = load(b_.p + (first + q) * kTileSlots + j * kPageTokens);
+        vfloat product = load(scores(first + q) + j * kPageTokens);
         if (launch_.softcap == 0) product = source.scale_products(j, product);
         s[q][j] = fma(product, factor, shift);
         if constexpr (!kWhole) {
-          const int slot = begin + j * kPageTokens;
+          const int slot = tile.begin + j * kPageTokens;
           s[q][j] = select(lanes(own.begin - slot, own.end - slot), s[q][j], splat(-__builtin_inff()));
         }
         largest = max(largest, s[q][j]);
@@ -477,7 +493,7 @@ class BlockTask {
         if constexpr (kRounded)
           store_weights(rounded_weights(i) + j * kPageTokens, weight);
         else
-          store(b_.p + i * kTileSlots + j * kPageTokens, source.scale_weights(j, weight));
+          store(scores(i) + j * kPageTokens, source.scale_weights(j, weight));
       }
       store(b_.lanes + 16 * i, sum);
       store(first_lanes(1), b_.decay + i, decay);

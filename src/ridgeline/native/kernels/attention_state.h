@@ -83,8 +83,7 @@ RIDGELINE_INLINE Buffers lay_out(const AttentionLaunch& launch, Arena& arena) {
   b.value_stride = int(round_up(size_t(launch.head_dim), kGroup));
   const size_t queries = size_t(kBlockRows) * (launch.heads / launch.kv_heads),
                stride = size_t(b.value_stride);
-  float* keys = arena.take<float>(size_t(launch.head_dim) * kTileSlots);
-  b.widened = {keys, arena.take<float>(kTileSlots * stride), b.value_stride};
+  b.widened = {arena.take<float>(kTileSlots * stride), b.value_stride};
   b.p = arena.take<float>(queries * kTileSlots);
   b.decay = arena.take<float>(queries);
   b.lanes = arena.take<float>(queries * 16);

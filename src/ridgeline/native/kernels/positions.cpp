@@ -96,37 +96,61 @@ void store_slot(KvFormat format, const float* key, const float* value, int head_
   }
 }
 
-void rope_store_row(const RopeStoreLaunch& launch, const StepView& step, int64_t row) {
+// A row's angles, or null where nothing is turned.
+struct Angles {
+  const float *cos, *sin;
+};
+Angles angles_of(const RopeStoreLaunch& launch, int64_t row) {
+  if (launch.cos == nullptr) return {};
+  const int64_t first = row * (launch.rotary_dim / 2);
+  return {launch.cos + first, launch.sin + first};
+}
+
+void turn_query(const RopeStoreLaunch& launch, int64_t row, int head) {
+  const int head_dim = launch.head_dim;
+  const int64_t column = int64_t(head) * head_dim;
+  const Angles angles = angles_of(launch, row);
+  alignas(64) float copy[kMaxHeadDim];
+  float* q = launch.q.data + row * launch.q.stride + column;
+  const bool rounds = launch.rounded_q.data != nullptr;
+  if (rounds) q = static_cast<float*>(std::memcpy(copy, q, size_t(head_dim) * 4));
+  if (launch.q_norm != nullptr) norm_head(q, head, launch.q_norm, launch);
+  if (angles.cos != nullptr) rotate_head(q, launch.rotary_dim, angles.cos, angles.sin);
+  if (rounds) round_head(q, head_dim, launch.rounded_q.data + row * launch.rounded_q.stride + column);
+}
+
+void store_key_and_value(const RopeStoreLaunch& launch, const StepView& step, int64_t row, int head) {
   const int head_dim = launch.head_dim, slot = step.slots[row];
-  const float* cos = launch.cos == nullptr ? nullptr : launch.cos + row * (launch.rotary_dim / 2);
-  const float* sin = launch.sin == nullptr ? nullptr : launch.sin + row * (launch.rotary_dim / 2);
-  uint16_t* rounded =
-      launch.rounded_q.data == nullptr ? nullptr : launch.rounded_q.data + row * launch.rounded_q.stride;
-  for (int h = 0; h < launch.heads; ++h) {
-    alignas(64) float copy[kMaxHeadDim];
-    float* q = launch.q.data + row * launch.q.stride + int64_t(h) * head_dim;
-    if (rounded != nullptr) q = static_cast<float*>(std::memcpy(copy, q, size_t(head_dim) * 4));
-    if (launch.q_norm != nullptr) norm_head(q, h, launch.q_norm, launch);
-    if (cos != nullptr) rotate_head(q, launch.rotary_dim, cos, sin);
-    if (rounded != nullptr) round_head(q, head_dim, rounded + int64_t(h) * head_dim);
-  }
   const int segment = step.segment_begin[step.row_sequence[row] + 1] - 1;
   const int32_t* table = step.tables + launch.group * step.pages + step.table_begin[segment];
-  for (int h = 0; h < launch.kv_heads; ++h) {
-    alignas(64) float k[kMaxHeadDim];
-    std::memcpy(k, launch.k.data + row * launch.k.stride + int64_t(h) * head_dim, size_t(head_dim) * 4);
-    if (launch.k_norm != nullptr) norm_head(k, h, launch.k_norm, launch);
-    if (cos != nullptr) rotate_head(k, launch.rotary_dim, cos, sin);
-    const float* v = launch.v.data + row * launch.v.stride + int64_t(h) * head_dim;
-    uint8_t* page = launch.pool.head(table[slot / kPageTokens], launch.kv_heads, h, head_dim);
-    store_slot(launch.pool.format, k, v, head_dim, page, slot % kPageTokens);
-  }
+  const Angles angles = angles_of(launch, row);
+  alignas(64) float k[kMaxHeadDim];
+  std::memcpy(k, launch.k.data + row * launch.k.stride + int64_t(head) * head_dim, size_t(head_dim) * 4);
+  if (launch.k_norm != nullptr) norm_head(k, head, launch.k_norm, launch);
+  if (angles.cos != nullptr) rotate_head(k, launch.rotary_dim, angles.cos, angles.sin);
+  const float* v = launch.v.data + row * launch.v.stride + int64_t(head) * head_dim;
+  uint8_t* page = launch.pool.head(table[slot / kPageTokens], launch.kv_heads, head, head_dim);
+  store_slot(launch.pool.format, k, v, head_dim, page, slot % kPageTokens);
 }
 
 }  // namespace
 
+// One head of some neighbours is a unit: their keys share the lines of a page, which two workers would take from
+// each other with every value.
 void rope_store(const RopeStoreLaunch& launch, const StepView& step, Worker& worker) {
-  for_rows(worker, step.rows, 1, [&](int64_t row) { rope_store_row(launch, step, row); });
+  constexpr int64_t kRowsPerUnit = kPageTokens;
+  const int64_t heads = launch.heads + launch.kv_heads;
+  worker.for_units(heads * ((step.rows + kRowsPerUnit - 1) / kRowsPerUnit), [&](int64_t unit) {
+    const int head = int(unit % heads);
+    const int64_t begin = unit / heads * kRowsPerUnit;
+    const int64_t end = begin + kRowsPerUnit < step.rows ? begin + kRowsPerUnit : step.rows;
+    for (int64_t row = begin; row < end; ++row) {
+      if (head < launch.heads)
+        turn_query(launch, row, head);
+      else
+        store_key_and_value(launch, step, row, head - launch.heads);
+    }
+  });
 }
 
 RIDGELINE_END
