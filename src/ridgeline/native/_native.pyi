@@ -132,6 +132,9 @@ class Team:
     def __init__(self, threads: int) -> None: ...
     @property
     def threads(self) -> int: ...
+    def rouse(self) -> None:
+        """Wake threads that sleep, for a run that will come soon."""
+
     def close(self) -> None:
         """Join the threads. Idempotent; a closed team raises RuntimeError when it is asked to run."""
 

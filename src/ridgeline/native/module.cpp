@@ -253,6 +253,7 @@ NB_MODULE(_native, m) {
   nb::class_<Team>(m, "Team")
       .def(nb::new_(&make_team), "threads"_a)
       .def_prop_ro("threads", &Team::threads)
+      .def("rouse", &Team::rouse)
       .def("close", &Team::close, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Matrix>(m, "Matrix")
       .def(nb::init<nb::object, const std::string&, int64_t, int64_t, int64_t>(), "packed"_a, "storage"_a,

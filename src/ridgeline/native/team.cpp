@@ -107,6 +107,10 @@ void Team::run(int phases, void (*task)(void*, int), void* argument) {
   await([this] { return gate_.load() == 0; }, kPhaseSpinNs);
 }
 
+void Team::rouse() {
+  if (owner_process_ == getpid()) wake();
+}
+
 // Joins the run of the moment; false if it is over.
 bool Team::enter() {
   uint32_t gate = gate_.load();
@@ -151,20 +155,20 @@ void Team::wake() {
 
 template <class Ready>
 void Team::await(Ready ready, int64_t spin_ns) {
-  const int64_t start = now_ns();
-  do {
-    for (int i = 0; i < 64; ++i) {
-      if (ready()) return;
-      pause();
-    }
-  } while (now_ns() - start < spin_ns);
-  sleepers_.fetch_add(1);
-  for (;;) {
+  for (bool slept = true; slept;) {
+    const int64_t start = now_ns();
+    do {
+      for (int i = 0; i < 64; ++i) {
+        if (ready()) return;
+        pause();
+      }
+    } while (now_ns() - start < spin_ns);
+    sleepers_.fetch_add(1);
     const uint32_t pulse = pulse_.load();
-    if (ready()) break;
-    pulse_.wait(pulse);
+    slept = !ready();
+    if (slept) pulse_.wait(pulse);
+    sleepers_.fetch_sub(1);
   }
-  sleepers_.fetch_sub(1);
 }
 
 }  // namespace ridgeline

@@ -52,6 +52,9 @@ class Team {
 
   int threads() const { return threads_; }
   void close();
+  // Wakes workers that sleep, for a run that will come soon: the system takes longer to wake a thread than the caller
+  // to say what the run is. One that nothing comes for sleeps again.
+  void rouse();
 
   // Calls task(argument, worker) on worker 0 and on those that come in time; at most `phases` phases. A
   // worker may be called twice. Runs are serialised. Throws std::runtime_error on a closed team or in a
@@ -105,7 +108,7 @@ class Team {
   alignas(128) std::atomic<uint32_t> job_{0};
   alignas(128) std::atomic<uint32_t> gate_{0};  // bit 31: open; below: workers inside
   alignas(128) std::atomic<uint32_t> sleepers_{0};
-  std::atomic<uint32_t> pulse_{0};  // what sleepers wait on; changes when any of their conditions may hold
+  std::atomic<uint32_t> pulse_{0};  // what sleepers wait on; changes when any of their conditions may hold, or soon will
 };
 
 template <class F>

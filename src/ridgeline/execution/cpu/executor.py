@@ -133,6 +133,7 @@ class CpuExecutor:
 
     def run(self, handle: CpuHandle, step: Step) -> FinishedStep:
         started_s = time.perf_counter()
+        self._team.rouse()
         inputs, logits = self._prepare(handle, step)
         handle.tape.run(inputs)
         return self._finish(handle, step, logits, started_s)
@@ -140,6 +141,7 @@ class CpuExecutor:
     def profile(self, handle: CpuHandle, step: Step) -> tuple[FinishedStep, Callable[[], list[LaunchTime]]]:
         """As `run`, with the time of each launch as the team's first thread saw it."""
         started_s = time.perf_counter()
+        self._team.rouse()
         inputs, logits = self._prepare(handle, step)
         prepared_s = time.perf_counter()
         elapsed = handle.tape.profile(inputs)
