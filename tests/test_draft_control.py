@@ -19,7 +19,7 @@ from ridgeline.cache.radix import Scope
 from ridgeline.cache.table import SequencePages
 from ridgeline.sampling.drafting.acceptance import MOST, Acceptance, trials
 from ridgeline.sampling.drafting.controller import LONGEST_REST, MOST_NODES, Controller, DraftTime
-from ridgeline.sampling.drafting.costs import Curve, StepCost, best_size, expected_tokens
+from ridgeline.sampling.drafting.costs import Curve, Curves, StepCost, best_size, expected_tokens
 from ridgeline.sampling.drafting.drafter import DraftedSequence
 from ridgeline.sampling.drafting.histories import Histories
 from ridgeline.sampling.drafting.ngram import NgramDrafter
@@ -123,6 +123,26 @@ def test_a_curve_is_the_time_that_it_was_told(extra: int, rows: int) -> None:
     assert sizes == sorted(set(sizes))
     assert sizes[-1:] == ([extra] if extra else [])
     assert all(seconds == curve.at(size) for size, seconds in curve.sizes(extra))
+
+
+def test_later_curves_have_what_steps_of_so_many_rows_took() -> None:
+    """By as much as it is wrong all the time; of many rows, and by steps that were disturbed, nothing."""
+    cost, curves = StepCost(1, 1, 100, lambda rows: STEP_S * (1 + 0.3 * rows)), Curves()
+    told = curves.of(cost)
+    for _ in range(200):
+        told.took(5, 0.9 * told.at(5))
+        told.took(6, 1.1 * told.at(6))
+        told.took(40, 0.5 * told.at(40))
+    told.took(7, 100 * told.at(7))
+    assert curves.of(cost) is told
+    for _ in range(64):
+        curves.of(cost)
+    learned = curves.of(cost)
+    assert learned is not told
+    for extra, ratio in ((4, 1.0), (5, 0.9), (6, 1.1), (40, 1.0)):
+        assert learned.at(extra) == pytest.approx(ratio * told.at(extra), rel=0.05)
+    assert learned.at(7) < 1.1 * told.at(7)
+    assert curves.of(StepCost(2, 2, 100, hinge)).at(5) == pytest.approx(hinge(7))
 
 
 # ---------------------------------------------------------------------------------------- acceptance

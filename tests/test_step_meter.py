@@ -308,21 +308,22 @@ def test_costs_are_fitted_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_pat
     """To times that known costs predict, these come out; what the cache is was measured."""
     monkeypatch.setenv("RIDGELINE_CACHE", str(tmp_path))
     monkeypatch.setattr(calibrate, "measure_cache", lambda _: (30e6, 1.9))
+    monkeypatch.setattr(calibrate, "tile_rows", lambda _: 6)
     known = replace(costs_of("cpu"), memory=0.7, arithmetic=0.4, step_s=1e-3, source="known")
-    known = replace(known, cache_bytes=30e6, cache_speed=1.9)
+    known = replace(known, cache_bytes=30e6, cache_speed=1.9, tile_rows=6, tile_share=0.3)
     asked = []
 
     def time_steps(_: EngineConfig, weights: str, ceilings_now: Callable[[], Ceilings]) -> list[Timed]:
         asked.append(weights)
-        return [timed_by(known, size, ceilings_now()) for size in (1, 4, 16, 64, 256, 1024)]
+        return [timed_by(known, size, ceilings_now()) for size in (1, 2, 4, 6, 7, 16, 64, 256, 1024)]
 
     monkeypatch.setattr(calibrate, "time_steps", time_steps)
     found = calibrate.fitted_costs(config(), "W4A8-g32", lambda: TWO_CORES)
     assert asked == ["W4A8-g32"]
     assert found.source.startswith("fitted on this machine to steps of a made-up W4A8-g32 model, 2026-11-01")
-    assert (found.cache_bytes, found.cache_speed) == (30e6, 1.9)
-    for name in ("memory", "arithmetic"):
-        assert getattr(found, name) == pytest.approx(getattr(known, name), rel=0.15)
+    assert (found.cache_bytes, found.cache_speed, found.tile_rows) == (30e6, 1.9, 6)
+    assert found.arithmetic == pytest.approx(known.arithmetic, rel=0.15)
+    assert found.tile_share == pytest.approx(known.tile_share, abs=0.15)
     for one in time_steps(config(), "again", lambda: TWO_CORES):
         predicted = StepTimeModel.of(TWO_CORES, found).predict(one.works[0]).seconds
         assert predicted == pytest.approx(one.seconds, rel=0.05)
@@ -346,6 +347,7 @@ def test_where_nothing_can_be_kept_costs_are_fitted_anyway(monkeypatch: pytest.M
         raise CapacityError("the disk is full")
 
     monkeypatch.setattr(calibrate, "measure_cache", lambda _: (0.0, 1.0))
+    monkeypatch.setattr(calibrate, "tile_rows", lambda _: 1)
     monkeypatch.setattr(calibrate, "load_costs", lambda *_: None)
     monkeypatch.setattr(calibrate, "save_costs", full)
     monkeypatch.setattr(calibrate, "time_steps", lambda *_: [timed_by(costs_of("cpu"), 8, TWO_CORES)])

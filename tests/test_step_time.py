@@ -77,6 +77,26 @@ def test_what_a_cache_holds_comes_faster() -> None:
         StepCosts(0.5, 0.5, 0.5, 0.5, "", cache_bytes=-1)
 
 
+def test_a_turn_of_few_rows_takes_nearly_as_long_as_a_full_one() -> None:
+    """Of six rows at a time, a third of whose time goes by with any number of them."""
+    turns = StepCosts(1.0, 1.0, 1.0, 1.0, "", tile_rows=6, tile_share=1 / 3)
+    assert [turns.full_rows(rows) for rows in (0, 6, 12)] == [0, 6, 12]
+    assert turns.full_rows(1) == pytest.approx(1 + 5 / 3)
+    steps = [turns.full_rows(rows + 1) - turns.full_rows(rows) for rows in range(1, 12)]
+    assert steps == [pytest.approx(8 / 3 if rows == 6 else 2 / 3) for rows in range(1, 12)]
+    model = StepTimeModel.of(LIMITS, turns)
+    seconds = [
+        model.predict(StepWork(Work(bf16_flops=10**9 * rows), Work(), rows, rows, rows, 0)).seconds
+        for rows in (6, 7, 12)
+    ]
+    assert seconds[1] / seconds[0] == pytest.approx((6 + 8 / 3) / 6)
+    assert seconds[2] / seconds[0] == pytest.approx(2)
+    with pytest.raises(ConfigError, match="tile_rows is 0"):
+        StepCosts(0.5, 0.5, 0.5, 0.5, "", tile_rows=0)
+    with pytest.raises(ConfigError, match="the share of tile_share is 0"):
+        StepCosts(0.5, 0.5, 0.5, 0.5, "", tile_share=0.0)
+
+
 def test_weights_are_read_while_they_are_multiplied_and_activations_are_not() -> None:
     model = StepTimeModel.of(LIMITS, StepCosts(1.0, 1.0, 1.0, 1.0, ""))
     work = Work(bf16_flops=10**12, read_bytes=10**10)
@@ -212,12 +232,13 @@ def made(costs: StepCosts, noise: float, slow: int = 0) -> list[Timed]:
     return [replace(t, seconds=t.seconds * (3 if i < slow else 1)) for i, t in enumerate(found)]
 
 
-TRUTH = StepCosts(0.85, 0.6, 0.5, 0.3, "", step_s=4e-4, launch_s=5e-6, output_s=2e-5)
+TRUTH = StepCosts(0.85, 0.6, 0.5, 0.3, "", 4e-4, 5e-6, 2e-5, tile_rows=6, tile_share=0.35)
 
 
 @pytest.mark.parametrize(("noise", "slow", "within"), [(0.0, 0, 0.03), (0.03, 0, 0.05), (0.02, 2, 0.08)])
 def test_fitted_costs_predict_what_they_were_fitted_to(noise: float, slow: int, within: float) -> None:
-    fitted = fit(made(TRUTH, noise, slow), STEP_COSTS["gpu"], "fitted")
+    start = replace(STEP_COSTS["gpu"], tile_rows=TRUTH.tile_rows)  # that is known
+    fitted = fit(made(TRUTH, noise, slow), start, "fitted")
     assert fitted.source == "fitted"
     learned = StepTimeModel.of(LIMITS, fitted)
     errors = [learned.predict(t.works[0]).seconds / t.seconds - 1 for t in made(TRUTH, 0.0)]

@@ -12,6 +12,7 @@ from ridgeline.apps.plan.steps import load_of, prompt_loads
 from ridgeline.apps.step_meter import Cell, StepMeter, undisturbed
 from ridgeline.apps.synthetic import synthetic
 from ridgeline.config import EngineConfig
+from ridgeline.native import tile_rows
 from ridgeline.precision.formats import FILE_FORMATS, FORMATS
 from ridgeline.resources.ceilings import Ceilings
 from ridgeline.resources.cpu_probe import measure_cache
@@ -20,7 +21,7 @@ from ridgeline.resources.step_fit import Timed, fit
 from ridgeline.types import CapacityError, StepWork
 
 CELLS = (
-    *(Cell(batch, 128) for batch in (1, 4, 8, 16, 32)),
+    *(Cell(batch, 128) for batch in (1, 2, 4, 6, 8, 16, 32)),
     Cell(1, 1024),
     *(Cell(batch, 2048) for batch in (1, 8, 32)),
     *(Cell(0, prompt) for prompt in (64, 512, 1536)),
@@ -50,12 +51,14 @@ def fitted_costs(
 
 
 def _start(ceilings: Ceilings) -> StepCosts:
-    """What a fit begins with: those of the kind of device, and of a CPU what its cache was measured to be."""
+    """What a fit begins with: those of the kind of device; of a CPU what its cache was measured to be,
+    and how many rows its kernels take at a time."""
     start = costs_of_device(ceilings)
     if ceilings.device != "cpu":
         return start
     cache_bytes, cache_speed = measure_cache(ceilings)
-    return replace(start, cache_bytes=cache_bytes, cache_speed=cache_speed)
+    rows = tile_rows(ceilings.isa)
+    return replace(start, cache_bytes=cache_bytes, cache_speed=cache_speed, tile_rows=rows)
 
 
 def time_steps(

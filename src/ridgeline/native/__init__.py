@@ -30,6 +30,7 @@ from ridgeline.native._native import (
     quantise,
     read_packed,
     routes_size,
+    tile_rows,
 )
 
 __all__ = [
@@ -59,4 +60,5 @@ __all__ = [
     "quantise",
     "read_packed",
     "routes_size",
+    "tile_rows",
 ]

@@ -41,6 +41,10 @@ def isa_levels(built: bool = False) -> list[str]:
     With `built`, all that were compiled in, also those that this machine lacks.
     """
 
+def tile_rows(isa: str) -> int:
+    """Rows that a linear layer multiplies by weights that it has unpacked once; more are computed in several
+    turns. Raises ValueError for a level that this machine does not have."""
+
 def allocate(size_bytes: int, huge_pages: bool = True) -> NDArray[np.uint8]:
     """Zeroed memory, 64-byte aligned. From 2 MiB on it takes memory only where it is touched; with
     `huge_pages` in pages of 2 MiB, which suits what is read in long runs."""

@@ -174,6 +174,7 @@ enum class PeakFormat : uint8_t { int8, int8_unpacked, bf16, fp32 };
 // Kernels of one ISA level. Every worker makes the same calls, each with the same phases (Worker::for_units).
 struct Kernels {
   const char* name;
+  int32_t tile_rows;  // that share the unpacking of weights in a linear
   void (*embed)(const EmbedLaunch&, const StepView&, Worker&);
   void (*norm)(const NormLaunch&, const StepView&, Worker&);
   void (*quantise)(const QuantiseLaunch&, const StepView&, Worker&);

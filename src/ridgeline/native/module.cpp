@@ -273,6 +273,7 @@ NB_MODULE(_native, m) {
         return names;
       },
       "built"_a = false);
+  m.def("tile_rows", [](const std::string& isa) { return kernels_named(isa).tile_rows; }, "isa"_a);
   m.def(
       "allocate",
       [](int64_t size_bytes, bool huge_pages) {

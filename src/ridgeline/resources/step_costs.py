@@ -18,10 +18,10 @@ from ridgeline.resources.paths import cache_dir, write_atomic
 from ridgeline.resources.roofline import launch_overhead_s
 from ridgeline.types import ConfigError
 
-COSTS_VERSION = 4
+COSTS_VERSION = 5
 """Raised when the model of a step changes: older figures are then fitted again."""
 
-SHARES = ("memory", "arithmetic", "attention_memory", "attention_arithmetic")
+SHARES = ("memory", "arithmetic", "attention_memory", "attention_arithmetic", "tile_share")
 FITTED = (*SHARES, "step_s", "launch_s", "output_s")
 
 
@@ -30,11 +30,12 @@ class StepCosts:
     """What a step reaches of the ceilings, and what it takes besides.
 
     Of the read bandwidth and of the arithmetic peaks these are shares, 0 to 1: of attention its own, of all
-    other launches `memory` and `arithmetic`. `step_s` goes by in every step, `launch_s` in every launch and
-    `output_s` for every output, as tokens are drawn and taken in, the host's time included. A last-level
-    cache holds `cache_bytes` of what is read in every step, and weights there are read `cache_speed` times as
-    fast as from memory; 0 bytes where that is not known.
-    `source` says where all of that is from.
+    other launches `memory` and `arithmetic`. These compute `tile_rows` rows in a turn, and of a full turn's
+    time `tile_share` goes by with a single row, too: unpacking the weights. `step_s` goes by in every step,
+    `launch_s` in every launch and `output_s` for every output, as tokens are drawn and taken in, the host's
+    time included. A last-level cache holds `cache_bytes` of what is read in every step, and weights there are
+    read `cache_speed` times as fast as from memory; 0 bytes where that is not known. `source` says where all
+    of that is from.
     """
 
     memory: float
@@ -47,6 +48,8 @@ class StepCosts:
     output_s: float = 0.0
     cache_bytes: float = 0.0
     cache_speed: float = 1.0
+    tile_rows: int = 1
+    tile_share: float = 0.2
 
     def __post_init__(self) -> None:
         for name in SHARES:
@@ -57,8 +60,15 @@ class StepCosts:
             figure = getattr(self, name)
             if not 0 <= figure < math.inf:
                 raise ConfigError(f"{name} is {figure}; accepted: 0 or more")
-        if not 1 <= self.cache_speed < math.inf:
-            raise ConfigError(f"cache_speed is {self.cache_speed}; accepted: 1 or more")
+        for name in ("cache_speed", "tile_rows"):
+            figure = getattr(self, name)
+            if not 1 <= figure < math.inf:
+                raise ConfigError(f"{name} is {figure}; accepted: 1 or more")
+
+    def full_rows(self, rows: int) -> float:
+        """The rows of full turns whose arithmetic takes as long as that of so many rows."""
+        turns = -(-rows // self.tile_rows)
+        return rows + self.tile_share * (turns * self.tile_rows - rows)
 
     def cached_share(self, moved_bytes: float) -> float:
         """Of the bytes that a step moves: those that are still in the last-level cache since the step before.

@@ -3,6 +3,8 @@
 The roofline lets memory and arithmetic run at the same time and at their best. In a step neither is at its
 best all of the time, and they overlap in part: reading weights and multiplying them take the root of the sum
 of both squares, which is near the larger one where they differ, and 1.4 times it where they are alike.
+Rows are multiplied a few at a time, and unpacking the weights for each of these turns takes its time, however
+few rows it has: one row more may take next to nothing, and another one much.
 Activations are moved before and after that, most of them by launches that do little else. Attention takes
 turns within each row: its two times add up. Launches, outputs and the step itself cost besides. What a
 last-level cache still holds of a step's weights, keys and values need not come from memory in the next: this
@@ -103,7 +105,8 @@ class StepTimeModel:
         weight_bytes = min(work.weight_bytes, dense.bytes)
         reading = byte_s * weight_bytes / costs.memory
         moving = byte_s * (dense.bytes - weight_bytes) / costs.memory
-        computing = arithmetic * self._arithmetic_s(dense) / costs.arithmetic
+        turns = costs.full_rows(work.rows) / work.rows if work.rows else 1.0
+        computing = arithmetic * turns * self._arithmetic_s(dense) / costs.arithmetic
         attending_reads = from_memory_s * attention.bytes / costs.attention_memory
         attending_computes = arithmetic * self._arithmetic_s(attention) / costs.attention_arithmetic
         overhead = costs.step_s + work.launches * costs.launch_s + work.outputs * costs.output_s

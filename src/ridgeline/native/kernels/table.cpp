@@ -32,6 +32,7 @@ int32_t read_lines(const uint8_t*, size_t);
 
 extern const Kernels kernels;
 const Kernels kernels = {RIDGELINE_NAME(RIDGELINE_ISA),
+                         kMaxTokens,
                          embed,
                          norm,
                          quantise,

@@ -5,8 +5,9 @@ which they are accepted, for as long as tokens per second rise: with B sequences
 step gives B + Σ p tokens and takes t(rows + r). For a batch that is all alike this is the size k that
 maximises E(k) · t(B) / t(B (k+1)) (Leviathan et al., "Fast Inference from Transformers via Speculative
 Decoding", 2023); for any other, the sequences that gain most get most. A full batch leaves the rows no slack,
-and drafts shrink and end by themselves. What t counts of a guess is its rows in the step as predicted, and
-the measured time in which the host then takes it on, and what such steps have taken longer than predicted.
+and drafts shrink and end by themselves. What t counts of a guess is its rows in the step as predicted,
+corrected by what steps of so many rows have taken, and the measured time in which the host then takes it on,
+and what such steps have still taken longer than predicted.
 
 Asking has its price, too. What it and wrong guesses have cost about a sequence, less what right ones brought,
 is its debt in tokens, and the greater it is, the more rarely the sequence is asked about.
@@ -39,7 +40,7 @@ _HANDLING_WEIGHT, _MOST_HANDLING_WEIGHT = 0.05, 0.25
 """Of each guess of a step, and of all of them: by many the step's noise is divided."""
 _MOST_WRONG = 0.3
 """What a step takes longer than predicted counts up to this share: beyond it others have disturbed it."""
-_CREDIT = 1.0
+_CREDIT = 2.0
 """Tokens: so much at most of what asking about a sequence brought beyond its cost excuses later failures."""
 _PATIENCE = 0.1
 """Tokens that asking about a sequence may cost beyond what it brings; so many more double a rest."""
@@ -124,7 +125,8 @@ class Controller:
     _turn: int = 0
     _host_s: float = 0.0  # for a guess, when it is taken on
     _late_s: float = 0.0  # for a guess, that steps with guesses took longer than predicted
-    _expected_s: float = 0.0  # what the last step with guesses was to take
+    _curve: Curve | None = None  # of the last step with guesses
+    _expected_s: float = 0.0  # what that was to take
     _token_s: float = 0.0  # of the last step's, without guesses
     _ask: float = 0.0  # what asking about one of its sequences takes, in tokens
     _row: float = 0.0  # what verifying one of its guesses does
@@ -138,6 +140,8 @@ class Controller:
         # More than a token is not counted: nothing pays then.
         self._host_s += weight * (min(elapsed_s / guesses, self._token_s) - self._host_s)
         if step_s is not None:
+            if self._curve is not None:
+                self._curve.took(guesses, step_s)
             most_s = _MOST_WRONG * self._expected_s
             late_s = min(max(step_s - self._expected_s, -most_s), most_s)
             self._late_s += weight * (min(late_s / guesses, self._token_s) - self._late_s)
@@ -263,7 +267,7 @@ class Controller:
         self._probe(trees, values, chosen, curve)
         rows = sum(map(len, chosen))
         if rows:
-            self._expected_s = curve.at(rows)
+            self._curve, self._expected_s = curve, curve.at(rows)
             self._row = ((curve.at(rows) - curve.base_s) / rows + self._handling_s) / curve.token_s
         return chosen
 

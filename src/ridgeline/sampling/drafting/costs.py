@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ _DENSE_ROWS = 32
 _GROWTH = 1.125
 _REFRESH_STEPS = 64
 _MOST_CURVES = 128
+_FEW_ROWS = 32
+"""Steps of more rows have many turns of the kernels: one more or less of them hardly counts."""
+_LEARNT = 0.1
+_MOST_WRONG = math.log(1.3)
+"""A step that was disturbed says no more than this, and no more than this is corrected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +56,21 @@ class Curve:
     then ever more rarely, up to `room`; straight lines between. `base_s` is the time with none, `token_s`
     what a token costs without drafts."""
 
-    __slots__ = ("_cost", "_row_s", "age", "base_s", "ceilings", "extras", "room", "seconds", "token_s")
+    __slots__ = (
+        "_corrections", "_cost", "_predicted_s", "_row_s", "age", "base_s", "ceilings", "extras", "room",
+        "seconds", "token_s",
+    )  # fmt: skip
 
-    def __init__(self, cost: StepCost) -> None:
+    def __init__(self, cost: StepCost, corrections: dict[int, float] | None = None) -> None:
         self._cost = cost
+        self._corrections = {} if corrections is None else corrections  # logarithms, by rows more
         self._row_s: float | None = None
         self.age = 0
         self.ceilings: dict[tuple[int, int], int] = {}  # the controller's, for as long as the curve serves
         self.room = cost.room
         self.extras = [0]
         self.base_s = cost.seconds(cost.rows)
+        self._predicted_s = [self.base_s]
         self.seconds = [self.base_s]
         self.token_s = cost.seconds(cost.decodes) / max(cost.decodes, 1)
 
@@ -68,8 +79,11 @@ class Curve:
             last = self.extras[-1]
             following = last + 1 if last < _DENSE_ROWS else int(last * _GROWTH)
             self.extras.append(following)
+            predicted_s = self._cost.seconds(self._cost.rows + following)
+            self._predicted_s.append(predicted_s)
+            corrected_s = predicted_s * math.exp(self._corrections.get(following, 0.0))
             # A wider step is never the faster one, whatever a fitted model says.
-            self.seconds.append(max(self._cost.seconds(self._cost.rows + following), self.seconds[-1]))
+            self.seconds.append(max(corrected_s, self.seconds[-1]))
 
     def at(self, extra: int) -> float:
         """Seconds of the step with so many rows more."""
@@ -82,6 +96,16 @@ class Curve:
             return slower
         below, faster = self.extras[place - 1], self.seconds[place - 1]
         return faster + (slower - faster) * (extra - below) / (above - below)
+
+    def took(self, extra: int, step_s: float) -> None:
+        """Take in what a step with so many rows more took: which kernels it takes, and how full these are, is
+        not all in a model of steps of any size. Curves of the same kind of step that come later have it."""
+        if self._cost.rows + extra > _FEW_ROWS or step_s <= 0:
+            return
+        self._reach(extra)
+        wrong = min(max(math.log(step_s / self._predicted_s[extra]), -_MOST_WRONG), _MOST_WRONG)
+        known = self._corrections.get(extra, 0.0)
+        self._corrections[extra] = known + _LEARNT * (wrong - known)
 
     def row_s(self, most: int) -> float:
         """The least that a row more takes of the step's time, with any number of them up to `most`, which is
@@ -104,15 +128,17 @@ class Curves:
 
     def __init__(self) -> None:
         self._curves: dict[tuple[int, int], Curve] = {}
+        self._corrections: dict[tuple[int, int], dict[int, float]] = {}
 
     def of(self, cost: StepCost) -> Curve:
         """The curve for a step."""
         key = cost.rows, cost.decodes
         curve = self._curves.get(key)
         if curve is None or curve.age >= _REFRESH_STEPS:
-            if len(self._curves) >= _MOST_CURVES:
+            if len(self._corrections) >= _MOST_CURVES:
                 self._curves.clear()
-            curve = self._curves[key] = Curve(cost)
+                self._corrections.clear()
+            curve = self._curves[key] = Curve(cost, self._corrections.setdefault(key, {}))
         curve.age += 1
         curve.room = cost.room
         return curve
