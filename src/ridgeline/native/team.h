@@ -108,7 +108,7 @@ class Team {
   alignas(128) std::atomic<uint32_t> job_{0};
   alignas(128) std::atomic<uint32_t> gate_{0};  // bit 31: open; below: workers inside
   alignas(128) std::atomic<uint32_t> sleepers_{0};
-  std::atomic<uint32_t> pulse_{0};  // what sleepers wait on; changes when any of their conditions may hold, or soon will
+  std::atomic<uint32_t> pulse_{0};  // what sleepers wait on; changes when a condition of theirs may hold, or will soon
 };
 
 template <class F>

@@ -35,7 +35,7 @@ RIDGELINE_INLINE SlotsAt first_slots(const AttentionLaunch& launch, const StepVi
 }
 
 constexpr float kLog2E = 1.44269504f;
-constexpr int kFewQueries = 4 * kMaxQueries;  // widening for them alone takes longer than anew for each few
+constexpr int kFewQueries = 4 * kMaxQueries;  // up to which widening in the loops takes less time than before them
 constexpr float kLowest = -1e30f;  // finite, so that (masked - lowest) is minus infinity and not a NaN
 
 class BlockTask {
