@@ -34,7 +34,7 @@ def fitted_costs(
     config: EngineConfig, weights: str, ceilings_now: Callable[[], Ceilings], force: bool = False
 ) -> StepCosts:
     """Those of a config's device and threads for a weight format: kept ones, or where there are none, or they
-    are not wanted (`force`), fitted ones, which are then kept. Fitting takes about forty seconds.
+    are not wanted (`force`), fitted ones, which are then kept. Fitting takes about ninety seconds.
 
     `ceilings_now` measures them. Raises CapacityError where there is too little memory.
     """
