@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -286,6 +287,29 @@ def test_wrong_arguments_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"^activation is 'relu6'"):
         native.Part(matrix, out, activation="relu6")
     assert tape.launches == []
+
+
+def test_a_roused_team_runs_as_any_other() -> None:
+    """While it spins, asleep, roused for nothing, and closed."""
+    rng = np.random.default_rng(3)
+    x, weights = normal(rng, 3, 64), normal(rng, 32, 64)
+    team = native.Team(3)
+    expected = run_linear("portable", "Q8_0", x, weights, native.Team(1))
+    for pause_s in (0.0, 0.01, 0.0):
+        time.sleep(pause_s)
+        team.rouse()
+        team.rouse()
+        np.testing.assert_array_equal(run_linear("portable", "Q8_0", x, weights, team), expected)
+    team.rouse()
+    team.close()
+    team.rouse()
+
+
+@pytest.mark.parametrize("isa", LEVELS)
+def test_a_levels_tile_has_rows(isa: str) -> None:
+    assert 1 <= native.tile_rows(isa) <= 16
+    with pytest.raises(ValueError, match="isa is 'sse9'"):
+        native.tile_rows("sse9")
 
 
 def test_a_closed_team_does_not_run() -> None:

@@ -133,7 +133,6 @@ class CpuExecutor:
 
     def run(self, handle: CpuHandle, step: Step) -> FinishedStep:
         started_s = time.perf_counter()
-        self._team.rouse()
         inputs, logits = self._prepare(handle, step)
         handle.tape.run(inputs)
         return self._finish(handle, step, logits, started_s)
@@ -141,7 +140,6 @@ class CpuExecutor:
     def profile(self, handle: CpuHandle, step: Step) -> tuple[FinishedStep, Callable[[], list[LaunchTime]]]:
         """As `run`, with the time of each launch as the team's first thread saw it."""
         started_s = time.perf_counter()
-        self._team.rouse()
         inputs, logits = self._prepare(handle, step)
         prepared_s = time.perf_counter()
         elapsed = handle.tape.profile(inputs)
@@ -163,7 +161,8 @@ class CpuExecutor:
         return finished, times
 
     def _prepare(self, handle: CpuHandle, step: Step) -> tuple[StepInputs, Float32Array]:
-        """What the tape reads in a step, and the logits that it will write."""
+        """What the tape reads in a step, and the logits that it will write. The team wakes up meanwhile."""
+        self._team.rouse()
         arrays = StepArrays.of(step, len(handle.program.groups), self._drawn)
         for spec, buffers in handle.ropes.items():
             self._rotations[spec].write(arrays.positions, buffers)

@@ -148,8 +148,8 @@ class Controller:
 
     @property
     def _handling_s(self) -> float:
-        """What a guess takes beside its row as it is predicted. Steps that are over sooner than predicted are
-        so without guesses, too: that makes none of them cheaper."""
+        """What a guess takes beside its row as it is predicted. Steps that are still over sooner than
+        that are so without guesses, too: it makes none of them cheaper."""
         return self._host_s + max(self._late_s, 0.0)
 
     def rest(self, sequence: DraftedSequence) -> int:
