@@ -179,14 +179,39 @@ def test_the_most_recent_and_the_most_frequent_continuations_are_branches() -> N
     assert list(alone) == [(7,), (7, 0), (7, 0, 1)]
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=80), st.integers(1, 8))
+def test_what_varies_in_a_template_is_passed_over() -> None:
+    items = [x for number in (21, 22, 23) for x in (1, 2, number, 3, 4, 5, 30 + number)]
+    drafter = NgramDrafter(Histories())
+    text = [*items, 1, 2]
+    behind = {(3,): 1, (3, 4): 1, (3, 4, 5): 1}
+    assert drafts(drafter, [24, 8, 9, *text, 24], 8) == behind  # though what followed it elsewhere is 8
+    assert drafts(drafter, [*text, 24], 2) == {(3,): 1, (3, 4): 1}
+    assert drafts(drafter, [*text[7:], 24], 8) == {}  # twice is no template
+    assert drafts(drafter, [*text[:3], 6, *text[4:10], 7, *text[11:], 24], 8) == {}  # nor is what differs
+    assert list(drafts(drafter, [*text[:3], 6, *text[4:], 24], 1)) == [(3,)]  # but for once
+    assert drafts(NgramDrafter(Histories(), min_tokens=4), [*text, 24], 8) == {}
+    assert list(drafts(drafter, [*text, 21], 1)) == [(3,)]  # two tokens stood before, it varies no longer
+
+
+def repeated(text: list[int], budget: int) -> list[int]:
+    """What goes on alike behind most of the tokens that came where the text's last one is."""
+    before = [at for at, _ in occurrences(text, text[:-1], len(text) - 2)][:8]
+    behind = [(text[at + 1 :] * budget)[:budget] for at in before]
+    alike = [tokens for tokens in behind if tokens[0] == behind[0][0]]
+    if len(behind) < 3 or len(alike) <= len(behind) / 2:
+        return []
+    same = [a == b for a, b in zip(*alike[:2], strict=True)]
+    return alike[0][: [*same, False].index(False)]
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=80), st.integers(1, 8))
 def test_a_proposal_is_what_followed_the_longest_ngram(text: list[int], budget: int) -> None:
     proposed = drafts(NgramDrafter(Histories(), max_tokens=4), text, budget)
     counts = [(at, alike(text, at, text, len(text))) for at in range(len(text) - 1, 0, -1)]
     longest = min(max((count for _, count in counts), default=0), 4)
     found = [at for at, count in counts if count >= max(longest, 1)]
-    assert bool(proposed) == bool(found)
     if longest > 1:
+        assert proposed
         recent = found[:8]
         firsts = [text[at] for at in recent]
         for path, probability in proposed.items():
@@ -194,8 +219,12 @@ def test_a_proposal_is_what_followed_the_longest_ngram(text: list[int], budget: 
             assert any(
                 list(path) == (text[at:] * (len(path) // len(text[at:]) + 1))[: len(path)] for at in recent
             )
+    elif template := repeated(text, budget):
+        assert max(proposed, key=len) == tuple(template)
     elif found:
         assert next(iter(proposed)) == (text[found[0]],)
+    else:
+        assert not proposed
 
 
 def test_bad_ranges_are_refused() -> None:

@@ -29,6 +29,13 @@ class History:
         """The position after the last token's previous occurrence, or -1."""
         return self.text.last_of(self.text.tokens[-1]) if len(self.text) else -1
 
+    def varied(self, most: int) -> list[tuple[int, int]]:
+        """Where the text but for its last token stood before, as `Text.find`, the most recent first: the
+        positions after the token that came then."""
+        tokens = self.text.tokens
+        found = self.text.find(tokens[:-1], most + 1)
+        return [(at + 1, length) for at, length in found if at + 1 < len(tokens)][:most]
+
     def take(self, sequence: DraftedSequence) -> None:
         """Take on what the sequence has said since."""
         said, text = sequence.token_ids, self.text

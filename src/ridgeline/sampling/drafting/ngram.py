@@ -4,21 +4,30 @@ Decoding", 2023)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from ridgeline.sampling.drafting.drafter import DraftedSequence
-from ridgeline.sampling.drafting.histories import Histories, History
+from ridgeline.sampling.drafting.histories import MOST_OCCURRENCES, Histories, History
 from ridgeline.sampling.drafting.index import LEAST_MATCH, LONGEST_MATCH, Text
 from ridgeline.sampling.drafting.tree import NO_DRAFT, DraftTree, cut, merge
 
 _DISCOUNT = 0.8
 """What the next token of a branch counts, beside the first one of an equally frequent branch."""
+_LEAST_REPEATED = 3
+"""So often the tokens in front of one that varies have to have occurred."""
 
 
 class NgramDrafter:
     """Looks up the longest n-gram, of `max_tokens` to `min_tokens`, that stood in the sequence before. Of its
     most recent occurrences, the last one's continuation is a branch, and so are the most frequent others that
     begin with another token, `branches` in all; the probability of each is the share of the occurrences that
-    go on with its first token. Of a single token, only the last occurrence is looked at."""
+    go on with its first token.
+
+    Where the last two tokens did not stand before, the last one may be what varies in text that is written to
+    a template: the number of an item, a name. Where the tokens in front of it have occurred three times, and
+    most of these times went on alike behind the token that came then, that is proposed, as far as it is the
+    same; else what followed the last occurrence of the last token alone.
+    """
 
     name = "ngram"
 
@@ -43,11 +52,26 @@ class NgramDrafter:
         found = history.trail.matches(len(text))
         longest = min(max([length for _, length in found], default=1), self._longest)
         if longest < max(self._shortest, LEAST_MATCH):
-            alone = -1 if self._shortest > 1 else history.alone
-            if alone < 0:
-                return NO_DRAFT
-            return DraftTree.chain(text.following(alone, budget), 1.0, self.name, 1)
+            return self._by_template(history, budget) or self._by_last(history, budget)
         return self._branched(text, [at for at, length in found if length >= longest], longest, budget)
+
+    def _by_template(self, history: History, budget: int) -> DraftTree:
+        found = [one for one in history.varied(MOST_OCCURRENCES) if one[1] >= self._shortest]
+        if len(found) < _LEAST_REPEATED:
+            return NO_DRAFT
+        behind = [history.text.following(at, budget) for at, _ in found]
+        alike = [tokens for tokens in behind if tokens[0] == behind[0][0]]
+        if 2 * len(alike) <= len(behind):
+            return NO_DRAFT
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(*alike[:2], strict=False))
+        match = min(found[0][1], self._longest)
+        return DraftTree.chain([token for token, _ in same], 1.0, self.name, match)
+
+    def _by_last(self, history: History, budget: int) -> DraftTree:
+        alone = -1 if self._shortest > 1 else history.alone
+        if alone < 0:
+            return NO_DRAFT
+        return DraftTree.chain(history.text.following(alone, budget), 1.0, self.name, 1)
 
     def _branched(self, text: Text, found: list[int], match: int, budget: int) -> DraftTree:
         if len(found) == 1:

@@ -57,13 +57,8 @@ class DraftTree:
         """The tree of the first `count` nodes."""
         if count >= len(self.tokens):
             return self
-        kept = slice(count)
-        return replace(
-            self,
-            tokens=self.tokens[kept],
-            parents=self.parents[kept],
-            probabilities=self.probabilities[kept],
-        )
+        columns = self.tokens[:count], self.parents[:count], self.probabilities[:count]
+        return DraftTree(*columns, self.drafter, self.match)
 
     def subtree(self, nodes: Sequence[int]) -> DraftTree:
         """The tree of some nodes, ascending, whose parents are all among them."""
