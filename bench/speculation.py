@@ -312,6 +312,8 @@ def main() -> None:
         model=chosen.model, threads=threads, max_num_seqs=max(BATCHES), measured_budget=False
     )
     loaded = load_engine(config)
+    gc.collect()
+    gc.freeze()  # as the server does: looking through the tokenizer before each answer would empty the caches
     alone = Bench(loaded, chosen.tokens)
     longest = max((len(alone.prompt(cell.kind, 0)) for cell in cells if cell.is_compared), default=0)
     peers = [Peer(launch, longest + chosen.tokens) for launch in launches]
