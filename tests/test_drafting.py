@@ -197,11 +197,11 @@ def repeated(text: list[int], budget: int) -> list[int]:
     """What goes on alike behind most of the tokens that came where the text's last one is."""
     before = [at for at, _ in occurrences(text, text[:-1], len(text) - 2)][:8]
     behind = [(text[at + 1 :] * budget)[:budget] for at in before]
-    alike = [tokens for tokens in behind if tokens[0] == behind[0][0]]
-    if len(behind) < 3 or len(alike) <= len(behind) / 2:
+    agreed = [tokens for tokens in behind if tokens[0] == behind[0][0]]
+    if len(behind) < 3 or len(agreed) <= len(behind) / 2:
         return []
-    same = [a == b for a, b in zip(*alike[:2], strict=True)]
-    return alike[0][: [*same, False].index(False)]
+    same = [a == b for a, b in zip(*agreed[:2], strict=True)]
+    return agreed[0][: [*same, False].index(False)]
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=80), st.integers(1, 8))
