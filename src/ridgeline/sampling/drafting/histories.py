@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ridgeline.sampling.drafting.drafter import DraftedSequence
-from ridgeline.sampling.drafting.index import Text, Trail
+from ridgeline.sampling.drafting.index import LONGEST_MATCH, Text, Trail
 
 WINDOW_TOKENS = 1 << 15
 """The last tokens of a sequence in which its own past is looked up, at least; at most twice as many are
@@ -33,7 +33,7 @@ class History:
         """Where the text but for its last token stood before, as `Text.find`, the most recent first: the
         positions after the token that came then."""
         tokens = self.text.tokens
-        found = self.text.find(tokens[:-1], most + 1)
+        found = self.text.find(tokens[-LONGEST_MATCH - 1 : -1], most + 1)
         return [(at + 1, length) for at, length in found if at + 1 < len(tokens)][:most]
 
     def take(self, sequence: DraftedSequence) -> None:
